@@ -1,0 +1,270 @@
+"""The nouns of the package: frozen, final, and free of any model.
+
+A `Fact` is a triple with the prompts that ask for it. A `ForgetSet` and a `RetainSet` say what is to go
+and what is to stay. A `Site` names a place in a model. `Attribution`, `Measurement` and `Verdict` are what
+locating, measuring and judging give back.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+SiteKind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post"]
+Label = Literal["deleted", "suppressed", "intact", "collapsed", "undetermined"]
+LABELS: tuple[str, ...] = get_args(Label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entity:
+    """Something that has a name: a person, a city, a work."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    kind: str | None = None
+    """Type of the entity, for example `person`; entities are only compared within a type."""
+
+
+def _check_template(template: str, where: str) -> None:
+    if template.count("{}") != 1:
+        raise ValueError(
+            f"{where} {template!r} must hold exactly one {{}} for the subject, found {template.count('{}')}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One (subject, relation, object) triple and the prompts after which the object follows.
+
+    Raises:
+        ValueError: an empty field, an object equal to the subject, or a prompt without exactly one `{}`.
+    """
+
+    id: str
+    subject: str
+    relation: str
+    object: str
+    prompt: str
+    """The main phrasing; `{}` stands for the subject and the object follows after one space."""
+    paraphrases: tuple[str, ...] = ()
+    """Further phrasings that a method may see."""
+    heldout: tuple[str, ...] = ()
+    """Phrasings that no method, selection or attack may see; they only test."""
+    distractors: tuple[str, ...] = ()
+    """Wrong objects of the same type."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the subject."""
+    kind: str | None = None
+    """Type of the subject, for example `person`."""
+    group: str | None = None
+    """What is forgotten together; the subject when not given."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Unknown keys of the facts file, kept as they came."""
+
+    def __post_init__(self) -> None:
+        for name in ("id", "subject", "relation", "object", "prompt"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"field {name!r} must be a non-empty string, got {value!r}")
+        if self.object == self.subject:
+            raise ValueError(f"object equals subject: {self.object!r}")
+        if self.object in self.distractors:
+            raise ValueError(f"object {self.object!r} stands among its own distractors")
+        _check_template(self.prompt, "prompt")
+        for template in self.paraphrases:
+            _check_template(template, "paraphrase")
+        for template in self.heldout:
+            _check_template(template, "heldout phrasing")
+        object.__setattr__(self, "extra", MappingProxyType(dict(self.extra)))
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The phrasings a method may see: the main prompt first."""
+        return (self.prompt, *self.paraphrases)
+
+    @property
+    def entity(self) -> Entity:
+        return Entity(name=self.subject, aliases=self.aliases, kind=self.kind)
+
+
+def _entities(facts: Sequence[Fact]) -> tuple[Entity, ...]:
+    return tuple({fact.subject: fact.entity for fact in facts}.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetSet:
+    """The facts that are to be removed."""
+
+    facts: tuple[Fact, ...]
+
+    def __post_init__(self) -> None:
+        if not self.facts:
+            raise ValueError("the forget set is empty: give at least one fact")
+
+    @property
+    def entities(self) -> tuple[Entity, ...]:
+        """The subjects, each once, in order of first appearance."""
+        return _entities(self.facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainSet:
+    """What must stay. The three kinds of facts are kept apart and never averaged together."""
+
+    neighbors: tuple[Fact, ...] = ()
+    """Facts of the same relations about other subjects."""
+    same_subject: tuple[Fact, ...] = ()
+    """Other facts about the forgotten subjects that are not to be forgotten."""
+    general: tuple[Fact, ...] = ()
+    """Facts that have nothing to do with the forget set."""
+    texts: tuple[str, ...] = ()
+    """Running text for KL terms and key statistics; plain strings, no subject slot."""
+    unknown: tuple[Entity, ...] = ()
+    """Entities of the same type that the model knows nothing about: the reference for *unknown*."""
+
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        return (*self.neighbors, *self.same_subject, *self.general)
+
+    @property
+    def entities(self) -> tuple[Entity, ...]:
+        return _entities(self.facts)
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in the model. The only object that spells a hook name."""
+
+    layer: int
+    kind: SiteKind
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(SiteKind):
+            raise ValueError(f"unknown kind of site {self.kind!r}; choose from {', '.join(get_args(SiteKind))}")
+
+    @property
+    def hook(self) -> str:
+        """TransformerLens alias of the site."""
+        name = "mlp.hook_post" if self.kind == "mlp_post" else f"hook_{self.kind}"
+        return f"blocks.{self.layer}.{name}"
+
+    def __str__(self) -> str:
+        return f"L{self.layer} {self.kind}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """Where something is: a tensor of scores with named, labelled axes.
+
+    `values[i, j]` belongs to `labels[axes[0]][i]` and `labels[axes[1]][j]`. `low` and `high` bound the
+    95 % interval of each value over the `n` facts (None where a value was not averaged).
+    """
+
+    name: str
+    values: Tensor
+    axes: tuple[str, ...]
+    labels: Mapping[str, tuple[Any, ...]]
+    unit: str
+    n: int
+    low: Tensor | None = None
+    high: Tensor | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != len(self.axes):
+            raise ValueError(f"{self.name}: {self.values.ndim} dimensions but axes {self.axes}")
+        for axis, size in zip(self.axes, self.values.shape, strict=True):
+            if len(self.labels[axis]) != size:
+                raise ValueError(f"{self.name}: axis {axis!r} has {size} entries, {len(self.labels[axis])} labels")
+
+    def top(self, k: int) -> list[tuple[dict[str, Any], float]]:
+        """The k largest values with their labels, largest first; NaN never counts."""
+        flat = self.values.flatten().nan_to_num(nan=float("-inf"))
+        best = flat.topk(min(k, int(flat.isfinite().sum())))
+        return [
+            ({axis: self.labels[axis][int(i)] for axis, i in zip(self.axes, at, strict=True)}, value.item())
+            for value, at in zip(
+                best.values, torch.stack(torch.unravel_index(best.indices, self.values.shape), 1), strict=True
+            )
+        ]
+
+    def to_frame(self):
+        """A pandas frame with one row per value."""
+        import pandas as pd
+
+        index = pd.MultiIndex.from_product([self.labels[a] for a in self.axes], names=list(self.axes))
+        columns = {"value": self.values.flatten().tolist()}
+        if self.low is not None and self.high is not None:
+            columns |= {"low": self.low.flatten().tolist(), "high": self.high.flatten().tolist()}
+        return pd.DataFrame(columns, index=index).reset_index()
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict; `from_json` gives the same Attribution back."""
+        tensors = {
+            key: None if (value := getattr(self, key)) is None else value.tolist() for key in ("values", "low", "high")
+        }
+        return {
+            "name": self.name,
+            "axes": list(self.axes),
+            "labels": {axis: list(labels) for axis, labels in self.labels.items()},
+            "unit": self.unit,
+            "n": self.n,
+            "note": self.note,
+            **tensors,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Attribution":
+        tensors = {k: None if data[k] is None else torch.tensor(data[k]) for k in ("values", "low", "high")}
+        labels = {axis: tuple(values) for axis, values in data["labels"].items()}
+        return cls(**{**data, **tensors, "axes": tuple(data["axes"]), "labels": labels})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A number with its 95 % interval, the count it rests on and its unit."""
+
+    value: float
+    ci: tuple[float, float]
+    n: int
+    unit: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "ci": list(self.ci), "n": self.n, "unit": self.unit}
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.ci[0]:.2f}, {self.ci[1]:.2f}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the restoration tests say about one fact in one model."""
+
+    fact_id: str
+    label: Label
+    sentence: str
+    tests: tuple[str, ...]
+    """The tests whose score decided."""
+    scores: Mapping[str, float | None]
+    grade: Literal["A", "B", "C"]
+    """A: against retrained models; B: against sham facts; C: outputs only."""
+    p_values: Mapping[str, float] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+    def with_flags(self, *flags: str) -> "Verdict":
+        return replace(self, flags=tuple(dict.fromkeys((*self.flags, *flags))))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "fact_id": self.fact_id,
+            "label": self.label,
+            "sentence": self.sentence,
+            "tests": list(self.tests),
+            "scores": dict(self.scores),
+            "p_values": dict(self.p_values),
+            "grade": self.grade,
+            "flags": list(self.flags),
+        }

@@ -1,0 +1,300 @@
+"""Edit: a change to a model that is computed once, applied for a while, saved, composed and exported.
+
+Computing an edit and applying it are different acts: a `Method` returns an `Edit` and leaves the model
+bit-identical; `with edit.on(model)` is the only apply in the package. Leaving it copies the saved tensors back,
+because adding a delta and subtracting it again is not the identity in floating point.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mech_unlearn.core import ForgetSet, RetainSet, Site
+from mech_unlearn.model import Model
+
+
+class Method(Protocol):
+    """A way to remove facts. Implementations are frozen dataclasses; nobody subclasses this."""
+
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> "Edit": ...
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The delta `left @ right` of a weight stored [rows, columns]."""
+
+    left: Float[Tensor, "rows rank"]
+    right: Float[Tensor, "rank columns"]
+
+    def dense(self) -> Float[Tensor, "rows columns"]:
+        """The product, computed in float64 and given back in float32."""
+        return (self.left.double() @ self.right.double()).float()
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.left.shape[0], self.right.shape[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """An activation intervention: add a vector at the last token of each occurrence of a subject."""
+
+    site: Site
+    subjects: tuple[tuple[int, ...], ...]
+    """Token ids of each subject, as they occur inside a prompt."""
+    vectors: Float[Tensor, "subject d_model"]
+
+    def __call__(self, x: Float[Tensor, "batch pos d_model"], ids: Int[Tensor, "batch pos"]) -> Tensor:
+        out = x
+        for tokens, vector in zip(self.subjects, self.vectors, strict=True):
+            width = len(tokens)
+            if ids.shape[1] < width:
+                continue
+            hit = (ids.unfold(1, width, 1) == torch.tensor(tokens, device=ids.device)).all(-1)
+            rows, starts = hit.nonzero(as_tuple=True)
+            if len(rows):
+                out = out.clone() if out is x else out
+                out[rows, starts + width - 1] += vector.to(out)
+        return out
+
+
+Delta = Tensor | LowRank
+
+
+def _dense(delta: Delta) -> Tensor:
+    return delta.dense() if isinstance(delta, LowRank) else delta
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edit:
+    """A change to a model, in force only inside `with edit.on(model)`.
+
+    A weight becomes `(W.float() + delta).to(W.dtype)`; deltas are float32 and in HF orientation.
+    """
+
+    name: str
+    base: str
+    """`Model.hash()` of the model the edit was computed on."""
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    """HF parameter name -> what is added."""
+    interventions: tuple[Shift, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Method settings, seed and report; plain JSON values."""
+
+    def _check(self, model: Model) -> None:
+        if getattr(model.bridge, "_weights_processed", False):
+            raise RuntimeError(f"edit {self.name!r}: the weights of {model.name!r} were folded; load the model anew")
+        import difflib
+
+        for name, delta in self.deltas.items():
+            if name not in model.held:
+                near = difflib.get_close_matches(name, model.held, n=3)
+                raise KeyError(f"edit {self.name!r}: {model.name!r} has no weight {name!r}; nearest: {near}")
+            if delta.shape != model.held[name].shape:
+                raise ValueError(
+                    f"edit {self.name!r}: {name} is {tuple(model.held[name].shape)} in {model.name!r}, "
+                    f"the delta {tuple(delta.shape)}"
+                )
+        for intervention in self.interventions:
+            model.resolve(intervention.site)
+
+    @contextmanager
+    def on(self, model: Model) -> Iterator[Model]:
+        """Put the edit in force; leaving, also by an exception, restores every weight bit-exactly.
+
+        Raises:
+            KeyError: a weight or hook the model lacks. ValueError: a weight of another shape.
+            RuntimeError: folded weights, a write that did not land, or a hook that never fired.
+        """
+        self._check(model)
+        saved = {name: model.held[name].detach().clone() for name in self.deltas}
+        try:
+            with torch.no_grad():
+                for name, delta in self.deltas.items():
+                    wanted = (saved[name].float() + _dense(delta).to(saved[name].device)).to(saved[name].dtype)
+                    model.held[name].copy_(wanted)
+            model.require_live(self.deltas)
+            with ExitStack() as stack:
+                self._attach(model, stack)
+                yield model
+        finally:
+            with torch.no_grad():
+                for name, weight in saved.items():
+                    model.held[name].copy_(weight)
+            model.require_live(self.deltas)
+
+    def _attach(self, model: Model, stack: ExitStack) -> None:
+        if not self.interventions:
+            return
+        seen: dict[str, Tensor] = {}
+
+        def remember(module: Any, args: tuple, kwargs: dict) -> None:
+            seen["ids"] = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+
+        handle = model.hf.register_forward_pre_hook(remember, with_kwargs=True)
+        stack.callback(handle.remove)
+        writes = [(i.site, lambda x, i=i: i(x, seen["ids"])) for i in self.interventions]
+        stack.enter_context(model.hooks(*writes))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, atomically; settings and names travel in its JSON header."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for name, delta in self.deltas.items():
+            if isinstance(delta, LowRank):
+                tensors |= {f"left/{name}": delta.left, f"right/{name}": delta.right}
+            else:
+                tensors[f"dense/{name}"] = delta
+        places = []
+        for i, shift in enumerate(self.interventions):
+            tensors[f"shift/{i}"] = shift.vectors
+            places.append({"layer": shift.site.layer, "kind": shift.site.kind, "subjects": shift.subjects})
+        header = {"format": "mech_unlearn.edit/1", "name": self.name, "base": self.base}
+        header |= {"interventions": json.dumps(places), "recipe": json.dumps(dict(self.recipe))}
+        partial = f"{os.fspath(path)}.partial"
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: Model | None = None) -> "Edit":
+        """Read an edit; with a model, refuse one whose weights are not those the edit was computed on.
+
+        Raises:
+            ValueError: not an edit file, or an edit for another base model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"edit {os.fspath(path)!r} cannot be read: {error}") from error
+        if header.get("format") != "mech_unlearn.edit/1":
+            raise ValueError(f"{os.fspath(path)!r} is a safetensors file but not an edit")
+        if model is not None and model.hash() != header["base"]:
+            raise ValueError(
+                f"edit {os.fspath(path)!r} was computed on another base model than {model.name!r} "
+                f"(hash {header['base'][:12]}, not {model.hash()[:12]})"
+            )
+        deltas: dict[str, Delta] = {}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            if kind == "dense":
+                deltas[name] = tensor
+            elif kind == "left":
+                deltas[name] = LowRank(tensor, tensors[f"right/{name}"])
+        interventions = tuple(
+            Shift(Site(p["layer"], p["kind"]), tuple(tuple(s) for s in p["subjects"]), tensors[f"shift/{i}"])
+            for i, p in enumerate(json.loads(header["interventions"]))
+        )
+        recipe = json.loads(header["recipe"])
+        return cls(
+            name=header["name"], base=header["base"], deltas=deltas, interventions=interventions, recipe=recipe
+        )
+
+    def export(self, model: Model, path: str | os.PathLike, card: Mapping[str, Any] | None = None) -> float:
+        """Write the edited model as a Hugging Face folder and prove that plain transformers gives the same logits.
+
+        Args:
+            card: what the model card is to record beside the recipe: measurements, verdict, data hash.
+
+        Returns:
+            The largest absolute difference of logits between the edited model and the reloaded folder.
+
+        Raises:
+            ValueError: activation interventions (no weights can hold them), or a folder that exists and is not empty.
+            RuntimeError: the reloaded logits differ by more than rounding; nothing is left behind.
+        """
+        if self.interventions:
+            raise ValueError(f"edit {self.name!r} changes activations, which no checkpoint can hold; use a weight edit")
+        with self.on(model):
+            return export(model, path, {"edit": self.name, "base": self.base, "recipe": self.recipe, **(card or {})})
+
+
+def compose(*edits: Edit) -> Edit:
+    """One edit that does what all of them do together: deltas add up, interventions stand side by side.
+
+    Raises:
+        ValueError: edits of different base models.
+    """
+    if len({edit.base for edit in edits}) != 1:
+        raise ValueError("only edits of one base model can be composed")
+    deltas: dict[str, Delta] = {}
+    for edit in edits:
+        for name, delta in edit.deltas.items():
+            deltas[name] = _dense(deltas[name]) + _dense(delta) if name in deltas else delta
+    return Edit(
+        name="+".join(edit.name for edit in edits),
+        base=edits[0].base,
+        deltas=deltas,
+        interventions=tuple(i for edit in edits for i in edit.interventions),
+        recipe={"composed_of": [dict(edit.recipe) for edit in edits]},
+    )
+
+
+def require_empty(path: str | os.PathLike) -> Path:
+    """The folder as a Path if it can be written and is empty or absent.
+
+    Raises:
+        ValueError: a file, a folder with something in it, or a place that cannot be written.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output folder {str(folder)!r} exists and is not empty; name another or empty it")
+    parent = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"output folder {str(folder)!r} cannot be written: no permission in {str(parent)!r}")
+    return folder
+
+
+def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> float:
+    """Write the model as it is now to a Hugging Face folder, with a parity proof; see `Edit.export`."""
+    from transformers import AutoModelForCausalLM
+
+    folder = require_empty(path)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
+    try:
+        model.hf.save_pretrained(part, state_dict={k: v.detach() for k, v in model.held.items()})
+        model.tokenizer.save_pretrained(part)
+        plain = AutoModelForCausalLM.from_pretrained(part, dtype=model.dtype, attn_implementation="eager")
+        plain = plain.to(model.device).eval()
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randint(0, model.hf.config.vocab_size, (4, 12), generator=generator).to(model.device)
+        with torch.no_grad():
+            ours, theirs = model.logits(probe).float(), plain(probe).logits.float()
+        worst = (ours - theirs).abs().max().item()
+        bound = 32 * torch.finfo(model.dtype).eps * max(ours.abs().max().item(), 1.0)
+        if not worst <= bound:
+            raise RuntimeError(f"export to {str(folder)!r}: reloaded logits differ by {worst:.2e} (bound {bound:.1e})")
+        facts = {**card, "parity": {"max_abs_logit_difference": worst, "bound": bound, "dtype": str(model.dtype)}}
+        (part / "README.md").write_text(_card(model.name, facts))
+        part.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return worst
+
+
+def _card(name: str, facts: Mapping[str, Any]) -> str:
+    from importlib.metadata import version
+
+    packages = ("mech_unlearn", "torch", "transformers", "transformer-lens", "sae-lens")
+    facts = {**facts, "versions": {p: version(p) for p in packages}}
+    body = json.dumps(facts, indent=2, default=lambda x: dict(x) if isinstance(x, Mapping) else str(x))
+    return f"# {name}, edited with mech_unlearn\n\n```json\n{body}\n```\n"

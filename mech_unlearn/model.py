@@ -1,0 +1,283 @@
+"""A language model, ready to be looked into: the HF model, its TransformerBridge and its tokenizer.
+
+The only file that knows the quirks of TransformerBridge:
+
+* the HF parameters are held before the bridge is booted, because booting renames them; train through
+  `held`, edit through `held`, export from `held`;
+* weights are never processed (no folding, no centring), so they stay those of the HF checkpoint;
+* text is tokenized with the HF tokenizer, never by the bridge, which would prepend a second BOS;
+* transformer-lens 3.9 ignores an unknown hook name; `Model.resolve` refuses it and names the nearest.
+"""
+
+import copy
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mech_unlearn.core import Site
+
+Write = Callable[[Tensor], Tensor | None]
+"""Reads an activation and gives back its replacement, or None to leave it as it is."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model with held parameters, hooks by name and its own tokenizer.
+
+    Make one with `load`. The weights in `held` are live: writing to them in place changes the model.
+    """
+
+    name: str
+    hf: Any
+    bridge: Any
+    tokenizer: Any
+    held: dict[str, nn.Parameter]
+    """HF parameter name -> live parameter. Tied parameters appear once, under the first name."""
+    hf_paths: dict[int, str] = field(repr=False)
+    """id of an HF module -> its path before the bridge was booted."""
+    hf_hooks: dict[str, str] = field(repr=False)
+    """HF module path -> canonical hook name of its output."""
+
+    @property
+    def n_layers(self) -> int:
+        return self.bridge.cfg.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.bridge.cfg.d_model
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.held.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.held.values())).dtype
+
+    def hash(self) -> str:
+        """SHA-256 over the names, shapes, dtypes and bytes of every weight: the identity of the checkpoint."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.held.items()):
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(weight.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def resolve(self, name: str | Site) -> str:
+        """The canonical hook name for a `Site`, a TransformerLens alias or canonical name, or an HF module path.
+
+        Raises:
+            KeyError: the model has no such place; the message lists the nearest names that exist.
+        """
+        spelled = name.hook if isinstance(name, Site) else name
+        point = self.bridge.hook_dict.get(spelled)
+        if point is not None:
+            return point.name
+        if spelled in self.hf_hooks:
+            return self.hf_hooks[spelled]
+        near = difflib.get_close_matches(spelled, [*self.bridge.hook_dict, *self.hf_hooks], n=3, cutoff=0.5)
+        raise KeyError(
+            f"model {self.name!r} has no hook {spelled!r}; nearest: {', '.join(near) or 'none'} "
+            f"(layers 0..{self.n_layers - 1})"
+        )
+
+    @contextmanager
+    def hooks(self, *writes: tuple[str | Site, Write]) -> Iterator[None]:
+        """Run with functions attached to places; each may return a replacement for what it is given.
+
+        Raises:
+            KeyError: an unknown place (before anything runs).
+            RuntimeError: a function was never called although the block ended normally.
+        """
+        fired = [False] * len(writes)
+
+        def attach(i: int, write: Write):
+            def run(x: Tensor, hook: Any) -> Tensor | None:
+                fired[i] = True
+                return write(x)
+
+            return run
+
+        points = [(self.resolve(place), attach(i, write)) for i, (place, write) in enumerate(writes)]
+        with self.bridge.hooks(fwd_hooks=points):
+            yield
+        if not all(fired):
+            raise RuntimeError(f"hooks that never fired: {[points[i][0] for i, f in enumerate(fired) if not f]}")
+
+    def logits(self, ids: Int[Tensor, "batch pos"], mask: Tensor | None = None) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the plain forward pass. `mask` is the attention mask of a padded batch (1 = real token)."""
+        return self.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    def require_live(self, names: Iterable[str]) -> None:
+        """Check that these held weights are the ones the forward pass reads, after writing to them in place.
+
+        Architectures with one interleaved QKV matrix are read through split copies; those are brought up to date.
+
+        Raises:
+            RuntimeError: a parameter was replaced since loading, so that a write to it changes nothing.
+        """
+        names = list(names)
+        live = {k.replace("._original_component", ""): w for k, w in self.hf.named_parameters(remove_duplicate=False)}
+        for name in names:
+            if name in live and live[name].data_ptr() != self.held[name].data_ptr():
+                raise RuntimeError(f"weight {name!r} of {self.name!r} is a copy, not the live weight; load the model anew")
+        for block in self.bridge.blocks:
+            attention = getattr(block, "attn", None)
+            split = getattr(attention, "split_qkv_matrix", None)
+            path = self.hf_paths.get(id(getattr(attention, "original_component", None)))
+            if split is None or path is None or not any(name.startswith(f"{path}.") for name in names):
+                continue
+            with torch.no_grad():
+                parts = split(attention.original_component)
+                for part, fresh in zip((attention.q, attention.k, attention.v), parts, strict=True):
+                    for key, weight in part.original_component.named_parameters():
+                        if (new := getattr(fresh, key)).data_ptr() != weight.data_ptr():
+                            weight.copy_(new)
+
+    def plain_copy(self) -> Any:
+        """A second, unbooted HF model with these weights, for training: this model is never touched.
+
+        Train there and not here, because the bridge adds parameters that no checkpoint has (transformer-lens 3.9)
+        and reads copies of joint QKV matrices.
+        """
+        hf = type(self.hf)._from_config(self.hf.config, dtype=self.dtype, attn_implementation="eager")
+        hf.load_state_dict({k: w.detach() for k, w in self.held.items()}, strict=False)
+        hf.tie_weights()
+        return hf.to(self.device).eval()
+
+    def w_out(self, layer: int) -> tuple[str, bool]:
+        """Name in `held` of the matrix that writes the MLP's output, and whether it is stored [d_mlp, d_model].
+
+        Raises:
+            KeyError: no such layer, or an MLP without one output matrix (a mixture of experts).
+        """
+        if not 0 <= layer < self.n_layers:
+            raise KeyError(f"model {self.name!r} has no layer {layer}; layers 0..{self.n_layers - 1}")
+        pattern = re.compile(rf"(^|\.){layer}\.mlp\.(c_proj|down_proj|dense_4h_to_h|fc_out|fc2)\.weight$")
+        names = [name for name in self.held if pattern.search(name)]
+        if len(names) != 1:
+            raise KeyError(f"model {self.name!r}: found {len(names)} MLP output matrices in layer {layer}, need one")
+        return names[0], names[0].endswith("c_proj.weight") and self.hf.config.model_type == "gpt2"
+
+
+def _quiet_imports():
+    """Import TransformerBridge without the warnings that it makes of image processors it never uses."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    finally:
+        logging.set_verbosity(before)
+    return TransformerBridge
+
+
+def _boot(name: str, hf: Any, tokenizer: Any, device: torch.device) -> Any:
+    bridge_class = _quiet_imports()
+    # The bridge edits the tokenizer it is given and may reload it from a hub: it gets a copy that says it has a BOS.
+    clone = copy.deepcopy(tokenizer)
+    clone.init_kwargs |= {"name_or_path": name, "add_bos_token": True}
+    bridge = bridge_class.boot_transformers(name, hf_model=hf, tokenizer=clone, device=str(device))
+    if getattr(bridge, "_weights_processed", False):
+        raise RuntimeError(f"model {name!r}: the bridge folded its weights; edits and exports would be wrong")
+    return bridge
+
+
+def _module_hooks(bridge: Any, paths: dict[int, str]) -> dict[str, str]:
+    """HF module path -> canonical name of the hook on its output."""
+    places = {}
+    for point in bridge.hook_dict.values():
+        if point.name.endswith("hook_out"):
+            component = bridge.get_submodule(point.name.removesuffix(".hook_out"))
+            path = paths.get(id(getattr(component, "original_component", None)))
+            if path:
+                places[path] = point.name
+    return places
+
+
+def _read_checkpoint(source: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    local = Path(source).expanduser()
+    if local.exists() and not (local / "config.json").exists():
+        raise ValueError(f"model {source!r}: the folder holds no config.json; give a folder made by save_pretrained")
+    if not local.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ValueError(f"model {source!r}: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {source!r}: not a local folder, and not to be had from the hub ({str(error).splitlines()[0]})"
+        ) from error
+    remote = trust_remote_code and hasattr(config, "auto_map")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise ValueError(f"model {source!r} is a {config.model_type!r} model, not a causal language model")
+    hf, report = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        attn_implementation="eager",
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"model {source!r}: weights missing from the checkpoint: {sorted(report['missing_keys'])[:5]}")
+    return hf.to(device)
+
+
+def load(
+    source: Any,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a causal language model by hub id, local folder or as an in-memory HF model.
+
+    The model is put into evaluation mode and booted into a TransformerBridge without any processing of weights.
+    An in-memory model keeps its own device and dtype.
+
+    Raises:
+        ValueError: no such model, not a causal language model, no tokenizer, missing or non-finite weights.
+    """
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    in_memory = isinstance(source, PreTrainedModel)
+    name = (source.config.name_or_path or type(source).__name__) if in_memory else os.fspath(source)
+    if tokenizer is None:
+        if in_memory:
+            raise ValueError("an in-memory model needs its tokenizer: load(model, tokenizer=...)")
+        hf = _read_checkpoint(name, torch.device(device), dtype, trust_remote_code)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"model {name!r} has no tokenizer; save one into the folder or pass tokenizer=") from error
+    else:
+        hf = source if in_memory else _read_checkpoint(name, torch.device(device), dtype, trust_remote_code)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"model {name!r}: its tokenizer gives no character offsets; a fast tokenizer is needed")
+    hf.eval()
+    if not hf.config.architectures:
+        hf.config.architectures = [type(hf).__name__]  # the bridge picks its adapter by this name
+    # Booting wraps the modules in place; a model that was booted before still shows its parameters by their HF names.
+    held = getattr(hf, "_mech_unlearn_held", None) or dict(hf.named_parameters())
+    for key, weight in held.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"model {name!r}: weight {key!r} holds NaN or infinite values")
+    paths = getattr(hf, "_mech_unlearn_paths", None) or {id(module): path for path, module in hf.named_modules()}
+    object.__setattr__(hf, "_mech_unlearn_held", held)
+    object.__setattr__(hf, "_mech_unlearn_paths", paths)
+    bridge = _boot(name, hf, tokenizer, next(iter(held.values())).device)
+    return Model(name, hf, bridge, tokenizer, held, paths, _module_hooks(bridge, paths))

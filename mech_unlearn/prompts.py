@@ -1,0 +1,148 @@
+"""From facts and templates to token ids: subject spans by character offsets, answers, padding, buckets."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mech_unlearn.core import Fact
+
+Occurrence = Literal["first", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids of one text with the characters that each covers; special tokens cover none."""
+
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+
+def encode(tokenizer: Any, text: str) -> Encoding:
+    """Tokenize one text with the special tokens the HF tokenizer puts in front, and none behind it.
+
+    An EOS or SEP that the tokenizer appends is dropped: the text is a prompt that goes on.
+    """
+    out = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, offsets, special = out["input_ids"], out["offset_mapping"], out["special_tokens_mask"]
+    end = len(ids)
+    while end and special[end - 1] and any(not s for s in special[: end - 1]):
+        end -= 1
+    return Encoding(tuple(ids[:end]), tuple((0, 0) if s else tuple(o) for o, s in zip(offsets, special))[:end])
+
+
+def token_span(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
+    """Token positions [a, b) that cover the characters [start, end) of the encoded text.
+
+    Raises:
+        ValueError: no token covers these characters.
+    """
+    inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > start and b > a]
+    if not inside:
+        raise ValueError(f"no token covers characters {start}..{end}")
+    return inside[0], inside[-1] + 1
+
+
+def subject_spans(
+    tokenizer: Any, text: str, subject: str, occurrence: Occurrence = "last"
+) -> tuple[tuple[int, int], ...]:
+    """Token spans [a, b) of a subject in an unpadded text: its first, last or all occurrences.
+
+    Raises:
+        ValueError: the subject does not occur in the text.
+    """
+    starts = []
+    at = text.find(subject)
+    while at >= 0:
+        starts.append(at)
+        at = text.find(subject, at + 1)
+    if not starts:
+        raise ValueError(f"subject {subject!r} not found in prompt {text!r}")
+    chosen = {"first": starts[:1], "last": starts[-1:], "all": starts}[occurrence]
+    encoding = encode(tokenizer, text)
+    return tuple(token_span(encoding, start, start + len(subject)) for start in chosen)
+
+
+@dataclass(frozen=True)
+class Query:
+    """One prompt, tokenized, with its candidate answers; the first candidate is the true one."""
+
+    prompt: tuple[int, ...]
+    span: tuple[int, int]
+    """Subject tokens [a, b) in the unpadded prompt."""
+    answers: tuple[tuple[int, ...], ...]
+    fact: Fact
+    template: str
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """Prompt and true answer."""
+        return self.prompt + self.answers[0]
+
+
+def make_query(tokenizer: Any, fact: Fact, template: str, subject: str | None = None) -> Query:
+    """Tokenize a fact's prompt and candidates jointly, so that token merges across the border are those of the text.
+
+    Args:
+        subject: put this name in the slot instead of the fact's own subject.
+
+    Raises:
+        ValueError: a candidate's first token also covers the end of the prompt.
+    """
+    name = fact.subject if subject is None else subject
+    slot = template.index("{}")
+    text = template.replace("{}", name)
+    encoding = encode(tokenizer, text)
+    prompt = encoding.ids
+    joint = text if text.endswith((" ", "\n")) else text + " "
+    answers = []
+    for answer in (fact.object, *fact.distractors):
+        both = encode(tokenizer, joint + answer)
+        if both.ids[: len(prompt)] != prompt or len(both.ids) == len(prompt):
+            raise ValueError(
+                f"fact {fact.id!r}: the tokens of {answer!r} merge with the end of the prompt {text!r}; "
+                "end the prompt in a full word"
+            )
+        answers.append(both.ids[len(prompt) :])
+    return Query(prompt, token_span(encoding, slot, slot + len(name)), tuple(answers), fact, template)
+
+
+def make_queries(
+    tokenizer: Any, facts: Sequence[Fact], which: Literal["templates", "prompt", "heldout"] = "templates"
+) -> tuple[Query, ...]:
+    """One query per fact and phrasing: all that a method may see, the main prompt only, or the held-out ones."""
+    choose = {"templates": lambda f: f.templates, "prompt": lambda f: (f.prompt,), "heldout": lambda f: f.heldout}
+    return tuple(make_query(tokenizer, fact, template) for fact in facts for template in choose[which](fact))
+
+
+def pad(
+    rows: Sequence[Sequence[int]], fill: int, side: Literal["left", "right"] = "right"
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
+    """Padded ids, attention mask (1 = real token), and how far each row was shifted to the right.
+
+    Add the shift to a span of the unpadded prompt to get the span in the padded batch.
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    shifts = torch.zeros(len(rows), dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = width - len(row) if side == "left" else 0
+        ids[i, at : at + len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, at : at + len(row)] = 1
+        shifts[i] = at
+    return ids, mask, shifts
+
+
+def buckets(rows: Sequence[Sequence[int]], max_tokens: int = 8192) -> Iterator[list[int]]:
+    """Indices of rows of equal length, at most `max_tokens` tokens together: batches that need no padding."""
+    by_length: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(i)
+    for length, members in sorted(by_length.items()):
+        size = max(1, max_tokens // max(length, 1))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
