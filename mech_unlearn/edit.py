@@ -5,12 +5,13 @@ bit-identical; `with edit.on(model)` is the only apply in the package. Leaving i
 because adding a delta and subtracting it again is not the identity in floating point.
 """
 
+import difflib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.model import Model
+from mech_unlearn.model import Model, load
 
 
 class Method(Protocol):
@@ -94,8 +95,6 @@ class Edit:
     def _check(self, model: Model) -> None:
         if getattr(model.bridge, "_weights_processed", False):
             raise RuntimeError(f"edit {self.name!r}: the weights of {model.name!r} were folded; load the model anew")
-        import difflib
-
         for name, delta in self.deltas.items():
             if name not in model.held:
                 near = difflib.get_close_matches(name, model.held, n=3)
@@ -124,27 +123,13 @@ class Edit:
                     wanted = (saved[name].float() + _dense(delta).to(saved[name].device)).to(saved[name].dtype)
                     model.held[name].copy_(wanted)
             model.require_live(self.deltas)
-            with ExitStack() as stack:
-                self._attach(model, stack)
+            with _attached(self.interventions, model):
                 yield model
         finally:
             with torch.no_grad():
                 for name, weight in saved.items():
                     model.held[name].copy_(weight)
             model.require_live(self.deltas)
-
-    def _attach(self, model: Model, stack: ExitStack) -> None:
-        if not self.interventions:
-            return
-        seen: dict[str, Tensor] = {}
-
-        def remember(module: Any, args: tuple, kwargs: dict) -> None:
-            seen["ids"] = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-
-        handle = model.hf.register_forward_pre_hook(remember, with_kwargs=True)
-        stack.callback(handle.remove)
-        writes = [(i.site, lambda x, i=i: i(x, seen["ids"])) for i in self.interventions]
-        stack.enter_context(model.hooks(*writes))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, atomically; settings and names travel in its JSON header."""
@@ -221,6 +206,41 @@ class Edit:
             raise ValueError(f"edit {self.name!r} changes activations, which no checkpoint can hold; use a weight edit")
         with self.on(model):
             return export(model, path, {"edit": self.name, "base": self.base, "recipe": self.recipe, **(card or {})})
+
+
+@contextmanager
+def _attached(interventions: Sequence[Shift], model: Model) -> Iterator[None]:
+    """Interventions in force: each sees the activation and the token ids of the running forward pass."""
+    if not interventions:
+        yield
+        return
+    seen: dict[str, Tensor] = {}
+
+    def remember(module: Any, args: tuple, kwargs: dict) -> None:
+        seen["ids"] = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+
+    writes = [(i.site, lambda x, i=i: i(x, seen["ids"])) for i in interventions]
+    handle = model.hf.register_forward_pre_hook(remember, with_kwargs=True)
+    model.active.extend(interventions)
+    try:
+        with model.hooks(*writes):
+            yield
+    finally:
+        handle.remove()
+        for intervention in interventions:
+            model.active.remove(intervention)
+
+
+@contextmanager
+def clone(model: Model) -> Iterator[Model]:
+    """A second Model with the same weights and the same interventions in force, free to be trained or rounded.
+
+    Weights written by an edit that is in force are copied with the rest. Training the clone goes through
+    `clone.hf` and `clone.held`.
+    """
+    copy = load(model.plain_copy(), tokenizer=model.tokenizer)
+    with _attached(tuple(model.active), copy):
+        yield copy
 
 
 def compose(*edits: Edit) -> Edit:

@@ -47,6 +47,8 @@ class Model:
     """id of an HF module -> its path before the bridge was booted."""
     hf_hooks: dict[str, str] = field(repr=False)
     """HF module path -> canonical hook name of its output."""
+    active: list[Any] = field(default_factory=list, repr=False)
+    """Activation interventions in force now; kept by `mech_unlearn.edit`, so that a clone can carry them too."""
 
     @property
     def n_layers(self) -> int:
