@@ -14,6 +14,7 @@ from typing import Any
 from mech_unlearn.core import Fact
 
 _LISTS = ("aliases", "paraphrases", "heldout", "distractors")
+_STRINGS = dict.fromkeys(("id", "subject", "relation", "object", "prompt"), False) | {"kind": True, "group": True}
 _FIELDS = tuple(f.name for f in fields(Fact) if f.name != "extra")
 
 
@@ -33,9 +34,10 @@ def fact_from_json(row: Any, default_id: str) -> Fact:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"field {key!r} must be a list of strings, found {value!r}")
         known[key] = tuple(value)
-    for key in ("kind", "group"):
-        if not isinstance(known.get(key), str | None):
-            raise ValueError(f"field {key!r} must be a string, found {known[key]!r}")
+    for key, optional in _STRINGS.items():
+        value = known.get(key)
+        if not (isinstance(value, str) or (optional and value is None)):
+            raise ValueError(f"field {key!r} must be a {'' if optional else 'non-empty '}string, found {value!r}")
     return Fact(**known, extra={key: value for key, value in row.items() if key not in _FIELDS})
 
 

@@ -1,0 +1,227 @@
+"""`mech-unlearn ...`: a thin command line over the package.
+
+Progress goes to stderr, one short table (or one JSON object with --json) to stdout. Exit status: 0 on success, 2 on a
+user's mistake with one line that names it, 1 on anything else. Slow imports stay inside the commands.
+"""
+
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Locate, remove and prove: mechanistic unlearning of facts in language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+testbed_app = typer.Typer(help="Small worlds where the truth is known.", no_args_is_help=True)
+app.add_typer(testbed_app, name="testbed")
+
+World = Annotated[str, typer.Option(help="biographies (fictitious people) or wikidata (real facts)")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")]
+Device = Annotated[str, typer.Option(help="torch device of the models")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+
+
+class Kind(str, Enum):
+    methods = "methods"
+    locators = "locators"
+    tests = "tests"
+    datasets = "datasets"
+    worlds = "worlds"
+
+
+@app.command()
+def demo(
+    world: World = "biographies",
+    out: Annotated[Path, typer.Option(help="run directory")] = Path("runs/demo"),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The main job on an embedded testbed: locate, remove, prove."""
+    from mech_unlearn.demo import run_demo
+
+    _show(run_demo(world, out, seed=seed), out, as_json)
+
+
+@app.command()
+def locate(
+    model: Annotated[str, typer.Option(help="hub id or folder")],
+    facts: Annotated[Path, typer.Option(help="facts file, one JSON object per line")],
+    how: Annotated[str, typer.Option(help="one of `mech-unlearn list locators`")],
+    out: Annotated[Path, typer.Option(help="run directory")] = Path("runs/locate"),
+    unknown: Annotated[Path | None, typer.Option(help="names of unknown entities, one per line")] = None,
+    sae: Annotated[str | None, typer.Option(help="SAE folder or release/id; one is trained when not given")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Find where facts live; writes attribution.json and a figure."""
+    from mech_unlearn.commands import run_locate
+
+    result = run_locate(model, facts, how, out, unknown=unknown, sae=sae, device=device, dtype=dtype, seed=seed)
+    if as_json:
+        print(json.dumps(result.to_json()))
+        return
+    print(f"{result.name}: {result.unit}, n = {result.n}; largest:")
+    for labels, value in result.top(8):
+        print(f"  {'  '.join(f'{axis} {label}' for axis, label in labels.items()):40} {value:.4f}")
+    print(f"written to {out}")
+
+
+@app.command()
+def unlearn(
+    model: Annotated[str, typer.Option(help="hub id or folder")],
+    forget: Annotated[Path, typer.Option(help="facts to forget, one JSON object per line")],
+    retain: Annotated[Path, typer.Option(help="facts to keep, one JSON object per line")],
+    method: Annotated[str, typer.Option(help="one of `mech-unlearn list methods`")],
+    out: Annotated[Path, typer.Option(help="folder for edit.safetensors and the exported model")],
+    setting: Annotated[list[str] | None, typer.Option("--set", help="setting of the method, key=value")] = None,
+    unknown: Annotated[Path | None, typer.Option(help="names of unknown entities, one per line")] = None,
+    texts: Annotated[Path | None, typer.Option(help="retain text, one passage per line")] = None,
+    sae: Annotated[str | None, typer.Option(help="SAE folder or release/id; one is trained when needed")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Remove facts: writes the edit, and the edited model as a Hugging Face folder with a parity proof."""
+    from mech_unlearn.commands import run_unlearn
+
+    result = run_unlearn(
+        model,
+        forget,
+        retain,
+        method,
+        out,
+        settings=setting or [],
+        unknown=unknown,
+        texts=texts,
+        sae=sae,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key in ("forget_recall", "heldout_recall", "neighbor_recall", "general_kl"):
+        before, after = result["before"][key], result["after"][key]
+        if after is not None:
+            print(f"{key:16} {before['value']:.3f} -> {after['value']:.3f}  (n = {after['n']}, {after['unit']})")
+    print(f"written to {out}: {', '.join(result['files'])}")
+
+
+@app.command()
+def audit(
+    full: Annotated[str, typer.Option(help="model before unlearning: hub id or folder")],
+    unlearned: Annotated[str, typer.Option(help="model after unlearning: hub id or folder")],
+    facts: Annotated[Path, typer.Option(help="the facts that were to be forgotten")],
+    out: Annotated[Path, typer.Option(help="run directory")] = Path("runs/audit"),
+    retrained: Annotated[list[str] | None, typer.Option(help="model trained without the facts; repeat for more")] = None,
+    retain: Annotated[Path | None, typer.Option(help="facts that were to stay: health of the model")] = None,
+    sae: Annotated[str | None, typer.Option(help="SAE of the full model: folder or release/id")] = None,
+    tests: Annotated[str, typer.Option(help="core, all, or names from `mech-unlearn list tests`, comma-separated")] = "core",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Deleted or only suppressed? Restoration tests on any before/after pair of checkpoints."""
+    from mech_unlearn.commands import run_audit
+
+    summary = run_audit(
+        full,
+        unlearned,
+        facts,
+        out,
+        retrained=retrained or [],
+        retain=retain,
+        sae=sae,
+        tests=tests,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    _show(summary, out, as_json)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+    """(Re)draw figures and report.html of a finished run."""
+    from mech_unlearn.demo import draw_figures
+    from mech_unlearn.report import write_report
+
+    if (folder / "summary.json").is_file():
+        draw_figures(folder)
+    print(write_report(folder))
+
+
+@app.command("list")
+def list_kind(kind: Annotated[Kind, typer.Argument()], as_json: Json = False) -> None:
+    """What there is, each with its paper."""
+    from mech_unlearn.commands import listing
+
+    rows = listing(kind.value)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(f"{row['name']:20} {row['summary']}" + (f"  [{row['paper']}]" if row["paper"] else ""))
+
+
+@testbed_app.command()
+def build(
+    out: Annotated[Path, typer.Option(help="folder for the world; finished models in it are kept")],
+    world: World = "biographies",
+    only: Annotated[str | None, typer.Option(help="base, full, retrained_0, retrained_1, ... or saes")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Train the models of a world from scratch: full, retrained and the SAEs."""
+    from mech_unlearn.testbed.build import build as build_world
+
+    build_world(world, out, seed=seed, only=only)
+    print(f"written to {out}")
+
+
+def _show(summary: dict[str, Any], out: Path, as_json: bool) -> None:
+    from mech_unlearn.report import print_table
+
+    if as_json:
+        print(json.dumps(summary))
+        return
+    captions = Path(out) / "captions.json"
+    note = json.loads(captions.read_text(encoding="utf-8"))["note"] if captions.is_file() else ""
+    print_table(summary["rows"], f"{note}\n{summary['seconds']} s; figures, verdicts and report.html in {out}")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with status 2 and one line, without a traceback."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own usage errors; their class moved between versions
+            _fail(error.format_message())
+        if not isinstance(error, ValueError | KeyError) or os.environ.get("MECH_UNLEARN_DEBUG"):
+            raise
+        _fail(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
+
+
+def _fail(message: str) -> None:
+    if message.strip():
+        print("error:", *message.split(), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

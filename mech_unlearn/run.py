@@ -1,0 +1,126 @@
+"""A run directory: what was asked, what it ran on, and each result as soon as it exists.
+
+    spec.yaml        what was asked; the same command on the same folder goes on where it stopped
+    provenance.json  versions, git commit, model and data hashes, seed, device
+    cells/*.json     one finished audit each (row, records, verdicts); never computed twice
+    results.jsonl    one record per model x test x fact
+    summary.json     the table; verdicts.json: one entry per fact and model
+    figures/*.png    report.html
+"""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mech_unlearn.core import Fact
+
+PACKAGES = ("mech_unlearn", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "scikit-learn")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically; NaN and infinity become null, since JSON has neither."""
+    write_atomic(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if data == data and abs(data) != float("inf") else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data
+
+
+def data_hash(facts: Iterable[Fact]) -> str:
+    """SHA-256 over the facts in order: the identity of the data."""
+    from mech_unlearn.data.jsonl import fact_to_json
+
+    lines = (json.dumps(fact_to_json(fact), sort_keys=True, ensure_ascii=False) for fact in facts)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def provenance(hashes: Mapping[str, str], seed: int, device: str) -> dict[str, Any]:
+    """Versions, git commit (None outside a checkout), machine, and the hashes that the caller names."""
+    root = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "versions": {package: version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "git": commit.stdout.strip() or None,
+        "hashes": dict(hashes),
+        "seed": seed,
+        "device": device,
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run directory."""
+
+    folder: Path
+    spec: Mapping[str, Any]
+    started: float = field(default_factory=time.monotonic)
+
+    def cell(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The result of one unit of work: read if it is there, else computed and written."""
+        path = self.folder / "cells" / f"{name}.json"
+        if not path.exists():
+            write_json(path, {**compute()})
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def finish(self, command: str, world: str | None, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Write results.jsonl, verdicts.json and summary.json from the finished cells; gives the summary back."""
+        records = [record for cell in cells for record in cell["records"]]
+        lines = (json.dumps(_finite(r), ensure_ascii=False) + "\n" for r in records)
+        write_atomic(self.folder / "results.jsonl", "".join(lines))
+        write_json(self.folder / "verdicts.json", {cell["row"]["name"]: cell["verdicts"] for cell in cells})
+        summary = {
+            "command": command,
+            "world": world,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "rows": [cell["row"] for cell in cells],
+        }
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+
+def open_run(out: str | os.PathLike, spec: Mapping[str, Any]) -> Run:
+    """Make a run directory, or open the one that the same spec began.
+
+    Raises:
+        ValueError: the folder holds something else, or cannot be written.
+    """
+    from mech_unlearn.edit import require_empty
+
+    folder = Path(out)
+    asked = json.loads(json.dumps(dict(spec)))
+    begun = folder / "spec.yaml"
+    if begun.is_file():
+        if yaml.safe_load(begun.read_text(encoding="utf-8")) != asked:
+            raise ValueError(f"output folder {str(folder)!r} holds a run of another spec; name another folder")
+        return Run(folder, asked)
+    require_empty(folder).mkdir(parents=True, exist_ok=True)
+    write_atomic(begun, yaml.safe_dump(asked, sort_keys=False))
+    return Run(folder, asked)

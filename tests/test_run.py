@@ -1,0 +1,69 @@
+"""A run directory goes on where it stopped, never half-written, and refuses a folder that is not its own."""
+
+import json
+
+import pytest
+
+from mech_unlearn.run import data_hash, open_run, write_json
+
+ROW = {"name": "full", "verdicts": None}
+
+
+def test_a_finished_cell_is_never_computed_again(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"row": ROW, "records": [{"test": "uds"}], "verdicts": []}
+
+    for _ in range(2):
+        cell = open_run(tmp_path / "run", {"command": "demo", "seed": 0}).cell("full", compute)
+    assert calls == [1] and cell["records"] == [{"test": "uds"}]
+
+
+def test_an_interrupted_cell_leaves_nothing_and_is_computed_again(tmp_path):
+    run = open_run(tmp_path / "run", {"seed": 0})
+
+    def broken():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.cell("full", broken)
+    assert not (run.folder / "cells").exists()
+    assert run.cell("full", lambda: {"row": ROW})["row"] == ROW
+
+
+def test_another_spec_in_the_same_folder_is_refused(tmp_path):
+    open_run(tmp_path / "run", {"seed": 0})
+    with pytest.raises(ValueError, match="another spec"):
+        open_run(tmp_path / "run", {"seed": 1})
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not empty"):
+        open_run(tmp_path, {"seed": 0})
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_summary_holds_the_rows_and_every_record_is_one_line(tmp_path):
+    run = open_run(tmp_path / "run", {"seed": 0})
+    cells = [{"row": ROW, "records": [{"x": 1.0}, {"x": float("nan")}], "verdicts": [{"fact_id": "a"}]}]
+    summary = run.finish("demo", "biographies", cells)
+    assert summary == json.loads((run.folder / "summary.json").read_text())
+    assert summary["rows"] == [ROW] and summary["peak_rss_mib"] > 0
+    lines = (run.folder / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"x": 1.0}, {"x": None}]
+    assert json.loads((run.folder / "verdicts.json").read_text()) == {"full": [{"fact_id": "a"}]}
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [float("inf"), 1.5], "b": {"c": float("nan")}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, 1.5], "b": {"c": None}}
+
+
+def test_the_data_hash_changes_with_any_fact(tiny_sets):
+    forget, retain = tiny_sets
+    assert data_hash(forget.facts) == data_hash(forget.facts)
+    assert data_hash(forget.facts) != data_hash(forget.facts[1:])
+    assert data_hash(forget.facts) != data_hash(retain.facts)
