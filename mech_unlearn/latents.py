@@ -1,0 +1,339 @@
+"""Sparse autoencoders through sae-lens, and what their latents say about entities.
+
+Load, train and save SAEs in sae-lens's own formats; measure how well one explains a model (FVU), whether it still
+explains an edited one, and which latents tell entities the model knows from entities it does not know.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mech_unlearn.capture import stream
+from mech_unlearn.core import Attribution, Entity, Site
+from mech_unlearn.model import Model
+from mech_unlearn.prompts import encode
+
+TRANSFER_BOUND = 1.5
+"""An SAE whose FVU on another model exceeds this multiple of its FVU on its own model is out of its domain there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sae:
+    """An SAE of sae-lens tied to a site of a model, in float32 on the model's device.
+
+    Splice changes of latents as a delta, `h + decode(new) - decode(old)`, so that what the SAE cannot explain
+    (`h - reconstruct(h)`, the error term) is kept. For SAEs that normalise each activation (`layer_norm`,
+    `constant_norm_rescale`) sae-lens decodes with the scale of the last `encode`.
+    """
+
+    site: Site
+    sae: Any
+    centered: bool = False
+    """The SAE was trained on a residual stream whose mean over d_model is subtracted (TransformerLens's
+    `center_writing_weights`); `encode` subtracts it and `reconstruct` puts it back."""
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """Activations of the latents, zero where inactive."""
+        x = x.float()
+        return self.sae.encode(x - x.mean(-1, keepdim=True) if self.centered else x)
+
+    def decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
+        """The activation that these latents stand for."""
+        return self.sae.decode(acts)
+
+    def reconstruct(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The part of an activation that the SAE explains; `x - reconstruct(x)` is the error term."""
+        out = self.decode(self.encode(x))
+        return out + x.float().mean(-1, keepdim=True) if self.centered else out
+
+    @property
+    def w_dec(self) -> Float[Tensor, "d_sae d_model"]:
+        """Decoder directions, one row per latent, as stored (not normalised)."""
+        return self.sae.W_dec
+
+    @property
+    def d_sae(self) -> int:
+        return self.sae.cfg.d_sae
+
+    @property
+    def mean_l0(self) -> float:
+        """Latents active per token: k of a TopK SAE, else the mean that sae-lens stored at the end of training.
+
+        Raises:
+            ValueError: the SAE has neither; measure it on tokens of your own.
+        """
+        k = getattr(self.sae.cfg, "k", None)
+        value = k if k is not None else self.sae.cfg.metadata.l0
+        if value is None:
+            raise ValueError(f"the SAE at {self.site} does not say how many latents are active per token; measure it")
+        return float(value)
+
+
+def _site_of(sae: Any, model: Model) -> Site | None:
+    """The site that the SAE's metadata names, if it names one that `Site` can spell."""
+    name = sae.cfg.metadata.hook_name
+    kinds = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post")
+    sites = (Site(layer, kind) for layer in range(model.n_layers) for kind in kinds)
+    if not name:
+        return None
+    for site in sites:
+        if name in (site.hook, model.resolve(site)):
+            return site
+    raise ValueError(f"the SAE was trained at {name!r}, which is no site of {model.name!r} ({model.n_layers} layers)")
+
+
+def _tie(sae: Any, model: Model, site: Site | None, source: str) -> Sae:
+    named = _site_of(sae, model)
+    if site is None and named is None:
+        raise ValueError(f"SAE {source!r} does not say where it was trained; pass site=Site(layer, kind)")
+    site = site or named
+    assert site is not None
+    try:
+        hook = model.resolve(site)
+    except KeyError as error:
+        raise ValueError(f"SAE {source!r}: {error.args[0]}") from error
+    if named is not None and model.resolve(named) != hook:
+        raise ValueError(f"SAE {source!r} was trained at {named}, not at {site}")
+    width = model.held[model.w_out(site.layer)[0]].numel() // model.d_model if site.kind == "mlp_post" else model.d_model
+    if sae.cfg.d_in != width:
+        raise ValueError(f"SAE {source!r} reads {sae.cfg.d_in} dimensions, {site} of {model.name!r} has {width}")
+    for name, weight in sae.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"SAE {source!r}: weight {name!r} holds NaN or infinite values")
+    sae.to(device=model.device, dtype=torch.float32).eval().requires_grad_(False)
+    kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+    return Sae(site, sae, centered=bool(kwargs.get("center_writing_weights", False)))
+
+
+def load_sae(source: str | os.PathLike, model: Model, site: Site | None = None) -> Sae:
+    """Load an SAE from a folder that sae-lens wrote, or a pretrained one as "release/sae_id", and tie it to a site.
+
+    A release is a name of sae-lens's directory ("gemma-scope-2b-pt-res-canonical/layer_9/width_16k/canonical") or a
+    hub repository ("owner/name/sae_id").
+
+    Args:
+        site: where to use it; by default the place its metadata names.
+
+    Raises:
+        ValueError: no such SAE, another width or layer than the model's, trained at another place than `site`,
+            weights that are not finite.
+    """
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    text, folder = os.fspath(source), Path(source).expanduser()
+    if folder.exists():
+        if not (folder / "cfg.json").is_file():
+            raise ValueError(f"SAE {text!r}: the folder holds no cfg.json; give one written by sae-lens or save_sae")
+        try:
+            sae = SAE.load_from_disk(folder, device=str(model.device), dtype="float32")
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"SAE {text!r} cannot be read by sae-lens: {error}") from error
+        return _tie(sae, model, site, text)
+    parts = text.split("/")
+    release = parts[:1] if parts[0] in get_pretrained_saes_directory() else parts[:2]
+    if text.startswith((".", "/", "~")) or len(parts) <= len(release):
+        raise ValueError(f"SAE {text!r}: no such folder, and not of the form release/sae_id")
+    try:
+        sae = SAE.from_pretrained("/".join(release), "/".join(parts[len(release) :]), device=str(model.device))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"SAE {text!r}: sae-lens cannot load it ({str(error).splitlines()[0]})") from error
+    return _tie(sae, model, site, text)
+
+
+def save_sae(sae: Sae, folder: str | os.PathLike) -> None:
+    """Write the SAE as sae-lens does: cfg.json and sae_weights.safetensors."""
+    sae.sae.save_model(Path(folder))
+
+
+def _rows(model: Model, texts: Sequence[str], context: int) -> list[tuple[int, ...]]:
+    ids = [encode(model.tokenizer, text).ids for text in texts]
+    return [row[i : i + context] for row in ids for i in range(0, len(row), context)]
+
+
+def _ordinary(model: Model, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Positions of each row that hold no special token: BOS states are outliers that no SAE should be judged by."""
+    special = set(model.tokenizer.all_special_ids)
+    return [tuple(i for i, token in enumerate(row) if token not in special) for row in rows]
+
+
+def _pools(
+    model: Model, rows: list[tuple[int, ...]], site: Site, limit: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Endless pools of at most about `limit` states; when all fit into one pool, they are computed only once."""
+
+    def pool(chosen: list[tuple[int, ...]]) -> Tensor:
+        parts = [part.at[site].float() for part in stream(model, chosen, [site], _ordinary(model, chosen))]
+        return torch.cat(parts)
+
+    if sum(map(len, rows)) <= limit:
+        yield from itertools.repeat(pool(rows))
+    while True:
+        chosen: list[tuple[int, ...]] = []
+        for i in torch.randperm(len(rows), generator=generator).tolist():
+            chosen.append(rows[i])
+            if sum(map(len, chosen)) >= limit:
+                yield pool(chosen)
+                chosen = []
+        if chosen:
+            yield pool(chosen)
+
+
+def _batches(pools: Iterator[Tensor], size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    left = None
+    for pool in pools:
+        mixed = pool[torch.randperm(len(pool), generator=generator)]
+        left = mixed if left is None else torch.cat([left, mixed])
+        while len(left) >= size:
+            yield left[:size]
+            left = left[size:]
+
+
+def train_sae(
+    model: Model,
+    texts: Sequence[str],
+    site: Site,
+    *,
+    d_sae: int,
+    k: int,
+    training_tokens: int = 1_000_000,
+    batch_size: int = 2048,
+    lr: float = 1e-3,
+    context: int = 512,
+    buffer_tokens: int = 131_072,
+    seed: int = 0,
+) -> Sae:
+    """Train a TopK SAE on the model's own activations with sae-lens's trainer (arXiv 2406.04093).
+
+    The activations are computed by us, once if all texts fit into `buffer_tokens`, and cycled through in a new order
+    each time; special tokens are left out. sae-lens scales them to a mean norm of sqrt(d_in) and folds the scale into
+    the weights at the end. The learning rate decays linearly to a tenth over the last fifth. No files, no logging.
+
+    Args:
+        texts: running text; it should hold the entities whose latents are wanted.
+        training_tokens: tokens seen in all, repeats counted.
+        context: texts longer than this many tokens are cut into pieces.
+        buffer_tokens: activations held at a time; peak memory is about three times as many float32 rows.
+
+    Raises:
+        ValueError: no text with an ordinary token, fewer training tokens than a batch, k outside of 1..d_sae.
+    """
+    from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    rows = _rows(model, texts, context)
+    if not any(_ordinary(model, rows)):
+        raise ValueError("no text with an ordinary token: the SAE has nothing to be trained on")
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k={k} active latents of d_sae={d_sae}: choose 1 <= k <= d_sae")
+    if training_tokens < batch_size:
+        raise ValueError(f"training_tokens={training_tokens} is less than one batch of {batch_size}")
+    generator = torch.Generator().manual_seed(seed)
+    batches = _batches(_pools(model, rows, site, buffer_tokens, generator), batch_size, generator)
+    first = next(batches)
+    steps = training_tokens // batch_size
+    metadata = SAEMetadata(
+        model_name=model.name,
+        hook_name=site.hook,
+        model_class_name="TransformerBridge",
+        trained_with="mech_unlearn",
+        model_hash=model.hash(),
+        training_tokens=training_tokens,
+        seed=seed,
+    )
+    device = str(model.device)
+    config = TopKTrainingSAEConfig(
+        d_in=first.shape[1], d_sae=d_sae, k=k, device=device, dtype="float32", metadata=metadata,
+        normalize_activations="expected_average_only_in",
+    )  # fmt: skip
+    trainer_config = SAETrainerConfig(
+        total_training_samples=steps * batch_size, train_batch_size_samples=batch_size, device=device,
+        lr=lr, lr_end=lr / 10, lr_decay_steps=steps // 5, lr_warm_up_steps=min(50, steps // 10),
+        dead_feature_window=max(20, min(1000, steps // 10)), feature_sampling_window=steps + 1,
+        n_batches_for_norm_estimate=min(20, steps), logger=LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(seed)
+        trained = TopKTrainingSAE(config)
+        SAETrainer(trainer_config, trained, itertools.chain([first], batches)).fit()
+        weights = trained.state_dict()
+        trained.process_state_dict_for_saving_inference(weights)
+        sae = SAE.from_dict(trained.cfg.get_inference_sae_cfg_dict() | {"metadata": trained.cfg.metadata.to_dict()})
+    sae.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()})
+    return _tie(sae, model, site, f"trained at {site}")
+
+
+@torch.no_grad()
+def fvu(model: Model, sae: Sae, rows: Sequence[Sequence[int]]) -> float:
+    """Fraction of variance unexplained, sum ||h - h^||^2 / sum ||h - mean h||^2, over all ordinary tokens of the rows.
+
+    Sums in float64; special tokens (BOS) are left out. Rows are token ids.
+
+    Raises:
+        ValueError: fewer than two ordinary tokens, or states that do not vary.
+    """
+    error, square, total, count = 0.0, 0.0, torch.zeros(1, dtype=torch.float64), 0
+    for part in stream(model, rows, [sae.site], _ordinary(model, rows)):
+        h = part.at[sae.site].to(model.device).float()
+        error += (h - sae.reconstruct(h)).double().square().sum().item()
+        square += h.double().square().sum().item()
+        total = total + h.double().sum(0).cpu()
+        count += len(h)
+    variance = square - total.square().sum().item() / max(count, 1)
+    if count < 2 or variance <= 0:
+        raise ValueError(f"FVU needs states that vary; got {count} ordinary tokens")
+    return error / variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Whether an SAE of one model still explains another."""
+
+    fvu_full: float
+    fvu_other: float
+
+    @property
+    def valid(self) -> bool:
+        """False (flag `sae_ood`) when FVU on the other model is more than 1.5 times that on the full one."""
+        return self.fvu_other <= TRANSFER_BOUND * self.fvu_full
+
+
+def sae_still_valid(full: Model, other: Model, sae: Sae, rows: Sequence[Sequence[int]]) -> Transfer:
+    """FVU of an SAE on the model it was made for and on another (edited, unlearned) one, same rows."""
+    return Transfer(fvu_full=fvu(full, sae, rows), fvu_other=fvu(other, sae, rows))
+
+
+def entity_states(
+    model: Model, entities: Sequence[Entity], templates: Sequence[str], site: Site
+) -> Float[Tensor, "entity context d_model"]:
+    """Activations at the last token of each name, in each template cut right after the name's slot.
+
+    Templates that become equal when cut count once. On the CPU.
+
+    Raises:
+        ValueError: no entity, no template, or a template without exactly one {}.
+    """
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"template {template!r} must hold exactly one {{}} for the entity")
+    prefixes = list(dict.fromkeys(template.split("{}")[0] for template in templates))
+    if not prefixes or not entities:
+        raise ValueError(f"{len(entities)} entities and {len(templates)} templates: give at least one of each")
+    rows = [encode(model.tokenizer, prefix + entity.name).ids for entity in entities for prefix in prefixes]
+    return last_states(model, rows, site).unflatten(0, (len(entities), len(prefixes)))
+
+
+def last_states(model: Model, rows: Sequence[Sequence[int]], site: Site) -> Float[Tensor, "row d_model"]:
+    """Activations at the last token of each row, in the order of the rows, on the CPU."""
+    parts = list(stream(model, rows, [site], "last"))
+    order = torch.cat([part.index[:, 0] for part in parts]).argsort()
+    return torch.cat([part.at[site] for part in parts])[order]
