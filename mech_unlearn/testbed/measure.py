@@ -1,0 +1,206 @@
+"""What a model of a world knows, and where it keeps it: recall, interchange, causal tracing, knownness.
+
+Everything is measured on the plain forward pass, without any mask.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import Entity, Fact, Measurement, Site
+from mech_unlearn.model import Model
+from mech_unlearn.prompts import Query, buckets, encode, make_queries, make_query, token_span
+from mech_unlearn.scoring import score
+
+Place = Literal["last", "span", "end"]
+PLACES: tuple[Place, ...] = ("last", "span", "end")
+
+
+def share(hits: int, n: int, unit: str) -> Measurement:
+    """A share of n with its 95 % Wilson score interval (Wilson 1927, JASA 22:209)."""
+    if n == 0:
+        raise ValueError(f"no cases to take the share of ({unit})")
+    z = 1.959964
+    centre, spread = (hits + z * z / 2), z * (hits * (n - hits) / n + z * z / 4) ** 0.5
+    return Measurement(
+        value=hits / n, ci=((centre - spread) / (n + z * z), (centre + spread) / (n + z * z)), n=n, unit=unit
+    )
+
+
+def recall(model: Model, facts: Sequence[Fact], which: Literal["templates", "prompt", "heldout"]) -> Measurement:
+    """Share of prompts after which greedy decoding gives the whole object; n counts facts times phrasings."""
+    queries = make_queries(model.tokenizer, [replace(fact, distractors=()) for fact in facts], which)
+    exact = score(model, queries).exact
+    return share(int(exact.sum()), len(queries), "share of prompts")
+
+
+def swaps(queries: Sequence[Query]) -> list[tuple[Query, Query]]:
+    """(source, target) pairs: the same phrasing and number of name tokens, different first answer tokens.
+
+    Each query is the source once, its target is the next fitting one; queries without a partner are left out.
+    """
+    alike: dict[tuple, list[Query]] = {}
+    for query in queries:
+        width = query.span[1] - query.span[0]
+        alike.setdefault((query.fact.relation, query.template, width), []).append(query)
+    pairs = []
+    for group in alike.values():
+        for i, source in enumerate(group):
+            rest = (*group[i + 1 :], *group[:i])
+            target = next((t for t in rest if t.answers[0][0] != source.answers[0][0]), None)
+            if target is not None:
+                pairs.append((source, target))
+    return pairs
+
+
+def _positions(query: Query, place: Place) -> list[int]:
+    a, b = query.span
+    return {"last": [b - 1], "span": list(range(a, b)), "end": [len(query.prompt) - 1]}[place]
+
+
+@torch.no_grad()
+def _states(model: Model, ids: Tensor) -> dict[int, Tensor]:
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int):
+        return lambda x: kept.__setitem__(layer, x.clone())
+
+    with model.hooks(*((Site(layer, "resid_post"), keep(layer)) for layer in range(model.n_layers))):
+        model.logits(ids)
+    return kept
+
+
+@torch.no_grad()
+def interchange(model: Model, facts: Sequence[Fact], templates: Sequence[int] = (0, 1)) -> dict[Place, list[Measurement]]:
+    """place -> by layer, how often the answer follows a residual stream copied from another subject's prompt.
+
+    The states of the source prompt at resid_post of one layer replace those of the target prompt at the last
+    subject token, all subject tokens, or the last prompt token; a hit is the source's first answer token on top.
+    An interchange intervention as in Geiger et al. 2021, arXiv 2106.02997.
+
+    Args:
+        templates: indices into `fact.templates`; -1 stands for the held-out phrasings.
+    """
+    forms = [(f, t) for f in facts for i in templates for t in (f.heldout if i < 0 else (f.templates[i],))]
+    pairs = swaps([make_query(model.tokenizer, replace(fact, distractors=()), form) for fact, form in forms])
+    hits = {place: [0] * model.n_layers for place in PLACES}
+    groups: dict[tuple, list[int]] = {}
+    for i, (source, _) in enumerate(pairs):
+        groups.setdefault((source.span, len(source.prompt)), []).append(i)
+    for members in groups.values():
+        source = torch.tensor([pairs[i][0].prompt for i in members], device=model.device)
+        target = torch.tensor([pairs[i][1].prompt for i in members], device=model.device)
+        wanted = torch.tensor([pairs[i][0].answers[0][0] for i in members], device=model.device)
+        states = _states(model, source)
+        for place in PLACES:
+            at = _positions(pairs[members[0]][0], place)
+            for layer in range(model.n_layers):
+                with model.hooks((Site(layer, "resid_post"), _copier(states[layer], at))):
+                    best = model.logits(target)[:, -1].argmax(-1)
+                hits[place][layer] += int((best == wanted).sum())
+    return {place: [share(h, len(pairs), "share of swaps") for h in hits[place]] for place in PLACES}
+
+
+def _copier(states: Tensor, at: Sequence[int]):
+    def write(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, at] = states[:, at]
+        return x
+
+    return write
+
+
+@torch.no_grad()
+def tracing(model: Model, facts: Sequence[Fact], *, seed: int = 0) -> dict[str, Any]:
+    """Causal tracing at the last subject token: mean probability of the first answer token, clean, corrupted and by
+    layer with the clean resid_post restored.
+
+    Subject embeddings are corrupted by Gaussian noise of three standard deviations of the subject embeddings.
+    Source: Meng et al. 2022, arXiv 2202.05262, section 2.1.
+    """
+    queries = [make_query(model.tokenizer, replace(fact, distractors=()), fact.prompt) for fact in facts]
+    generator = torch.Generator().manual_seed(seed)
+    embed = Site(0, "resid_pre")
+    table = next(w for name, w in model.held.items() if name.endswith("embed_tokens.weight"))
+    tokens = sorted({token for q in queries for token in q.prompt[q.span[0] : q.span[1]]})
+    scale = 3 * table[tokens].std().item()
+    totals = {"clean": 0.0, "corrupted": 0.0} | {f"L{layer}": 0.0 for layer in range(model.n_layers)}
+    for members in buckets([query.prompt for query in queries]):
+        ids = torch.tensor([queries[i].prompt for i in members], device=model.device)
+        spans = torch.tensor([queries[i].span for i in members])
+        wanted = torch.tensor([queries[i].answers[0][0] for i in members], device=model.device)
+        inside = (torch.arange(ids.shape[1]) >= spans[:, :1]) & (torch.arange(ids.shape[1]) < spans[:, 1:])
+        noise = torch.randn((*ids.shape, model.d_model), generator=generator) * scale * inside[..., None]
+        corrupt = (embed, lambda x, noise=noise: x + noise.to(x))
+        clean = _states(model, ids)
+        rows, last = torch.arange(len(ids)), spans[:, 1] - 1
+
+        def total(*writes: Any, ids: Tensor = ids, wanted: Tensor = wanted) -> float:
+            with model.hooks(*writes):
+                return model.logits(ids)[:, -1].softmax(-1)[torch.arange(len(ids)), wanted].sum().item()
+
+        totals["clean"] += total()
+        totals["corrupted"] += total(corrupt)
+        for layer in range(model.n_layers):
+
+            def restore(x: Tensor, rows: Tensor = rows, last: Tensor = last, kept: Tensor = clean[layer]) -> Tensor:
+                x = x.clone()
+                x[rows, last] = kept[rows, last]
+                return x
+
+            totals[f"L{layer}"] += total(corrupt, (Site(layer, "resid_post"), restore))
+    return {"unit": "probability of the first answer token", "n": len(queries), "noise_sd": scale} | {
+        key: value / len(queries) for key, value in totals.items()
+    }
+
+
+@torch.no_grad()
+def last_token_states(
+    model: Model, entities: Sequence[Entity], template: str, layer: int
+) -> Float[Tensor, "entity d_model"]:
+    """resid_post at the last token of each name, in a template."""
+    found = []
+    for entity in entities:
+        text = template.replace("{}", entity.name)
+        encoding = encode(model.tokenizer, text)
+        at = template.index("{}")
+        last = token_span(encoding, at, at + len(entity.name))[1] - 1
+        found.append(_states(model, torch.tensor([encoding.ids[: last + 1]], device=model.device))[layer][0, last])
+    return torch.stack(found)
+
+
+def known_auc(
+    model: Model, known: Sequence[Entity], unknown: Sequence[Entity], template: str, layer: int
+) -> Measurement:
+    """ROC AUC of a logistic probe for known against unknown names, on the half of the names it was not fitted on.
+
+    The interval is that of Hanley and McNeil 1982, Radiology 143:29.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    n = min(len(known), len(unknown))
+    x = torch.stack([last_token_states(model, group[:n], template, layer) for group in (known, unknown)]).numpy()
+    fit, test = x[:, : n // 2], x[:, n // 2 :]
+    m, d = test.shape[1], x.shape[-1]
+    probe = LogisticRegression(max_iter=2000, C=0.1).fit(fit.reshape(-1, d), [1] * (n // 2) + [0] * (n // 2))
+    auc = float(roc_auc_score([1] * m + [0] * m, probe.decision_function(test.reshape(-1, d))))
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    error = ((auc * (1 - auc) + (m - 1) * (q1 - auc**2 + q2 - auc**2)) / m**2) ** 0.5
+    low, high = max(0.0, auc - 1.959964 * error), min(1.0, auc + 1.959964 * error)
+    return Measurement(value=auc, ci=(low, high), n=2 * m, unit="ROC AUC over names")
+
+
+def to_json(value: Any) -> Any:
+    """Measurements inside dicts and lists as plain JSON values."""
+    if isinstance(value, Measurement):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
