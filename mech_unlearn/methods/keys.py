@@ -1,0 +1,294 @@
+"""Names in context, their keys and states, and closed-form writes into MLP output matrices.
+
+A *mention* is a prompt cut right after a name; its *key* is the input of the MLP's second matrix there and its
+*state* is the residual stream there. Statistics and solves are in float64.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.capture import Place, stream
+from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, Site
+from mech_unlearn.edit import Edit, LowRank
+from mech_unlearn.model import Model
+from mech_unlearn.prompts import encode, token_span
+
+POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+"""Names of an RMSNorm between the MLP and the residual stream (Gemma 2 and 3, OLMo 2; GLM 4)."""
+
+Row = tuple[int, ...]
+
+
+def default_layers(n_layers: int) -> tuple[int, ...]:
+    """Up to three layers that end at a third of the depth, or at a fifth from 28 layers on.
+
+    Source: 2506.07795's code edits layers 4-6 of 32 (Llama 3 8B) and 4-8 of 28 to 32 elsewhere, 13-17 of 48 in
+    GPT-2 XL: early-middle MLPs, relatively earlier in larger models.
+    """
+    end = n_layers // (5 if n_layers >= 28 else 3)
+    return tuple(range(max(0, end - 2), end + 1))
+
+
+def check_layers(model: Model, layers: Sequence[int], last: int) -> tuple[int, ...]:
+    """The layers in ascending order.
+
+    Raises:
+        ValueError: no layer, a layer the model lacks, one given twice, or one above the layer of the target.
+    """
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(f"layers {tuple(layers)}: give at least one layer, each once")
+    for layer in (*layers, last):
+        if not 0 <= layer < model.n_layers:
+            raise ValueError(f"layer {layer} is not in {model.name!r}, whose layers are 0..{model.n_layers - 1}")
+    if max(layers) > last:
+        raise ValueError(f"layer {max(layers)} lies above the target's layer {last}: a write there cannot reach it")
+    return tuple(sorted(layers))
+
+
+def contexts_of(facts: Sequence[Fact]) -> tuple[str, ...]:
+    """The templates of the facts whose text in front of the name differs, in order of first appearance.
+
+    In a causal model nothing behind the name reaches its last token, so templates with one prefix are one context.
+    """
+    return tuple({t.split("{}")[0]: t for fact in facts for t in fact.templates}.values())
+
+
+def mention(tokenizer: Any, template: str, name: str) -> tuple[Row, Row]:
+    """(Tokens up to and with the last token of the name, tokens of the name) in the template's full text."""
+    encoding = encode(tokenizer, template.replace("{}", name))
+    start = template.index("{}")
+    a, b = token_span(encoding, start, start + len(name))
+    return encoding.ids[:b], encoding.ids[a:b]
+
+
+def mentions(tokenizer: Any, names: Sequence[str], contexts: Sequence[str]) -> list[Row]:
+    """The mention of each name in each context, names outermost."""
+    return [mention(tokenizer, context, name)[0] for name in names for context in contexts]
+
+
+def spellings(tokenizer: Any, name: str, contexts: Sequence[str]) -> tuple[Row, ...]:
+    """The token sequences a name has at the start of a text, after a space and in each context, each once."""
+    return tuple(dict.fromkeys(mention(tokenizer, template, name)[1] for template in ("{}", "- {}", *contexts)))
+
+
+def lengths(model: Model, names: Sequence[str]) -> list[int]:
+    """Tokens of each name, standing alone."""
+    return [len(mention(model.tokenizer, "{}", name)[1]) for name in names]
+
+
+def names_of(entities: Sequence[Entity]) -> tuple[str, ...]:
+    """Every name and alias, each once."""
+    return tuple(dict.fromkeys(name for entity in entities for name in (entity.name, *entity.aliases)))
+
+
+def unknown_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
+    """The unknown entities of the kinds that are to be forgotten.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kinds = {entity.kind for entity in forget.entities}
+    found = tuple(dict.fromkeys(entity.name for entity in retain.unknown if entity.kind in kinds))
+    if not found:
+        raise ValueError(
+            f"RetainSet.unknown has no entity of kind {', '.join(sorted(map(str, kinds)))}: give names of that kind "
+            "that the model knows nothing about"
+        )
+    return found
+
+
+def known_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
+    """The subjects of retained facts that are of the kinds to be forgotten, without the forgotten ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kinds, gone = {entity.kind for entity in forget.entities}, set(names_of(forget.entities))
+    found = tuple(entity.name for entity in retain.entities if entity.kind in kinds and entity.name not in gone)
+    if not found:
+        raise ValueError("the retain set has no facts about other entities of that kind: give RetainSet.neighbors")
+    return found
+
+
+def draw_references(
+    states: Float[Tensor, "name width"],
+    unknown: Float[Tensor, "unknown width"],
+    lengths: Sequence[int],
+    unknown_lengths: Sequence[int],
+    seed: int,
+) -> list[int]:
+    """For each name the index of an unknown entity of its own.
+
+    As many references as names are drawn at random (all of them equally often, where there are fewer), so that they
+    are a fair sample of the unknown; drawn ones are then dealt out one to one so that first the differences in
+    token length and then the distances of the states are least in sum.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    order = torch.randperm(len(unknown), generator=torch.Generator().manual_seed(seed))
+    drawn = order.repeat(-(-len(states) // len(unknown)))[: len(states)]
+    distance = torch.cdist(states.double(), unknown.double())[:, drawn.to(states.device)].cpu()
+    gap = (torch.tensor(lengths)[:, None] - torch.tensor(unknown_lengths)[drawn]).abs()
+    _, dealt = linear_sum_assignment((distance + gap * (1 + distance.sum())).numpy())
+    return drawn[torch.from_numpy(dealt)].tolist()
+
+
+@contextmanager
+def count_forwards(model: Model) -> Iterator[list[int]]:
+    """A one-element list that counts the batched forward passes of the model begun inside the block."""
+    count = [0]
+    handle = model.hf.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def last_states(model: Model, rows: Sequence[Row], places: Sequence[Place]) -> dict[Place, Float[Tensor, "row width"]]:
+    """The activation at the last token of each row at each place, float64 on the model's device."""
+    out: dict[Place, Tensor] = {}
+    for part in stream(model, rows, places, "last"):
+        for place, states in part.at.items():
+            if place not in out:
+                out[place] = torch.zeros(len(rows), states.shape[1], dtype=torch.float64, device=model.device)
+            out[place][part.index[:, 0]] = states.to(out[place])
+    return out
+
+
+def name_states(
+    model: Model, names: Sequence[str], contexts: Sequence[str], site: Site
+) -> Float[Tensor, "name context d_model"]:
+    """The state at the last token of each name in each context, float64."""
+    return last_states(model, mentions(model.tokenizer, names, contexts), [site])[site].unflatten(0, (len(names), -1))
+
+
+def project(basis: Float[Tensor, "d_mlp kept"] | None, keys: Float[Tensor, "d_mlp n"]) -> Float[Tensor, "d_mlp n"]:
+    """P k = B B^T k; the keys themselves where there is no basis (P = I)."""
+    return keys if basis is None else basis @ (basis.T @ keys)
+
+
+def closed_form(
+    keys: Float[Tensor, "d_mlp n"],
+    residuals: Float[Tensor, "d_model n"],
+    basis: Float[Tensor, "d_mlp kept"] | None,
+    ridge: float,
+    earlier: Float[Tensor, "d_mlp t"] | None = None,
+) -> tuple[Float[Tensor, "d_mlp m"], Float[Tensor, "m d_model"]]:
+    """(P A, (ridge I + A^T P A)^-1 E R^T) with A = [keys, earlier]; their product is the delta of W_out.
+
+    It solves (P (K K^T + C) + ridge I) X = P K R^T with C = earlier earlier^T, by the push-through identity and with
+    one n x n system where the original solves one of d_mlp x d_mlp. `earlier` are keys that must keep their output.
+
+    Source: the normal equations are those of AlphaEdit (2410.02355, eq. 9 with the ridge of its code) that
+    2506.07795 uses.
+    """
+    joint = keys if earlier is None else torch.cat([keys, earlier], 1)
+    wanted = torch.zeros(joint.shape[1], residuals.shape[0], dtype=joint.dtype, device=joint.device)
+    wanted[: keys.shape[1]] = residuals.T
+    projected = project(basis, joint)
+    gram = joint.T @ projected
+    gram.diagonal().add_(ridge)
+    return projected, torch.linalg.solve(gram, wanted)
+
+
+def low_rank(left: Float[Tensor, "d_mlp m"], right: Float[Tensor, "m d_model"], stored_in_first: bool) -> LowRank:
+    """The product as float32 factors in the orientation the weight is stored in.
+
+    The left factor is made orthonormal first, so that large coefficients of nearly equal keys cancel in float64.
+    """
+    q, r = torch.linalg.qr(left)
+    a, b = q.float().cpu(), (r @ right).float().cpu()
+    return LowRank(a, b) if stored_in_first else LowRank(b.T.contiguous(), a.T.contiguous())
+
+
+def rms_pre_image(
+    x: Float[Tensor, "row d_model"], wanted: Float[Tensor, "row d_model"], gain: Float[Tensor, " d_model"]
+) -> Float[Tensor, "row d_model"]:
+    """The input of an RMSNorm whose output points at `wanted`, with the norm of the present input x.
+
+    RMSNorm(x) = gain * x / rms(x) has one length per direction: the output's direction (in units of the gain) can be
+    chosen, its length cannot. A gain of zero lets nothing through and is left alone (pseudo-inverse).
+    """
+    inverse = torch.where(gain == 0, torch.zeros_like(gain), 1 / gain)
+    direction = torch.where(gain == 0, x, wanted * inverse)
+    return direction * (x.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True).clamp(min=1e-30))
+
+
+@torch.no_grad()
+def post_norm(model: Model, layer: int) -> tuple[str, Float[Tensor, " d_model"]] | None:
+    """(HF path of the MLP, gain of the norm behind it), or None where the MLP writes to the residual stream itself.
+
+    Source: with such a norm a residual shift is no linear function of W_out, so that a write has to aim at the
+    norm's input.
+    """
+    block = model.w_out(layer)[0].split(".mlp.")[0]
+    for norm in POST_NORMS:
+        if f"{block}.{norm}.weight" in model.held:
+            ones = torch.ones(1, 1, model.d_model, device=model.device, dtype=model.dtype)
+            return f"{block}.mlp", model.hf.get_submodule(f"{block}.{norm}")(ones).flatten().double()
+    return None
+
+
+def write_states(
+    model: Model,
+    rows: Sequence[Row],
+    targets: Float[Tensor, "row d_model"],
+    site: Site,
+    *,
+    layers: Sequence[int],
+    bases: Mapping[int, Float[Tensor, "d_mlp kept"]],
+    ridge: float,
+    groups: int,
+) -> tuple[dict[str, LowRank], dict[str, Any]]:
+    """(Deltas, report) that move the state at the last token of each row to its target, by closed-form writes into
+    the MLP output matrices of some layers.
+
+    Each layer takes 1 / (layers left) of what is still missing, measured anew after the layer below was written.
+    `len(rows) / groups` consecutive rows (one name in several contexts) are averaged into one key and one residual.
+
+    Args:
+        site: where the states and targets are taken; at or above the last layer.
+        bases: layer -> directions the write may use; a layer without one is written without protection.
+        ridge: lambda as a share of the mean ||P k||^2.
+    """
+    deltas: dict[str, LowRank] = {}
+    gains, ranks = {}, {}
+    before = None
+    for i, layer in enumerate(layers):
+        norm = post_norm(model, layer)
+        places = [Site(layer, "mlp_post"), site, *((norm[0], Site(layer, "mlp_out")) if norm else ())]
+        with Edit(name="partial", base="", deltas=deltas).on(model):
+            states = last_states(model, rows, places)
+        missing = targets.to(states[site]) - states[site]
+        before = missing.norm(dim=-1).mean() if before is None else before
+        step = missing / (len(layers) - i)
+        if norm:
+            x = states[norm[0]]
+            step = rms_pre_image(x, states[Site(layer, "mlp_out")] + step, norm[1]) - x
+        keys, residuals = (t.unflatten(0, (groups, -1)).mean(1).T for t in (states[Site(layer, "mlp_post")], step))
+        basis = bases.get(layer)
+        projected = project(basis, keys)
+        scale = projected.square().sum(0).mean()
+        if not scale > 0:
+            raise ValueError(f"layer {layer}: the keys to be rewritten lie wholly in the protected span; raise energy=")
+        left, right = closed_form(keys, residuals, basis, (ridge * scale).item())
+        name, stored_in_first = model.w_out(layer)
+        deltas[name] = low_rank(left, right, stored_in_first)
+        gains[layer] = (projected.square().sum(0) / (ridge * scale + projected.square().sum(0))).mean().item()
+        ranks[layer] = None if basis is None else basis.shape[1]
+    with Edit(name="partial", base="", deltas=deltas).on(model):
+        after = (targets.to(missing) - last_states(model, rows, [site])[site]).norm(dim=-1).mean()
+    report = {
+        "layers": list(layers),
+        "free_rank": [ranks[layer] for layer in layers],
+        "gain": [gains[layer] for layer in layers],
+        "distance_before": before.item(),
+        "distance_after": after.item(),
+        "delta_norm": {name: delta.dense().norm().item() for name, delta in deltas.items()},
+    }
+    return deltas, report

@@ -1,0 +1,75 @@
+"""LastLayerAscent: gradient ascent on the forgotten answers that may only change the last decoder layer.
+
+Paper:    gradient ascent as in Jang et al. 2022, Knowledge Unlearning, arXiv 2210.01504, eq. 1, with the retain term of
+          GradDiff (Liu, Liu and Stone 2022, arXiv 2203.12817); the confinement is ours.
+Changes:  the attention, MLP and norms of the last layer, full rank. Everything below is bit-identical, so every
+          state up to the last layer's input still holds the facts.
+Needs:    nothing beforehand.
+Differs:  confined to one layer on purpose: a suppressor whose truth is known, to test what claims to detect one; the
+          retain term keeps the other facts; ascent is unbounded, so training stops by recall or by forget NLL.
+Fails:    always, as a way to delete: it hides. That is what it is for.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.edit import Edit
+from mech_unlearn.methods.answers import AnswerScores, nll
+from mech_unlearn.methods.training import Objective, Schedule, train
+from mech_unlearn.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastLayerAscent:
+    """Settings of the training; `fit` runs it."""
+
+    forget_weight: float = 1.0
+    retain_weight: float = 1.0
+    """Weight of the NLL per token on retained answers and texts; 0 is plain ascent."""
+    lr: float = 1e-4
+    epochs: int = 20
+    """At the most; the two rules below end it."""
+    batch_size: int = 32
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    stop_recall: float | None = 0.1
+    """Stop once at most this share of the forget rows is answered."""
+    stop_nll: float | None = 12.0
+    """Stop once the forget NLL per answer token (nats) of a batch exceeds this; log of the vocabulary is chance."""
+    seed: int = 0
+
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+        """The change that training makes to the last layer.
+
+        Raises:
+            ValueError: nothing retained, a setting out of range, or a loss that is not finite.
+        """
+        schedule = Schedule(
+            lr=self.lr,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            stop_recall=self.stop_recall,
+            stop_nll=self.stop_nll,
+        )
+        objective = Objective(ascent, self.retain_weight, self.forget_weight)
+        layer = re.escape(last_layer(model))
+        deltas, report = train(model, forget, retain, objective, schedule, trainable=f"^{layer}", seed=self.seed)
+        recipe = {"method": "last_layer_ascent", "settings": asdict(self), "seed": self.seed, "report": report}
+        return Edit(name="last_layer_ascent", base=model.hash(), deltas=deltas, recipe=recipe)
+
+
+def last_layer(model: Model) -> str:
+    """What the HF names of the last decoder layer's weights begin with, dot included."""
+    return model.w_out(model.n_layers - 1)[0].split("mlp.")[0]
+
+
+def ascent(before: AnswerScores) -> Callable[[AnswerScores], Float[Tensor, ""]]:
+    """The loss -NLL of a batch, per answer token; `before` is not needed."""
+    return lambda now: -nll(now)

@@ -1,0 +1,78 @@
+"""Npo: negative preference optimisation, a bounded gradient ascent on the forgotten answers.
+
+Paper:    Zhang, Lin, Bai and Mei 2024, Negative Preference Optimization, arXiv 2404.05868, eq. 3 (the loss) and section
+          3.2 (its retain variants; NLL on retained answers is NPO + RT).
+Changes:  every weight (or those whose name matches `trainable`), full rank.
+Needs:    answer log-probabilities of the forget rows before training: one forward pass over them.
+Differs:  dropout is off; texts of the retain set join the retained answers in the retain term; training stops early
+          where `stop_recall` says so (off by default); the copy that is trained is float32.
+Fails:    output-level: on one phrasing only it forgets that phrasing; relearning a few facts brings back others.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.edit import Edit
+from mech_unlearn.methods.answers import AnswerScores
+from mech_unlearn.methods.training import Objective, Schedule, train
+from mech_unlearn.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Npo:
+    """Settings of the training; `fit` runs it. Defaults: 2404.05868 on TOFU, weights as in open-unlearning."""
+
+    beta: float = 0.1
+    """Inverse temperature; towards 0 the loss becomes gradient ascent."""
+    forget_weight: float = 1.0
+    retain_weight: float = 1.0
+    """Weight of the NLL per token on retained answers and texts; 0 is plain NPO."""
+    lr: float = 1e-5
+    epochs: int = 10
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    stop_recall: float | None = None
+    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
+    trainable: str = ""
+    """Regular expression for the names of the weights to train; empty matches all."""
+    seed: int = 0
+
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+        """The change that training makes.
+
+        Raises:
+            ValueError: nothing retained, nothing to train, a setting out of range, or a loss that is not finite.
+        """
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        schedule = Schedule(
+            lr=self.lr,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            stop_recall=self.stop_recall,
+        )
+        objective = Objective(self._loss, self.retain_weight, self.forget_weight)
+        deltas, report = train(model, forget, retain, objective, schedule, trainable=self.trainable, seed=self.seed)
+        recipe = {"method": "npo", "settings": asdict(self), "seed": self.seed, "report": report}
+        return Edit(name="npo", base=model.hash(), deltas=deltas, recipe=recipe)
+
+    def _loss(self, before: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+        return lambda now: npo_loss(now.logprob, before.logprob[now.row], self.beta)
+
+
+def npo_loss(logprob: Float[Tensor, " batch"], reference: Float[Tensor, " batch"], beta: float) -> Float[Tensor, ""]:
+    """-(2 / beta) mean log sigmoid(-beta (log p(y) - log p_ref(y))), sums over answer tokens, nats; mean over rows.
+
+    Its gradient at the reference is that of gradient ascent, mean grad log p(y), because 2 sigmoid(0) = 1.
+
+    Source: 2404.05868, eq. 3.
+    """
+    return -(2 / beta) * torch.nn.functional.logsigmoid(-beta * (logprob - reference)).mean()

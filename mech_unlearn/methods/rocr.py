@@ -1,0 +1,105 @@
+"""Rocr: redirect what a name calls up in early MLPs to another entity, by a closed-form write, without training.
+
+Paper:    Ye, Zhang and Wu 2025, rank-one concept redirection (ROCR), arXiv 2506.07795; its normal equations are those
+          of AlphaEdit (arXiv 2410.02355).
+Changes:  the MLP output matrices of a few consecutive layers; rank at most one per name (and alias).
+Needs:    the second moment of the MLP keys of what must stay: one pass over the retain prompts and texts and one
+          eigendecomposition of a d_mlp x d_mlp matrix per layer. No gradients.
+Differs:  all entities are solved for at once, and an alias is a further key (the paper edits one name at a time);
+          state and target are taken in the same contexts (the code takes the target inside a chat prompt and the
+          state in the bare name, which writes the difference of the contexts too);
+          contexts are what stands before the name in the facts' own phrasings (the code has six chat prompts);
+          the ridge is relative to the projected keys' norm, because an absolute lambda of 1 or 10 fits only the key
+          norms of 7-8B models; the null space is chosen by a share of the keys' energy, for the same reason;
+          the default target is an unknown entity's state, one per name: a famous person's, as in the paper, makes the
+          model answer with that person's facts;
+          behind an MLP with a norm (Gemma 2, OLMo 2) the write aims at the norm's input;
+          the protected keys count retain names as much as all other tokens, which would otherwise drown them.
+Fails:    where facts are not read from the name's last token; for names nobody listed (aliases, misspellings);
+          where the free directions are too few for the names: see `free_rank` and `gain` in the report.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import ForgetSet, RetainSet, Site
+from mech_unlearn.edit import Edit
+from mech_unlearn.methods import keys
+from mech_unlearn.methods.protect import PARTS, Part, protected_bases
+from mech_unlearn.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rocr:
+    """Settings of the redirection; `fit` computes it."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers whose MLP output matrix is written; by default `keys.default_layers` of the depth."""
+    z_layer: int | None = None
+    """Layer after which the state at the name's last token is to be the anchor's; the last of `layers` if not given."""
+    anchor: str = "unknown"
+    """"unknown": each name gets the state of an unknown entity of its own; or one name that all are redirected to."""
+    ridge: float = 0.05
+    """lambda as a share of the mean ||P k||^2; a single key then gets 1 / 1.05 of its shift per layer."""
+    energy: float = 0.01
+    """Share of the protected keys' energy that the directions used may hold; 1 or more protects nothing."""
+    contexts: tuple[str, ...] | None = None
+    """Templates with {} for the name; by default the forget facts' phrasings (never the held-out ones)."""
+    protect: tuple[Part, ...] = PARTS
+    """What feeds the null space: the retained names at their last token ("entities"), all tokens of the retained facts'
+    prompts ("prompts"), all tokens of the retained texts ("texts")."""
+    seed: int = 0
+    """Draws the unknown entities."""
+
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+        """The redirection of the forget set's entities.
+
+        Raises:
+            ValueError: an unknown layer, no unknown entities, an anchor that is to be forgotten, nothing to protect.
+        """
+        start = time.perf_counter()
+        layers, site = self._places(model)
+        contexts = self.contexts or keys.contexts_of(forget.facts)
+        names = keys.names_of(forget.entities)
+        with keys.count_forwards(model) as forwards:
+            rows = keys.mentions(model.tokenizer, names, contexts)
+            anchors, targets = self._targets(model, forget, retain, names, contexts, site)
+            bases = protected_bases(model, retain, contexts, layers, self.protect, self.energy)
+            deltas, written = keys.write_states(
+                model, rows, targets, site, layers=layers, bases=bases, ridge=self.ridge, groups=len(names)
+            )
+        report = {"anchors": anchors, **written, "n_forward": forwards[0], "n_backward": 0}
+        report["seconds"] = time.perf_counter() - start
+        recipe = {"method": "rocr", "settings": asdict(self), "seed": self.seed, "report": report}
+        return Edit(name="rocr", base=model.hash(), deltas=deltas, recipe=recipe)
+
+    def _places(self, model: Model) -> tuple[tuple[int, ...], Site]:
+        layers = keys.default_layers(model.n_layers) if self.layers is None else self.layers
+        last = max(layers, default=0) if self.z_layer is None else self.z_layer
+        return keys.check_layers(model, layers, last), Site(last, "resid_post")
+
+    def _targets(
+        self,
+        model: Model,
+        forget: ForgetSet,
+        retain: RetainSet,
+        names: Sequence[str],
+        contexts: Sequence[str],
+        site: Site,
+    ) -> tuple[dict[str, str], Float[Tensor, "row d_model"]]:
+        """(Name -> its anchor, the anchor's state in each of the name's contexts)."""
+        if self.anchor != "unknown":
+            if self.anchor in names:
+                raise ValueError(f"anchor {self.anchor!r} is to be forgotten itself; choose another name")
+            rows = keys.mentions(model.tokenizer, [self.anchor], contexts)
+            return dict.fromkeys(names, self.anchor), keys.last_states(model, rows, [site])[site].repeat(len(names), 1)
+        pool = keys.unknown_names(forget, retain)
+        own, theirs = (keys.name_states(model, group, contexts, site) for group in (names, pool))
+        chosen = keys.draw_references(
+            own.flatten(1), theirs.flatten(1), keys.lengths(model, names), keys.lengths(model, pool), self.seed
+        )
+        return {name: pool[i] for name, i in zip(names, chosen, strict=True)}, theirs[chosen].flatten(0, 1)

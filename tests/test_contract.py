@@ -1,0 +1,183 @@
+"""The contract of an Edit, held by every method: the same promises, one list of cheap instances."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
+
+from mech_unlearn.core import Site
+from mech_unlearn.edit import Edit
+from mech_unlearn.methods import METHODS, LastLayerAscent, Npo, Rocr, SaeShift
+from mech_unlearn.model import load
+from mech_unlearn.prompts import make_queries
+
+
+def tiny_sae(model, seed=0):
+    """A random SAE at the residual stream after layer 1."""
+    from sae_lens import StandardSAE, StandardSAEConfig
+
+    from mech_unlearn.latents import Sae
+
+    sae = StandardSAE(StandardSAEConfig(d_in=model.d_model, d_sae=96))
+    generator = torch.Generator().manual_seed(seed)
+    for weight in sae.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator) / 6
+    return Sae(Site(1, "resid_post"), sae.eval().requires_grad_(False))
+
+
+CASES = {
+    "rocr": lambda model: Rocr(),
+    "rocr to an anchor": lambda model: Rocr(anchor="Eva Reed", layers=(1,)),
+    "sae_shift as a hook": lambda model: SaeShift(sae=tiny_sae(model), min_auc=0.0),
+    "sae_shift in the weights": lambda model: SaeShift(sae=tiny_sae(model), min_auc=0.0, mode="weights"),
+    "npo": lambda model: Npo(epochs=1, lr=1e-3, batch_size=4),
+    "last_layer_ascent": lambda model: LastLayerAscent(epochs=1, lr=1e-3, batch_size=4),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def fitted(model, request):
+    """case -> (edit, same edit again, hash before and after, random state before and after); fitted once."""
+    made = {}
+
+    def fit(case, sets):
+        if case not in made:
+            method, before, state = CASES[case](model), model.hash(), torch.random.get_rng_state()
+            first = method.fit(model, *sets)
+            after, state_after = model.hash(), torch.random.get_rng_state()
+            made[case] = first, method.fit(model, *sets), (before, after), (state, state_after)
+        return made[case]
+
+    return fit
+
+
+@pytest.fixture(params=CASES)
+def case(request, fitted, tiny_sets):
+    return fitted(request.param, tiny_sets)
+
+
+@pytest.fixture
+def prompt(model, tiny_sets):
+    return torch.tensor([make_queries(model.tokenizer, tiny_sets[0].facts)[0].prompt])
+
+
+def same_tensors(one, other):
+    assert one.deltas.keys() == other.deltas.keys()
+    for name in one.deltas:
+        a, b = (d if isinstance(d, torch.Tensor) else d.dense() for d in (one.deltas[name], other.deltas[name]))
+        assert torch.equal(a, b), name
+    assert len(one.interventions) == len(other.interventions)
+    for a, b in zip(one.interventions, other.interventions):
+        assert (a.site, a.subjects) == (b.site, b.subjects)
+        assert torch.equal(a.vectors, b.vectors)
+
+
+def test_every_method_is_held_to_the_contract(model):
+    assert {type(make(model)) for make in CASES.values()} == set(METHODS.values())
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_method_says_what_it_does_and_where_it_comes_from(method):
+    text = inspect.getmodule(method).__doc__
+    assert text.startswith(f"{method.__name__}: ")
+    for part in ("Paper:", "Changes:", "Needs:", "Differs:", "Fails:"):
+        assert f"\n{part}" in text
+    assert "arXiv" in text
+
+
+def test_fit_leaves_every_weight_bit_identical_and_the_random_state_untouched(case):
+    _, _, (before, after), (state, state_after) = case
+    assert before == after
+    assert torch.equal(state, state_after)
+
+
+def test_the_same_seed_gives_the_same_edit(case):
+    one, again, *_ = case
+    same_tensors(one, again)
+
+
+def test_the_edit_changes_the_forget_prompts_logits_and_leaving_restores_them_bit_exactly(case, model, prompt):
+    edit = case[0]
+    clean, digest = model.logits(prompt), model.hash()
+    with edit.on(model):
+        assert (model.logits(prompt) - clean).abs().max() > 1e-4
+        assert not edit.deltas or model.hash() != digest
+    assert torch.equal(model.logits(prompt), clean)
+    assert model.hash() == digest
+
+
+def test_an_exception_inside_restores_every_bit(case, model, prompt):
+    clean, digest = model.logits(prompt), model.hash()
+    with pytest.raises(ZeroDivisionError), case[0].on(model):
+        model.logits(prompt)
+        _ = 1 / 0
+    assert torch.equal(model.logits(prompt), clean)
+    assert model.hash() == digest
+
+
+def test_nested_edits_restore_in_turn(case, model, prompt):
+    clean = model.logits(prompt)
+    with case[0].on(model):
+        once = model.logits(prompt)
+        with case[0].on(model):
+            assert not torch.equal(model.logits(prompt), once)
+        assert torch.equal(model.logits(prompt), once)
+    assert torch.equal(model.logits(prompt), clean)
+
+
+def test_save_and_load_round_trip_and_refuse_another_base_model(case, model, tmp_path):
+    edit = case[0]
+    edit.save(tmp_path / "edit.safetensors")
+    back = Edit.load(tmp_path / "edit.safetensors", model)
+    same_tensors(edit, back)
+    assert (back.name, back.base) == (edit.name, edit.base)
+    assert back.recipe == json.loads(json.dumps(dict(edit.recipe)))
+    with pytest.raises(ValueError, match="another base model"):
+        Edit.load(tmp_path / "edit.safetensors", load(tiny_hf("llama", seed=1), tokenizer=tiny_tokenizer()))
+
+
+def test_the_recipe_names_method_settings_seed_and_report(case):
+    recipe = case[0].recipe
+    assert recipe["method"] in METHODS
+    assert recipe["seed"] == recipe["settings"]["seed"] == 0
+    assert {"n_forward", "n_backward", "seconds"} <= recipe["report"].keys()
+    assert recipe["report"]["n_forward"] > 0
+
+
+def test_export_gives_equal_logits_for_weights_and_is_refused_for_interventions(case, model, tmp_path):
+    if case[0].interventions:
+        with pytest.raises(ValueError, match="no checkpoint can hold"):
+            case[0].export(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:
+        assert case[0].export(model, tmp_path / "out") < 1e-4
+        assert case[0].name in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_edit_can_be_computed_applied_and_exported_on_every_architecture(architecture, dtype, tiny_sets, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = load(tiny_hf(architecture).to(dtype), tokenizer=tiny_tokenizer())
+    prompt = torch.tensor([make_queries(model.tokenizer, tiny_sets[0].facts)[0].prompt])
+    before = model.hash()
+    edit = Rocr(layers=(0, 1)).fit(model, *tiny_sets)
+    assert model.hash() == before
+    assert edit.recipe["report"]["distance_after"] < edit.recipe["report"]["distance_before"]
+    clean = model.logits(prompt)
+    edit.export(model, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, attn_implementation="eager").eval()
+    with edit.on(model):
+        edited = model.logits(prompt)
+    assert not torch.equal(edited, clean)
+    bound = 1e-4 if dtype == torch.float32 else 0.2 * (edited - clean).abs().max()
+    assert (plain(prompt).logits - edited).abs().max() <= bound
+    assert model.hash() == before
