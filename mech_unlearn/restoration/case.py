@@ -1,0 +1,239 @@
+"""What an audit is about (`Case`), and what each test gives back (`Result`)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import Entity, Fact, Site
+from mech_unlearn.latents import Sae
+from mech_unlearn.model import Model
+from mech_unlearn.prompts import Query, make_query
+
+Split = Literal["select", "tune", "test"]
+Grade = Literal["A", "B", "C"]
+
+
+def _silent(message: str) -> None:
+    """Progress goes nowhere unless the caller asks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relearn:
+    """Settings of the relearning attack."""
+
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Numbers of optimiser steps after which the untaught facts are scored, increasing."""
+    batch: int = 16
+    """Prompts per step."""
+    lr_times_width: float = 0.064
+    """AdamW learning rate times d_model: 5e-4 at width 128, 3e-5 at 2,048, the range used on 1B to 8B models."""
+    split: Literal["entity", "fact"] = "entity"
+    """Teach some subjects and score the others, or teach some facts of each subject and score its others."""
+    folds: int = 2
+    """Parts of the forget set; each is scored once, after all the other folds were taught."""
+
+    def __post_init__(self) -> None:
+        if not self.steps or list(self.steps) != sorted(set(self.steps)) or self.steps[0] < 1:
+            raise ValueError(f"relearn steps must be increasing and positive, got {self.steps}")
+        if self.batch < 1 or self.folds < 2 or self.lr_times_width < 0:
+            raise ValueError("relearn needs batch >= 1, folds >= 2 and a learning rate >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The models and facts that every test of one audit shares; the audited model itself comes later.
+
+    All models share tokenizer and base checkpoint, so that their residual streams live in one basis.
+
+    Raises:
+        ValueError: no facts, a repeated fact id, or models of different shape.
+    """
+
+    full: Model
+    """Before unlearning."""
+    facts: tuple[Fact, ...]
+    retrained: tuple[Model, ...] = ()
+    """Trained the same way without the facts; with none of them the evidence is of grade B."""
+    others: tuple[Fact, ...] = ()
+    """Facts about other subjects, known to every model: contrast for latents, and check of collateral damage."""
+    texts: tuple[str, ...] = ()
+    """Generic running text: latents that fire on it are not specific to an entity."""
+    unknown: tuple[Entity, ...] = ()
+    """Subjects that no model knows; they stand in for a retrained model in grade B."""
+    sae: Sae | None = None
+    site: Site | None = None
+    """Where profiles are written; the SAE's own site, else the residual stream a third of the way up."""
+    prompts: int = 1
+    """TEST phrasings per fact in the patching, steering, relearning and rounding tests, at the most."""
+    draws: int = 10
+    """Draws of each of the two nulls of the steering test; p-values cannot fall below 1 / (2 draws + 1)."""
+    relearn: Relearn = field(default_factory=Relearn)
+    seed: int = 0
+    log: Callable[[str], None] = _silent
+    """Called with one line per step of work."""
+
+    def __post_init__(self) -> None:
+        if not self.facts:
+            raise ValueError("an audit needs at least one fact")
+        ids = [fact.id for fact in self.facts]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"fact id {next(i for i in ids if ids.count(i) > 1)!r} occurs twice")
+        for model in self.retrained:
+            require_same_shape(self.full, model)
+
+    @property
+    def grade(self) -> Grade:
+        return "A" if self.retrained else "B"
+
+    @property
+    def write_site(self) -> Site:
+        """Where entity profiles are written. Source of the default: arXiv 2304.14767 (subject enrichment in
+        early and middle layers)."""
+        if self.sae is not None:
+            return self.sae.site
+        return self.site or Site(max(0, round(self.full.n_layers / 3) - 1), "resid_post")
+
+    def others_than(self, model: Model) -> list[int]:
+        """Indices of the retrained models to compare with: all but the audited one itself.
+
+        Raises:
+            ValueError: the audited model is the only retrained one.
+        """
+        keep = [k for k, retrained in enumerate(self.retrained) if retrained is not model]
+        if self.retrained and not keep:
+            raise ValueError("auditing a retrained model needs a second one to compare it with")
+        return keep
+
+
+def require_same_shape(full: Model, other: Model) -> None:
+    """Check that states of one model can be written into the other.
+
+    Raises:
+        ValueError: another depth, width or vocabulary, or a tokenizer that gives other ids.
+    """
+    for what in ("n_layers", "d_model"):
+        if getattr(full, what) != getattr(other, what):
+            raise ValueError(
+                f"model {other.name!r} has {what} {getattr(other, what)}, {full.name!r} {getattr(full, what)}; "
+                "an audit compares models of one architecture"
+            )
+    probe = "The quick brown fox met Anna Lee in Paris, 1987."
+    if full.tokenizer(probe)["input_ids"] != other.tokenizer(probe)["input_ids"]:
+        raise ValueError(f"models {full.name!r} and {other.name!r} have different tokenizers")
+
+
+def split_templates(fact: Fact, split: Split) -> tuple[str, ...]:
+    """The phrasings of one split: TEST reports, SELECT chooses features and teaches, TUNE sets strengths.
+
+    Phrasing i goes to TEST, SELECT, TUNE in turn (the main prompt to TEST), so no phrasing is in two of them. With
+    two phrasings SELECT and TUNE share the second, with one all three share it; see `shares_templates`.
+    """
+    templates = fact.templates
+    if len(templates) < 3:
+        return templates[:1] if split == "test" else templates[-1:]
+    return templates[("test", "select", "tune").index(split) :: 3]
+
+
+def shares_templates(fact: Fact) -> bool:
+    """Whether the fact has too few phrasings to keep the three splits apart."""
+    return len(fact.templates) < 3
+
+
+def split_queries(
+    case: Case, split: Split, facts: Sequence[Fact] | None = None, limit: int | None = None
+) -> tuple[Query, ...]:
+    """Queries of one split, at most `limit` per fact (default: `case.prompts`)."""
+    most = case.prompts if limit is None else limit
+    return tuple(
+        make_query(case.full.tokenizer, fact, template)
+        for fact in (case.facts if facts is None else facts)
+        for template in split_templates(fact, split)[:most]
+    )
+
+
+def _number(x: float) -> float | None:
+    return None if x != x or x in (float("inf"), float("-inf")) else x
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Result:
+    """One test on one model: a number per fact, and what it was computed from. NaN where undefined."""
+
+    test: str
+    model_id: str
+    facts: tuple[Fact, ...]
+    recoverability: Float[Tensor, " fact"]
+    """0 = like a model that never saw the fact, 1 = like the full model. The number that a verdict reads."""
+    score_raw: Float[Tensor, " fact"]
+    """The test's own score, in the unit of its file's docstring."""
+    score_full: Float[Tensor, " fact"]
+    score_retrained: Float[Tensor, "retrained fact"]
+    """Per retrained model; with none, one row of sham scores."""
+    grade: Grade
+    n_paraphrases: int
+    seed: int
+    cost_fe: float
+    """Forward passes of one prompt per fact, a backward pass counted as two."""
+    layer: int | None = None
+    alpha: float | None = None
+    kappa: Float[Tensor, " fact"] | None = None
+    rho: Float[Tensor, " fact"] | None = None
+    p_null: Float[Tensor, " fact"] | None = None
+    flags: tuple[tuple[str, ...], ...] = ()
+    columns: Mapping[str, Float[Tensor, " fact"]] = field(default_factory=dict)
+    """Further numbers per fact, by name."""
+    curves: Mapping[str, Float[Tensor, "point fact"]] = field(default_factory=dict)
+    """Numbers per layer, strength or step, and fact; `curve_axes` names the points."""
+    curve_axes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def flags_of(self, i: int) -> tuple[str, ...]:
+        return self.flags[i] if self.flags else ()
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON object per fact; None for what does not apply."""
+        spread = self.score_retrained.std(0) if len(self.score_retrained) > 1 else None
+        center = self.score_retrained.mean(0)
+
+        def at(values: Tensor | None, i: int) -> float | None:
+            return None if values is None else _number(values[i].item())
+
+        return [
+            {
+                "test": self.test,
+                "version": version("mech_unlearn"),
+                "model_id": self.model_id,
+                "fact_id": fact.id,
+                "group": fact.group or fact.subject,
+                "relation": fact.relation,
+                "layer": self.layer,
+                "alpha": self.alpha,
+                "score_raw": at(self.score_raw, i),
+                "score_F": at(self.score_full, i),
+                "score_R_mean": at(center, i),
+                "score_R_sd": at(spread, i),
+                "kappa": at(self.kappa, i),
+                "rho": at(self.rho, i),
+                "p_null": at(self.p_null, i),
+                "recoverability": at(self.recoverability, i),
+                "n_paraphrases": self.n_paraphrases,
+                "grade": self.grade,
+                "flags": list(self.flags_of(i)),
+                "cost_fe": self.cost_fe,
+                "seed": self.seed,
+                **{name: at(values, i) for name, values in self.columns.items()},
+            }
+            for i, fact in enumerate(self.facts)
+        ]
+
+
+def mean_by_fact(values: Float[Tensor, "*other query"], queries: Sequence[Query], facts: Sequence[Fact]) -> Tensor:
+    """The mean over the phrasings of each fact, on the last axis."""
+    order = {fact.id: i for i, fact in enumerate(facts)}
+    index = torch.tensor([order[query.fact.id] for query in queries])
+    total = torch.zeros(*values.shape[:-1], len(facts)).index_add(-1, index, values.float())
+    return total / torch.bincount(index, minlength=len(facts))

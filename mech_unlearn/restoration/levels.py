@@ -1,0 +1,99 @@
+"""The three levels that every attack is measured between: full, never trained on it, and the audited model as it is.
+
+With retrained models (grade A) "never trained on it" is their mean score. Without (grade B) it is the score that the
+full model gives to sham facts, and what an attack injects is the gain of sham facts in the audited model, both
+averaged over the facts of a relation, because one sham is one draw.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import Fact, Site
+from mech_unlearn.model import Model
+from mech_unlearn.prompts import Query, make_query
+from mech_unlearn.restoration.case import Case, Split, mean_by_fact, split_templates
+from mech_unlearn.restoration.normalise import relation_mean, rho, sham_facts
+from mech_unlearn.scoring import RowWrite, score
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The questions of one split, with those about sham facts behind them in grade B."""
+
+    facts: tuple[Fact, ...]
+    queries: tuple[Query, ...]
+    shams: int
+    """How many of the queries, at the end, are about sham facts."""
+
+    def margins(self, model: Model, writes: Mapping[Site | str, RowWrite] | None = None) -> Float[Tensor, "kind fact"]:
+        """Mean margin per fact in nats; row 0 the facts, row 1 (grade B only) their shams."""
+        margin = score(model, self.queries, writes).margin
+        true = len(self.queries) - self.shams
+        rows = [mean_by_fact(margin[:true], self.queries[:true], self.facts)]
+        if self.shams:
+            rows.append(mean_by_fact(margin[true:], self.queries[true:], self.facts))
+        return torch.stack(rows)
+
+
+def make_probe(case: Case, split: Split, facts: Sequence[Fact] | None = None) -> Probe:
+    """The questions about some facts (default: all of the case), at most `case.prompts` phrasings each."""
+    chosen = tuple(case.facts if facts is None else facts)
+
+    def ask(some: Sequence[Fact]) -> list[Query]:
+        return [
+            make_query(case.full.tokenizer, fact, template)
+            for fact in some
+            for template in split_templates(fact, split)[: case.prompts]
+        ]
+
+    shams = [] if case.retrained else ask(sham_facts(chosen, case.seed))
+    return Probe(chosen, tuple(ask(chosen) + shams), len(shams))
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """What full and retrained models score on the questions of a probe, before any attack."""
+
+    probe: Probe
+    full: Float[Tensor, " fact"]
+    never: Float[Tensor, "retrained fact"]
+    """Per retrained model; in grade B one row, the relation's mean margin of sham facts under the full model."""
+
+    def base(self, keep: Sequence[int]) -> Float[Tensor, " fact"]:
+        """The level of a model that never saw the facts, over the retrained models kept."""
+        return (self.never[list(keep)] if keep else self.never).mean(0)
+
+    def rho(
+        self,
+        before: Float[Tensor, "kind fact"],
+        after: Float[Tensor, "*point kind fact"],
+        after_retrained: Float[Tensor, "retrained *point fact"],
+        keep: Sequence[int],
+    ) -> Float[Tensor, "*point fact"]:
+        """The recoverability of each fact by an attack; see `normalise.rho`.
+
+        Args:
+            after_retrained: the retrained models' scores after the same attack; unused in grade B.
+            keep: which retrained models to compare with; empty in grade B.
+        """
+        if keep:
+            shape = [len(self.never), *[1] * (after_retrained.ndim - 2), -1]
+            injected = (after_retrained - self.never.reshape(shape))[list(keep)].mean(0)
+        else:
+            injected = relation_mean(after[..., 1, :] - before[1], self.probe.facts)
+        return rho(before[0], after[..., 0, :], self.full, self.base(keep), injected)
+
+
+def make_levels(case: Case, split: Split, facts: Sequence[Fact] | None = None) -> Levels:
+    """Score full and retrained models on one split."""
+    probe = make_probe(case, split, facts)
+    full = probe.margins(case.full)
+    if case.retrained:
+        never = torch.stack([probe.margins(model)[0] for model in case.retrained])
+    else:
+        never = relation_mean(full[1:], probe.facts)
+    return Levels(probe, full[0], never)

@@ -1,0 +1,170 @@
+"""Relearning: after teaching a part of the forget set again, do the untaught facts come back too?
+
+Paper:    Do unlearning methods remove information from language model weights? arXiv 2410.08827 (teach facts T,
+          score independent facts V), difference in differences against retrained models as proposed here.
+Changes:  clones of the audited and of the retrained models; all weights are trained.
+Needs:    `folds` short trainings per model: steps x batch x 3 forward passes each.
+Differs:  the forget set is cut into folds, by subject or by fact; each fold is scored after all the others were
+          taught, so that every fact gets a score. Learning rate scaled with width instead of a grid. A fact's score
+          is the mean of rho over the later half of the step grid, because single steps are noisy.
+Fails:    facts that depend on each other (T implies V) come back in a retrained model too; that is subtracted, but
+          it eats the room. Weights that autograd does not reach (joint QKV matrices under TransformerBridge) stay.
+
+`score_raw` is the margin in nats after the last step; recoverability is the mean rho over the later half of steps.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mech_unlearn.core import Fact
+from mech_unlearn.edit import clone
+from mech_unlearn.model import Model
+from mech_unlearn.prompts import make_query, pad
+from mech_unlearn.restoration.case import Case, Relearn, Result, split_templates
+from mech_unlearn.restoration.levels import Levels, make_levels
+
+
+def fold_of(facts: Sequence[Fact], settings: Relearn, seed: int) -> tuple[int, ...]:
+    """The fold that each fact belongs to, of equal size as far as can be.
+
+    By subject all facts of a subject share a fold; by fact the facts of each subject are dealt out.
+
+    Raises:
+        ValueError: fewer subjects (or facts per subject) than folds, so that nothing could be taught.
+    """
+    draw = random.Random(seed)
+    subjects = sorted({fact.subject for fact in facts})
+    draw.shuffle(subjects)
+    if settings.split == "entity":
+        if len(subjects) < settings.folds:
+            raise ValueError(
+                f"relearning by entity in {settings.folds} folds needs as many subjects, got {len(subjects)}; "
+                "use split='fact'"
+            )
+        return tuple(subjects.index(fact.subject) % settings.folds for fact in facts)
+    order = sorted(range(len(facts)), key=lambda i: (facts[i].subject, draw.random()))
+    if len(order) < settings.folds:
+        raise ValueError(f"relearning in {settings.folds} folds needs as many facts, got {len(order)}")
+    dealt = {i: k % settings.folds for k, i in enumerate(order)}
+    return tuple(dealt[i] for i in range(len(facts)))
+
+
+def lessons(case: Case, facts: Sequence[Fact]) -> list[tuple[tuple[int, ...], int]]:
+    """(token ids of prompt and answer, length of the prompt) for each SELECT and TUNE phrasing."""
+    out = []
+    for fact in facts:
+        for template in dict.fromkeys((*split_templates(fact, "select"), *split_templates(fact, "tune"))):
+            query = make_query(case.full.tokenizer, fact, template)
+            out.append((query.full, len(query.prompt)))
+    return out
+
+
+def answer_loss(
+    logits: Float[Tensor, "batch pos d_vocab"], ids: Int[Tensor, "batch pos"], start: Sequence[int], end: Sequence[int]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy in nats over the answer tokens [start, end) of all rows."""
+    at = torch.arange(ids.shape[1], device=ids.device)[None]
+    low, high = (torch.tensor(x, device=ids.device)[:, None] for x in (start, end))
+    chosen = ((at >= low) & (at < high))[:, 1:]
+    return torch.nn.functional.cross_entropy(logits[:, :-1][chosen].float(), ids[:, 1:][chosen])
+
+
+def relearn_curve(
+    case: Case, levels: Levels, model: Model, rows: Sequence[tuple[tuple[int, ...], int]], seed: int
+) -> Float[Tensor, "step kind fact"]:
+    """Margins of all facts after each number of steps of the grid, from training a clone on the rows."""
+    settings = case.relearn
+    generator = torch.Generator().manual_seed(seed)
+    curve = []
+    with clone(model) as copy:
+        weights = list(copy.held.values())
+        optimiser = torch.optim.AdamW(weights, lr=settings.lr_times_width / copy.d_model, weight_decay=0.0)
+        order: list[int] = []
+        for step in range(1, settings.steps[-1] + 1):
+            while len(order) < settings.batch:
+                order += torch.randperm(len(rows), generator=generator).tolist()
+            batch, order = [rows[i] for i in order[: settings.batch]], order[settings.batch :]
+            _step(copy, optimiser, batch)
+            if step in settings.steps:
+                copy.require_live(copy.held)
+                curve.append(levels.probe.margins(copy))
+    return torch.stack(curve)
+
+
+def _step(model: Model, optimiser: torch.optim.Optimizer, batch: Sequence[tuple[tuple[int, ...], int]]) -> None:
+    ids, mask, _ = pad([row for row, _ in batch], model.tokenizer.pad_token_id or 0)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    optimiser.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        logits = model.logits(ids, mask)
+        answer_loss(logits, ids, [start for _, start in batch], [len(row) for row, _ in batch]).backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.held.values() if p.grad is not None], 1.0)
+    optimiser.step()
+
+
+@dataclass(frozen=True, eq=False)
+class RelearnLevels:
+    levels: Levels
+    folds: tuple[int, ...]
+    retrained: Float[Tensor, "retrained step fact"]
+
+
+def _all_folds(case: Case, levels: Levels, folds: Sequence[int], model: Model) -> Float[Tensor, "step kind fact"]:
+    """The curve of each fact from the run in which its own fold was not taught."""
+    index, parts = torch.tensor(folds), []
+    for fold in range(case.relearn.folds):
+        taught = [fact for fact, f in zip(case.facts, folds, strict=True) if f != fold]
+        curve = relearn_curve(case, levels, model, lessons(case, taught), case.seed + fold)
+        parts.append(torch.where(index == fold, curve, 0.0))
+    return torch.stack(parts).sum(0)
+
+
+def prepare(case: Case) -> RelearnLevels:
+    """Relearn in each retrained model; what comes back there was injected."""
+    levels = make_levels(case, "test")
+    folds = fold_of(case.facts, case.relearn, case.seed)
+    curves = [_all_folds(case, levels, folds, model)[:, 0] for model in case.retrained]
+    empty = torch.zeros(0, len(case.relearn.steps), len(case.facts))
+    return RelearnLevels(levels, folds, torch.stack(curves) if curves else empty)
+
+
+def log_step_area(curve: Float[Tensor, "step fact"], steps: Sequence[int]) -> Float[Tensor, " fact"]:
+    """Area under a curve over log steps, divided by the width: a mean in the curve's unit."""
+    if len(steps) == 1:
+        return curve[0]
+    x = torch.tensor([float(step) for step in steps]).log()
+    return torch.trapezoid(curve, x, dim=0) / (x[-1] - x[0])
+
+
+def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
+    """Relearn in a clone of the audited model and compare what comes back with the retrained models."""
+    keep, levels, steps = case.others_than(model), ready.levels, case.relearn.steps
+    before = levels.probe.margins(model)
+    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
+    after = _all_folds(case, levels, ready.folds, model) if index is None else ready.retrained[index][:, None]
+    curve = levels.rho(before, after, ready.retrained, keep)
+    axis = tuple(float(step) for step in steps)
+    never = ready.retrained[keep] if keep else levels.never[:, None].expand(-1, len(steps), -1)
+    lessons_each = case.relearn.folds * steps[-1] * case.relearn.batch * 3 / len(case.facts)
+    return Result(
+        test="relearn",
+        model_id=name,
+        facts=case.facts,
+        recoverability=curve[len(steps) // 2 :].mean(0),
+        score_raw=after[-1, 0],
+        score_full=levels.full,
+        score_retrained=never[:, -1],
+        rho=curve[-1],
+        grade=case.grade,
+        n_paraphrases=case.prompts,
+        seed=case.seed,
+        cost_fe=lessons_each + case.relearn.folds * len(steps) * len(levels.probe.queries) / len(case.facts),
+        columns={"before": before[0], "auc_log_steps": log_step_area(curve, steps)},
+        curves={"rho": curve, "margin": after[:, 0], "margin_R": never.mean(0)},
+        curve_axes={"rho": axis, "margin": axis, "margin_R": axis},
+    )

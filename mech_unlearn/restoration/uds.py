@@ -1,0 +1,220 @@
+"""UDS: is the fact still written in U's states, in a form that the full model's own later layers can read?
+
+Paper:    Unlearning Depth Score, arXiv 2605.24614: two-stage activation patching into the full model.
+Changes:  nothing; the residual stream of F is written over with that of R (stage 1) or U (stage 2).
+Needs:    per phrasing one forward of F, one of each source, and one of F per layer and source.
+Differs:  (a) true resid_post is patched at the last layer too; the reference patches HF hidden_states, whose last
+          entry already went through the final norm, so that their F -> F is not exactly 0. (b) D^S1 is the mean over
+          retrained models, its spread is kept. (c) the raw ratio is kept beside the clipped one and flagged above 3.
+          (d) the span is the whole answer. (e) variant `uds_subject` patches the subject's last token only, so that
+          no answer text is in context. (f) recoverability = 1 - UDS / (mean UDS of held-out retrained models),
+          because clipping makes even a retrained model score below 1 against the mean of the others. (g) without a
+          retrained model the S1 source is F itself reading the prompt about an unknown subject (or, with none
+          given, about another subject with another object): grade B.
+Fails:    blind to a block before the patched layer, for example in the embedding (U's states really lack the fact
+          there): such a model looks deleted here, and the restoration tests must speak.
+
+UDS_i = sum_{l in KE} D1_l clip(D2_l / D1_l, 0, 1) / sum_{l in KE} D1_l, KE = {l: D1_l > tau}, D_l = drop of the mean
+log-probability per answer token (nats) when layer l of F is patched. 1 = erased to the level of R, 0 = intact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mech_unlearn.core import Fact, Site
+from mech_unlearn.model import Model
+from mech_unlearn.prompts import Query, make_query
+from mech_unlearn.restoration.case import Case, Result, mean_by_fact, split_queries, split_templates
+from mech_unlearn.scoring import Batch, score
+
+TAU = 0.05
+"""Nats below which a layer of R does not count as lacking the fact. Source: arXiv 2605.24614, default tau."""
+RAW_RATIO_FLAG = 3.0
+"""Raw D2 / D1 above which the states are broken rather than erased (RMU reaches 57 in the paper's guide)."""
+Rows = Literal["answer", "subject"]
+
+
+@dataclass(frozen=True)
+class UdsScore:
+    """UDS per fact with what it is made of."""
+
+    uds: Float[Tensor, " fact"]
+    """NaN where no layer of R lacks the fact."""
+    raw: Float[Tensor, " fact"]
+    """The same weighted mean without clipping."""
+    layers: Bool[Tensor, "layer fact"]
+    """KE: the layers that count."""
+
+
+def uds_score(
+    drop_retrained: Float[Tensor, "layer fact"], drop_unlearned: Float[Tensor, "layer fact"], tau: float = TAU
+) -> UdsScore:
+    """UDS from the drops D^S1 and D^S2 in nats. Source: arXiv 2605.24614."""
+    layers = drop_retrained > tau
+    weight = torch.where(layers, drop_retrained, torch.zeros_like(drop_retrained))
+    ratio = drop_unlearned / torch.where(layers, drop_retrained, torch.ones_like(drop_retrained))
+    total = weight.sum(0)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(total > 0, (weight * x).sum(0) / total.clamp(min=1e-30), torch.nan)
+
+    return UdsScore(mean(ratio.clamp(0, 1)), mean(ratio), layers)
+
+
+@dataclass(frozen=True)
+class Rowset:
+    """Which positions of each query are read and written, counted from the last prompt token or the subject's end."""
+
+    rows: Rows
+    count: Int[Tensor, " query"]
+
+    def positions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(row of the batch, position, index of the position within its query) of every patched position."""
+        first = batch.end if self.rows == "answer" else batch.span[:, 1] - 1
+        steps = torch.arange(int(self.count.max()), device=first.device)
+        row, step = (steps[None] < self.count.to(first.device)[batch.query, None]).nonzero(as_tuple=True)
+        return row, first[row] + step, step
+
+
+def rowset(queries: Sequence[Query], rows: Rows) -> Rowset:
+    """The rows that predict the answer's tokens, or the one row of the subject's last token."""
+    return Rowset(rows, torch.tensor([len(q.answers[0]) if rows == "answer" else 1 for q in queries]))
+
+
+def read_rows(
+    model: Model, queries: Sequence[Query], rows: Rowset
+) -> tuple[Float[Tensor, "layer query row d_model"], Float[Tensor, " query"]]:
+    """resid_post of every layer at the rows of each query, from one forward, and the answers' log-probabilities."""
+    kept = torch.zeros(model.n_layers, len(queries), int(rows.count.max()), model.d_model, device=model.device)
+
+    def reader(layer: int):
+        def read(x: Tensor, batch: Batch) -> None:
+            row, position, step = rows.positions(batch)
+            kept[layer, batch.query[row], step] = x[row, position].float()
+
+        return read
+
+    writes = {Site(layer, "resid_post"): reader(layer) for layer in range(model.n_layers)}
+    return kept, score(model, queries, writes).logprob[:, 0]
+
+
+def drops(
+    full: Model, queries: Sequence[Query], baseline: Float[Tensor, " query"], rows: Rowset, states: Tensor
+) -> Float[Tensor, "layer query"]:
+    """D: how many nats per answer token F loses when one layer's rows are replaced by the source's states."""
+    out = []
+    for layer in range(full.n_layers):
+
+        def write(x: Tensor, batch: Batch, layer: int = layer) -> Tensor:
+            row, position, step = rows.positions(batch)
+            x = x.clone()
+            x[row, position] = states[layer, batch.query[row], step].to(x)
+            return x
+
+        out.append(baseline - score(full, queries, {Site(layer, "resid_post"): write}).logprob[:, 0])
+    return torch.stack(out)
+
+
+@dataclass(frozen=True, eq=False)
+class UdsLevels:
+    """Stage 1, shared by all audited models."""
+
+    queries: tuple[Query, ...]
+    rows: Rowset
+    baseline: Float[Tensor, " query"]
+    drops: Float[Tensor, "retrained layer fact"]
+    ceiling: float
+    """Mean UDS of each retrained model against the others; 1 with fewer than two of them."""
+
+
+def _true_only(queries: Sequence[Query]) -> tuple[Query, ...]:
+    return tuple(replace(query, answers=query.answers[:1]) for query in queries)
+
+
+def source_drop(case: Case, levels: UdsLevels, source: Model, queries: Sequence[Query]) -> Float[Tensor, "layer fact"]:
+    """D per layer and fact for one source model, the mean over phrasings."""
+    states, _ = read_rows(source, queries, levels.rows)
+    per_query = drops(case.full, levels.queries, levels.baseline, levels.rows, states)
+    return mean_by_fact(per_query, levels.queries, case.facts)
+
+
+def prepare(case: Case, rows: Rows = "answer") -> UdsLevels:
+    """Stage 1: F's baseline and the drops caused by the states of each retrained model."""
+    queries = _true_only(split_queries(case, "test"))
+    chosen = rowset(queries, rows)
+    baseline = score(case.full, queries).logprob[:, 0]
+    levels = UdsLevels(queries, chosen, baseline, torch.zeros(0, case.full.n_layers, len(case.facts)), 1.0)
+    if case.retrained:
+        found = [source_drop(case, levels, model, queries) for model in case.retrained]
+    else:
+        found = [source_drop(case, levels, case.full, _true_only(_about_others(case)))]
+    return replace(levels, drops=torch.stack(found), ceiling=_ceiling(torch.stack(found)))
+
+
+def _ceiling(found: Float[Tensor, "retrained layer fact"]) -> float:
+    """The mean UDS of a retrained model against the mean of the others."""
+    if len(found) < 2:
+        return 1.0
+    rest = [torch.cat([found[:k], found[k + 1 :]]).mean(0) for k in range(len(found))]
+    return torch.stack([uds_score(r, d).uds for r, d in zip(rest, found, strict=True)]).nanmean().item()
+
+
+def _about_others(case: Case) -> tuple[Query, ...]:
+    """The TEST prompts with another subject in the slot: an unknown one, else that of a fact with another object."""
+    out = []
+    for i, fact in enumerate(case.facts):
+        name = case.unknown[i % len(case.unknown)].name if case.unknown else _other_subject(case.facts, fact)
+        for template in split_templates(fact, "test")[: case.prompts]:
+            out.append(make_query(case.full.tokenizer, fact, template, subject=name))
+    return tuple(out)
+
+
+def _other_subject(facts: Sequence[Fact], fact: Fact) -> str:
+    for other in facts:
+        if other.relation == fact.relation and other.object != fact.object and other.subject != fact.subject:
+            return other.subject
+    raise ValueError(f"fact {fact.id!r}: without retrained models UDS needs unknown subjects (Case(unknown=...))")
+
+
+def audit(case: Case, levels: UdsLevels, model: Model, name: str) -> Result:
+    """Stage 2: the drops caused by the audited model's states, set against those of the retrained models."""
+    keep = case.others_than(model)
+    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
+    found = levels.drops[index] if index is not None else source_drop(case, levels, model, levels.queries)
+    never = levels.drops[keep] if keep else levels.drops
+    got = uds_score(never.mean(0), found)
+    single = torch.stack([uds_score(d, found).uds for d in never])
+    variant = "uds" if levels.rows.rows == "answer" else "uds_subject"
+    flags = tuple(
+        (*(("no_KE_layer",) if x != x else ()), *(("raw_ratio_above_3",) if r > RAW_RATIO_FLAG else ()))
+        for x, r in zip(got.uds.tolist(), got.raw.tolist(), strict=True)
+    )
+    axis = tuple(float(layer) for layer in range(case.full.n_layers))
+    spread = never.std(0) if len(never) > 1 else torch.full_like(found, torch.nan)
+    return Result(
+        test=variant,
+        model_id=name,
+        facts=case.facts,
+        recoverability=(1 - got.uds / levels.ceiling).clamp(0, 1),
+        score_raw=got.uds,
+        score_full=torch.zeros(len(case.facts)),
+        score_retrained=torch.ones_like(single) * levels.ceiling,
+        kappa=1 - got.uds / levels.ceiling,
+        grade=case.grade,
+        n_paraphrases=case.prompts,
+        seed=case.seed,
+        cost_fe=float((1 + case.full.n_layers) * len(levels.queries) / len(case.facts)),
+        flags=flags,
+        columns={"raw_ratio": got.raw, "ke_layers": got.layers.sum(0).float(), "uds_sd": _sd(single)},
+        curves={"drop": found, "drop_R": never.mean(0), "drop_R_sd": spread},
+        curve_axes={"drop": axis, "drop_R": axis, "drop_R_sd": axis},
+    )
+
+
+def _sd(x: Float[Tensor, "retrained fact"]) -> Float[Tensor, " fact"]:
+    return x.std(0) if len(x) > 1 else torch.full(x.shape[1:], torch.nan)

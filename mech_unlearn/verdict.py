@@ -1,0 +1,168 @@
+"""From scores to a label per fact. PROVISIONAL and UNCALIBRATED: thresholds, not error rates.
+
+A fact is *intact* if the outputs still give it; *suppressed* if the outputs lost it and at least one restoration test
+brings it back (a block may sit anywhere and each test is blind somewhere, so the strongest test decides: an OR, not
+an average); *deleted* if the outputs lost it and every test that spoke looks like a model that never saw it;
+*collapsed* if the model is too broken for the absence of an answer to say anything; *undetermined* otherwise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from mech_unlearn.core import LABELS, Fact, Label, Measurement, Verdict
+from mech_unlearn.restoration.case import Result
+
+RECOVERY = ("uds", "uds_subject", "sae", "relearn", "int8", "int4")
+"""Tests whose recoverability can show that a fact is still there."""
+SPOKEN = {
+    "output": "the outputs",
+    "uds": "patching its answer states into the full model",
+    "uds_subject": "patching its subject state into the full model",
+    "sae": "writing the entity's profile back",
+    "relearn": "relearning other facts",
+    "int8": "rounding to 8 bits",
+    "int4": "rounding to 4 bits",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Where the labels part. Provisional; see `describe`."""
+
+    output_lost: float = 0.5
+    """The outputs lost a fact if kappa of the margin is below this ..."""
+    recall_lost: float = 0.5
+    """... or if recall over the phrasings is below this, where the full model's is not."""
+    suppressed: float = 0.5
+    """Suppressed from this recoverability on, in the strongest test (0 = retrained, 1 = full)."""
+    deleted: float = 0.3
+    """Deleted only if no test recovers more than this."""
+    collapsed_recall: float = 0.5
+    """Collapsed if recall of other facts falls below this share of the full model's ..."""
+    collapsed_kl: float = 1.0
+    """... or if the model drifts this many nats per token from the full one on generic text."""
+
+    def describe(self) -> str:
+        """One line that goes with every table of verdicts."""
+        values = ", ".join(f"{f.name} {getattr(self, f.name):g}" for f in fields(self))
+        return (
+            f"Provisional, uncalibrated verdicts ({values}); thresholds were set by principle and checked on the "
+            "biographies testbed (full, retrained, last-layer ascent) only. No error rate is claimed."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """Whether the audited model still works. None where it was not measured."""
+
+    neighbor_recall: Measurement | None = None
+    full_neighbor_recall: Measurement | None = None
+    general_kl: Measurement | None = None
+
+    def broken(self, thresholds: Thresholds) -> str | None:
+        """What is broken, in words, or None."""
+        if self.neighbor_recall is not None and self.full_neighbor_recall is not None:
+            bound = thresholds.collapsed_recall * self.full_neighbor_recall.value
+            if self.neighbor_recall.value < bound:
+                return f"other facts are recalled {self.neighbor_recall.value:.2f} of the time (bound {bound:.2f})"
+        if self.general_kl is not None and not self.general_kl.value < thresholds.collapsed_kl:
+            return f"it drifted {self.general_kl.value:.2f} nats per token on generic text"
+        return None
+
+
+def judge(
+    results: Mapping[str, Result], health: Health | None = None, thresholds: Thresholds | None = None
+) -> tuple[Verdict, ...]:
+    """One verdict per fact from the results of `restoration.audit` on one model.
+
+    Raises:
+        KeyError: the results lack the test `output`, without which nothing can be said.
+    """
+    if "output" not in results:
+        raise KeyError(f"a verdict needs the test 'output'; the results hold {sorted(results)}")
+    bounds, facts = thresholds or Thresholds(), results["output"].facts
+    for name, result in results.items():
+        if [f.id for f in result.facts] != [f.id for f in facts]:
+            raise ValueError(f"test {name!r} was run on other facts than 'output'")
+    broken = (health or Health()).broken(bounds)
+    return tuple(_judge(i, fact, results, broken, bounds) for i, fact in enumerate(facts))
+
+
+def _judge(i: int, fact: Fact, results: Mapping[str, Result], broken: str | None, bounds: Thresholds) -> Verdict:
+    output = results["output"]
+    assert output.kappa is not None
+    kappa, recall = output.kappa[i].item(), output.columns["recall"][i].item()
+    known = output.columns["recall_F"][i].item() >= bounds.recall_lost
+    scores = {name: _number(results[name].recoverability[i].item()) for name in RECOVERY if name in results}
+    spoke = {name: value for name, value in scores.items() if value is not None}
+    lost = kappa < bounds.output_lost or (known and recall < bounds.recall_lost)
+    flags = tuple(dict.fromkeys(flag for name in results for flag in results[name].flags_of(i)))
+    label, tests, sentence = _label(kappa, recall, lost, spoke, broken, "not_testable" in flags, bounds)
+    p_values = {
+        name: value
+        for name in spoke
+        if (p := results[name].p_null) is not None and (value := _number(p[i].item())) is not None
+    }
+    return Verdict(
+        fact_id=fact.id,
+        label=label,
+        sentence=sentence,
+        tests=tests,
+        scores={"output": _number(kappa), **scores},
+        p_values=p_values,
+        grade=output.grade if spoke else "C",
+        flags=(*flags, *(("health_fail",) if broken else ())),
+    )
+
+
+def _label(
+    kappa: float,
+    recall: float,
+    lost: bool,
+    spoke: Mapping[str, float],
+    broken: str | None,
+    not_testable: bool,
+    bounds: Thresholds,
+) -> tuple[Label, tuple[str, ...], str]:
+    """(label, the tests that decided, a sentence)."""
+    if broken:
+        return "collapsed", ("output",), f"Collapsed: {broken}, so a missing answer says nothing."
+    if not_testable:
+        why = "the full model does not know it well enough, or retrained models guess it"
+        return "undetermined", ("output",), f"Undetermined: not testable, because {why}."
+    outputs = f"recall {recall:.2f}, margin {kappa:.2f} of the way from retrained to full"
+    if not lost:
+        return "intact", ("output",), f"Intact: the outputs still give it ({outputs})."
+    if not spoke:
+        return "undetermined", ("output",), f"Undetermined: the outputs lost it ({outputs}); no restoration test spoke."
+    best = max(spoke, key=lambda name: spoke[name])
+    value = f"{SPOKEN[best]} recovers {spoke[best]:.2f} of the gap between retrained and full"
+    if spoke[best] >= bounds.suppressed:
+        over = tuple(name for name in spoke if spoke[name] >= bounds.suppressed)
+        return "suppressed", over, f"Suppressed: the outputs lost it ({outputs}), but {value}."
+    if spoke[best] <= bounds.deleted:
+        return "deleted", tuple(spoke), f"Deleted: the outputs lost it ({outputs}), and at the most {value}."
+    return "undetermined", (best,), f"Undetermined: the outputs lost it ({outputs}), and {value}, between the bounds."
+
+
+def _number(x: float) -> float | None:
+    return None if x != x else x
+
+
+def shares(verdicts: Sequence[Verdict], testable_only: bool = True) -> dict[str, float]:
+    """Share of each label, by default over the testable facts; all zero if there is none."""
+    counted = [v for v in verdicts if not (testable_only and "not_testable" in v.flags)]
+    return {label: sum(v.label == label for v in counted) / max(1, len(counted)) for label in LABELS}
+
+
+def mean_scores(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Mean score per test over the testable facts; tests that never spoke are left out."""
+    names = {name for v in verdicts for name in v.scores}
+    out = {}
+    for name in sorted(names):
+        values = [v.scores[name] for v in verdicts if v.scores.get(name) is not None and "not_testable" not in v.flags]
+        if values:
+            out[name] = torch.tensor(values).mean().item()
+    return out
