@@ -9,7 +9,8 @@ the store holds all chosen positions and nothing else.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,18 +78,17 @@ def _run(model: Model, ids: Tensor, index: Tensor, sites: Sequence[Place]) -> di
     def keep(site: Place):
         def read(x: Tensor) -> None:
             if x.shape[:2] != ids.shape:
-                raise ValueError(f"{site!s} has shape {tuple(x.shape)}, not one state per position; it cannot be captured")
+                raise ValueError(
+                    f"{site!s} has shape {tuple(x.shape)}, not one state per position: no state to capture"
+                )
             kept[site] = x[index[:, 0], index[:, 1]].cpu()
             if early and len(kept) == len(sites):
                 raise _Stop
 
         return read
 
-    with model.hooks(*((site, keep(site)) for site in sites)):
-        try:
-            model.logits(ids)
-        except _Stop:
-            pass
+    with model.hooks(*((site, keep(site)) for site in sites)), suppress(_Stop):
+        model.logits(ids)
     return kept
 
 
@@ -115,3 +115,187 @@ def stream(
         index = torch.tensor(local, device=model.device)
         kept = _run(model, ids, index, sites)
         yield States(torch.stack([torch.tensor(members)[index[:, 0].cpu()], index[:, 1].cpu()], 1), kept)
+
+
+def _gather(
+    model: Model, prompts: Sequence[Sequence[int]], sites: Sequence[Place], at: Sequence[Sequence[int]],
+    max_tokens: int, dtype: torch.dtype,
+) -> States:  # fmt: skip
+    """All states of some prompts, sorted by prompt and then as asked for."""
+    parts = list(stream(model, prompts, sites, at, max_tokens=max_tokens))
+    if not parts:
+        raise ValueError("no position to capture: `at` names none in any prompt")
+    index = torch.cat([part.index for part in parts])
+    order = index[:, 0].argsort(stable=True)
+    return States(index[order], {site: torch.cat([part.at[site] for part in parts])[order].to(dtype) for site in sites})
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationStore:
+    """States of prompts at sites, in the order of the prompts; in memory, or on disk and read when asked for."""
+
+    sites: tuple[Place, ...]
+    held: States | None
+    """All states, when they are in memory."""
+    folder: Path | None
+    """Where the shards lie, when they are on disk."""
+    names: Mapping[Place, str]
+    """Site -> its name in the shards."""
+
+    def _files(self) -> list[Path]:
+        assert self.folder is not None
+        return sorted(self.folder.glob("[0-9]*.safetensors"))
+
+    def _key(self, site: Place) -> str:
+        if site not in self.names:
+            raise KeyError(f"{site!s} was not captured; sites: {', '.join(map(str, self.sites))}")
+        return self.names[site]
+
+    def __getitem__(self, site: Place) -> Tensor:
+        """All states of one site, [state, d]; from disk this reads that site only.
+
+        Raises:
+            KeyError: a site that was not captured.
+        """
+        key = self._key(site)
+        return self.held.at[site] if self.held is not None else self._read(key)
+
+    @property
+    def index(self) -> Int[Tensor, "state 2"]:
+        """Prompt and position of each state."""
+        return self.held.index if self.held is not None else self._read("index")
+
+    def _read(self, key: str) -> Tensor:
+        from safetensors import safe_open
+
+        parts = []
+        for path in self._files():
+            with safe_open(path, framework="pt") as file:
+                parts.append(file.get_tensor(key))
+        return torch.cat(parts)
+
+    def shards(self) -> Iterator[States]:
+        """One shard after the other; only one is in memory."""
+        from safetensors.torch import load_file
+
+        if self.held is not None:
+            yield self.held
+            return
+        for path in self._files():
+            tensors = load_file(path)
+            yield States(tensors["index"], {site: tensors[key] for site, key in self.names.items()})
+
+
+def capture(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sites: Sequence[Place],
+    at: At = "all",
+    *,
+    folder: str | os.PathLike | None = None,
+    max_tokens: int = 8192,
+    shard_states: int = 65_536,
+    dtype: torch.dtype | None = None,
+) -> ActivationStore:
+    """Activations of prompts at sites and positions: in memory, or streamed into a folder of safetensors shards.
+
+    With a folder, one shard of about `shard_states` states is in memory at a time, each is written atomically, and a
+    run that was interrupted goes on after the last finished shard.
+
+    Args:
+        prompts: rows of token ids, special tokens included (`prompts.encode(...).ids`).
+        at: "all" positions, the "last" one, one position per prompt, or several per prompt.
+        folder: a new or empty folder, or one that the same call began to fill.
+        dtype: of what is kept; by default the model's.
+
+    Raises:
+        KeyError: a site the model lacks.
+        ValueError: an empty prompt, a position outside of its prompt, or a folder made from another model, other
+            prompts, positions or sites.
+    """
+    sites = tuple(dict.fromkeys(sites))
+    _check(model, prompts, sites)
+    positions = _positions(prompts, at)
+    names = {site: model.resolve(site) for site in sites}
+    keep = model.dtype if dtype is None else dtype
+    if folder is None:
+        return ActivationStore(sites, _gather(model, prompts, sites, positions, max_tokens, keep), None, names)
+    cuts = _cuts(positions, shard_states)
+    manifest = _manifest(model, prompts, positions, names, keep, cuts)
+    root = _claim(Path(folder), manifest)
+    _fill(root, cuts, lambda a, b: _gather(model, prompts[a:b], sites, positions[a:b], max_tokens, keep), names)
+    return ActivationStore(sites, None, root, names)
+
+
+def _cuts(positions: Sequence[Sequence[int]], shard_states: int) -> list[tuple[int, int]]:
+    """Runs [a, b) of prompts with `shard_states` states or a little more; prompts without a position join a run."""
+    cuts, start, count = [], 0, 0
+    for i, places in enumerate(positions):
+        count += len(places)
+        if count >= shard_states:
+            cuts.append((start, i + 1))
+            start, count = i + 1, 0
+    if count:
+        cuts.append((start, len(positions)))
+    if not cuts:
+        raise ValueError("no position to capture: `at` names none in any prompt")
+    return cuts
+
+
+def _manifest(
+    model: Model, prompts: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], names: Mapping[Place, str],
+    dtype: torch.dtype, cuts: Sequence[tuple[int, int]],
+) -> dict:  # fmt: skip
+    rows = json.dumps([[list(row), list(at)] for row, at in zip(prompts, positions, strict=True)])
+    edits = hashlib.sha256()
+    for shift in model.active:
+        edits.update(f"{shift.site} {shift.subjects}".encode())
+        edits.update(shift.vectors.detach().float().cpu().contiguous().numpy().tobytes())
+    return {
+        "format": "mech_unlearn.activations/1",
+        "model": model.hash(),
+        "interventions": edits.hexdigest() if model.active else None,
+        "data": hashlib.sha256(rows.encode()).hexdigest(),
+        "sites": list(names.values()),
+        "dtype": str(dtype),
+        "shards": [list(cut) for cut in cuts],
+    }
+
+
+def _claim(folder: Path, manifest: dict) -> Path:
+    """The folder, with the manifest in it; refuses one that holds something else."""
+    path = folder / "manifest.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        differ = [key for key in manifest if found.get(key) != manifest[key]]
+        if differ:
+            raise ValueError(
+                f"folder {str(folder)!r} holds other activations ({', '.join(differ)} differ); name another"
+            )
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder {str(folder)!r} exists, is not empty and has no manifest.json; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "manifest.json.partial"
+    part.write_text(json.dumps(manifest, indent=1))
+    os.replace(part, path)
+    return folder
+
+
+def _fill(
+    root: Path, cuts: Sequence[tuple[int, int]], gather: Callable[[int, int], States], names: Mapping[Place, str]
+) -> None:
+    """Compute and write the shards that are not there yet."""
+    from safetensors.torch import save_file
+    from tqdm.auto import tqdm
+
+    for number, (start, end) in enumerate(tqdm(cuts, desc="capture", unit="shard", disable=None)):
+        path = root / f"{number:06d}.safetensors"
+        if path.exists():
+            continue
+        states = gather(start, end)
+        shift = torch.tensor([start, 0])
+        tensors = {names[site]: x.contiguous() for site, x in states.at.items()}
+        part = path.with_suffix(".partial")
+        save_file({"index": states.index + shift, **tensors}, part)
+        os.replace(part, path)

@@ -1,7 +1,7 @@
-"""Sparse autoencoders through sae-lens, and what their latents say about entities.
+"""Sparse autoencoders through sae-lens, tied to sites of a model.
 
-Load, train and save SAEs in sae-lens's own formats; measure how well one explains a model (FVU), whether it still
-explains an edited one, and which latents tell entities the model knows from entities it does not know.
+Load, train and save SAEs in sae-lens's own formats; measure how well one explains a model (FVU) and whether it still
+explains an edited one. Which latents tell known from unknown entities is for `locate.known_unknown` to say.
 """
 
 import itertools
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.capture import stream
-from mech_unlearn.core import Attribution, Entity, Site
+from mech_unlearn.core import Entity, Site
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import encode
 
@@ -101,7 +101,9 @@ def _tie(sae: Any, model: Model, site: Site | None, source: str) -> Sae:
         raise ValueError(f"SAE {source!r}: {error.args[0]}") from error
     if named is not None and model.resolve(named) != hook:
         raise ValueError(f"SAE {source!r} was trained at {named}, not at {site}")
-    width = model.held[model.w_out(site.layer)[0]].numel() // model.d_model if site.kind == "mlp_post" else model.d_model
+    width = model.d_model
+    if site.kind == "mlp_post":
+        width = model.held[model.w_out(site.layer)[0]].numel() // model.d_model
     if sae.cfg.d_in != width:
         raise ValueError(f"SAE {source!r} reads {sae.cfg.d_in} dimensions, {site} of {model.name!r} has {width}")
     for name, weight in sae.named_parameters():
@@ -153,12 +155,13 @@ def save_sae(sae: Sae, folder: str | os.PathLike) -> None:
     sae.sae.save_model(Path(folder))
 
 
-def _rows(model: Model, texts: Sequence[str], context: int) -> list[tuple[int, ...]]:
+def token_rows(model: Model, texts: Sequence[str], context: int = 512) -> list[tuple[int, ...]]:
+    """Token ids of texts, with special tokens, in pieces of at most `context` tokens."""
     ids = [encode(model.tokenizer, text).ids for text in texts]
     return [row[i : i + context] for row in ids for i in range(0, len(row), context)]
 
 
-def _ordinary(model: Model, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+def ordinary_positions(model: Model, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """Positions of each row that hold no special token: BOS states are outliers that no SAE should be judged by."""
     special = set(model.tokenizer.all_special_ids)
     return [tuple(i for i, token in enumerate(row) if token not in special) for row in rows]
@@ -170,7 +173,7 @@ def _pools(
     """Endless pools of at most about `limit` states; when all fit into one pool, they are computed only once."""
 
     def pool(chosen: list[tuple[int, ...]]) -> Tensor:
-        parts = [part.at[site].float() for part in stream(model, chosen, [site], _ordinary(model, chosen))]
+        parts = [part.at[site].float() for part in stream(model, chosen, [site], ordinary_positions(model, chosen))]
         return torch.cat(parts)
 
     if sum(map(len, rows)) <= limit:
@@ -204,8 +207,8 @@ def train_sae(
     d_sae: int,
     k: int,
     training_tokens: int = 1_000_000,
-    batch_size: int = 2048,
-    lr: float = 1e-3,
+    batch_size: int = 1024,
+    lr: float = 3e-3,
     context: int = 512,
     buffer_tokens: int = 131_072,
     seed: int = 0,
@@ -213,8 +216,9 @@ def train_sae(
     """Train a TopK SAE on the model's own activations with sae-lens's trainer (arXiv 2406.04093).
 
     The activations are computed by us, once if all texts fit into `buffer_tokens`, and cycled through in a new order
-    each time; special tokens are left out. sae-lens scales them to a mean norm of sqrt(d_in) and folds the scale into
-    the weights at the end. The learning rate decays linearly to a tenth over the last fifth. No files, no logging.
+    each time; special tokens are left out. They are scaled to a mean norm of sqrt(d_in), the scale is folded into the
+    weights at the end, and the decoder bias starts at their mean (starting at zero, most latents died in our trials).
+    The learning rate decays linearly to a tenth over the last fifth. No files, no logging.
 
     Args:
         texts: running text; it should hold the entities whose latents are wanted.
@@ -230,8 +234,8 @@ def train_sae(
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.sae_trainer import SAETrainer
 
-    rows = _rows(model, texts, context)
-    if not any(_ordinary(model, rows)):
+    rows = token_rows(model, texts, context)
+    if not any(ordinary_positions(model, rows)):
         raise ValueError("no text with an ordinary token: the SAE has nothing to be trained on")
     if not 1 <= k <= d_sae:
         raise ValueError(f"k={k} active latents of d_sae={d_sae}: choose 1 <= k <= d_sae")
@@ -240,7 +244,8 @@ def train_sae(
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(_pools(model, rows, site, buffer_tokens, generator), batch_size, generator)
     first = next(batches)
-    steps = training_tokens // batch_size
+    scale = first.shape[1] ** 0.5 / first.norm(dim=1).mean().item()
+    scaled = (batch * scale for batch in itertools.chain([first], batches))
     metadata = SAEMetadata(
         model_name=model.name,
         hook_name=site.hook,
@@ -251,20 +256,26 @@ def train_sae(
         seed=seed,
     )
     device = str(model.device)
-    config = TopKTrainingSAEConfig(
-        d_in=first.shape[1], d_sae=d_sae, k=k, device=device, dtype="float32", metadata=metadata,
-        normalize_activations="expected_average_only_in",
-    )  # fmt: skip
+    config = TopKTrainingSAEConfig(d_in=first.shape[1], d_sae=d_sae, k=k, device=device, metadata=metadata)
+    steps = training_tokens // batch_size
     trainer_config = SAETrainerConfig(
-        total_training_samples=steps * batch_size, train_batch_size_samples=batch_size, device=device,
-        lr=lr, lr_end=lr / 10, lr_decay_steps=steps // 5, lr_warm_up_steps=min(50, steps // 10),
-        dead_feature_window=max(20, min(1000, steps // 10)), feature_sampling_window=steps + 1,
-        n_batches_for_norm_estimate=min(20, steps), logger=LoggingConfig(log_to_wandb=False),
-    )  # fmt: skip
+        total_training_samples=steps * batch_size,
+        train_batch_size_samples=batch_size,
+        device=device,
+        lr=lr,
+        lr_end=lr / 10,
+        lr_warm_up_steps=min(50, steps // 10),
+        lr_decay_steps=steps // 5,
+        dead_feature_window=max(20, min(1000, steps // 10)),
+        feature_sampling_window=steps + 1,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(seed)
         trained = TopKTrainingSAE(config)
-        SAETrainer(trainer_config, trained, itertools.chain([first], batches)).fit()
+        trained.b_dec.data = first.mean(0).to(model.device) * scale
+        SAETrainer(trainer_config, trained, scaled).fit()
+        trained.fold_activation_norm_scaling_factor(scale)
         weights = trained.state_dict()
         trained.process_state_dict_for_saving_inference(weights)
         sae = SAE.from_dict(trained.cfg.get_inference_sae_cfg_dict() | {"metadata": trained.cfg.metadata.to_dict()})
@@ -282,7 +293,7 @@ def fvu(model: Model, sae: Sae, rows: Sequence[Sequence[int]]) -> float:
         ValueError: fewer than two ordinary tokens, or states that do not vary.
     """
     error, square, total, count = 0.0, 0.0, torch.zeros(1, dtype=torch.float64), 0
-    for part in stream(model, rows, [sae.site], _ordinary(model, rows)):
+    for part in stream(model, rows, [sae.site], ordinary_positions(model, rows)):
         h = part.at[sae.site].to(model.device).float()
         error += (h - sae.reconstruct(h)).double().square().sum().item()
         square += h.double().square().sum().item()

@@ -1,0 +1,203 @@
+"""Known and unknown entities: which latents tell what the model knows from what it does not.
+
+Paper:    Ferrando, Obeso, Rajamanoharan, Nanda 2024, Do I know this entity?, arXiv 2411.14257, section 3.
+Needs:    an SAE per layer; one forward pass per entity and context, up to the SAE's layer.
+Differs:  contexts are the facts' own phrasings cut after the name, not "The movie X"; readouts are scored by AUC on
+          held-out entities, and a logistic readout on the best latents stands beside the single ones.
+Fails:    names that share tokens with known names may fire known latents; with few entities the best of many
+          latents is partly luck, which is why the AUC comes from entities that nothing was chosen on. A readout that
+          separates need not control what the model answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mech_unlearn.capture import stream
+from mech_unlearn.core import Attribution, Entity, Site
+from mech_unlearn.latents import Sae, entity_states, ordinary_positions, token_rows
+from mech_unlearn.model import Model
+
+MIN_BACKGROUND = 1000
+"""Generic tokens below which a firing frequency of 2 % (20 firings) cannot be told from chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separation:
+    """Latents and readouts that tell known from unknown entities at one site."""
+
+    site: Site
+    known: Attribution
+    """s_known = f_K - f_U of each latent, the smallest over entity types; NaN for latents that fire on any text."""
+    unknown: Attribution
+    """s_unknown = f_U - f_K, in the same way."""
+    auc: Attribution
+    """Area under the ROC curve on entities that nothing was chosen on, for each readout."""
+    background: Float[Tensor, " d_sae"] | None
+    """Share of generic tokens on which each latent is active; None where no filter was applied."""
+    heldout: tuple[tuple[str, ...], tuple[str, ...]]
+    """Names of the known and of the unknown entities that only tested."""
+
+    def top_known(self, k: int = 20) -> tuple[int, ...]:
+        """Indices of the k best known latents, best first."""
+        return tuple(at["latent"] for at, _ in self.known.top(k))
+
+    def top_unknown(self, k: int = 20) -> tuple[int, ...]:
+        """Indices of the k best unknown latents, best first."""
+        return tuple(at["latent"] for at, _ in self.unknown.top(k))
+
+
+def _by_kind(
+    known: Sequence[Entity], unknown: Sequence[Entity], share: float, generator: torch.Generator
+) -> tuple[list[tuple[list[int], list[int]]], list[int], list[int]]:
+    """For each entity type the fitting (known, unknown) indices, and the held-out indices of both classes."""
+    fitting, held = [], ([], [])
+    for kind in dict.fromkeys(e.kind for e in (*known, *unknown)):
+        pair = []
+        for side, entities in enumerate((known, unknown)):
+            members = [i for i, e in enumerate(entities) if e.kind == kind]
+            mixed = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            test = round(len(mixed) * share)
+            if test < 2 or len(mixed) - test < 2:
+                raise ValueError(
+                    f"{len(mixed)} {('known', 'unknown')[side]} entities of kind {kind!r}: with heldout={share} each "
+                    "part needs two or more"
+                )
+            held[side].extend(mixed[:test])
+            pair.append(mixed[test:])
+        fitting.append(tuple(pair))
+    return fitting, *held
+
+
+def auc(positive: Float[Tensor, " positive"], negative: Float[Tensor, " negative"]) -> float:
+    """Probability that a positive scores above a negative, ties counting half (the Mann-Whitney statistic)."""
+    delta = positive.double()[:, None] - negative.double()[None]
+    return ((delta > 0).double() + (delta == 0).double() / 2).mean().item()
+
+
+def _auc_interval(
+    positive: Tensor, negative: Tensor, generator: torch.Generator, draws: int = 1000
+) -> tuple[float, float, float]:
+    delta = positive.double()[:, None] - negative.double()[None]
+    wins = (delta > 0).double() + (delta == 0).double() / 2
+    p = torch.randint(len(positive), (draws, len(positive)), generator=generator)
+    n = torch.randint(len(negative), (draws, len(negative)), generator=generator)
+    values = torch.stack([wins[a][:, b].mean() for a, b in zip(p, n, strict=True)])
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return wins.mean().item(), low, high
+
+
+def _difference(
+    first: Bool[Tensor, "a context d_sae"], second: Bool[Tensor, "b context d_sae"]
+) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
+    """Difference of firing frequencies and the half width of its normal 95 % interval over entities."""
+    a, b = first.double().mean(1), second.double().mean(1)
+    error = a.var(0, unbiased=True) / len(a) + b.var(0, unbiased=True) / len(b)
+    return a.mean(0) - b.mean(0), 1.96 * error.sqrt()
+
+
+def _scores(
+    name: str, active: Sequence[Tensor], fitting: Sequence[tuple[list[int], list[int]]], general: Tensor, site: Site,
+    note: str,
+) -> Attribution:  # fmt: skip
+    parts = [_difference(active[0][k], active[1][u]) for k, u in fitting]
+    values, which = torch.stack([p[0] for p in parts]).min(0)
+    half = torch.stack([p[1] for p in parts]).gather(0, which[None])[0]
+    values = values.masked_fill(general, float("nan"))
+    n = sum(len(k) + len(u) for k, u in fitting)
+    return Attribution(
+        name=f"{name} latents at {site}", values=values, axes=("latent",), labels={"latent": tuple(range(len(values)))},
+        unit="difference of firing frequency", n=n, low=values - half, high=values + half, note=note,
+    )  # fmt: skip
+
+
+def _background(model: Model, sae: Sae, texts: Sequence[str], threshold: float) -> tuple[Tensor | None, int]:
+    rows = token_rows(model, texts)
+    fired, count = torch.zeros(sae.d_sae), 0
+    for part in stream(model, rows, [sae.site], ordinary_positions(model, rows)):
+        fired += (sae.encode(part.at[sae.site].to(model.device)) > threshold).sum(0).cpu()
+        count += len(part.index)
+    return (fired / count if count >= MIN_BACKGROUND else None), count
+
+
+@torch.no_grad()
+def separation(
+    model: Model,
+    sae: Sae,
+    known: Sequence[Entity],
+    unknown: Sequence[Entity],
+    templates: Sequence[str],
+    *,
+    texts: Sequence[str] = (),
+    threshold: float = 1e-6,
+    max_background: float = 0.02,
+    top: int = 20,
+    heldout: float = 0.5,
+    seed: int = 0,
+) -> Separation:
+    """Which latents fire on entities the model knows, and which on those it does not (Ferrando et al., 2411.14257).
+
+    At the last token of each name, in each context, a latent is active above `threshold`. On the fitting entities
+    s_known = f_K - f_U and s_unknown = f_U - f_K, the smallest over entity types; f is the mean over entities of the
+    share of contexts in which the latent is active. On the held-out entities, the AUC (known above unknown) of three
+    readouts: minus the top unknown latent, the top known latent (mean activation over contexts), and a logistic
+    regression on the `top` best known and unknown latents.
+
+    Args:
+        texts: generic text; latents active on `max_background` or more of its ordinary tokens are left out (2 % in
+            the paper). Off, and said so in the note, when the text has fewer than 1,000 ordinary tokens.
+        heldout: share of the entities of each type and class that only test.
+
+    Raises:
+        ValueError: a type with too few known or unknown entities, or no latent left by the background filter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fitting, held_k, held_u = _by_kind(known, unknown, heldout, generator)
+    acts = [
+        sae.encode(entity_states(model, entities, templates, sae.site).to(model.device)).cpu()
+        for entities in (known, unknown)
+    ]
+    active = (acts[0] > threshold, acts[1] > threshold)
+    background, count = _background(model, sae, texts, threshold)
+    general = torch.zeros(sae.d_sae, dtype=torch.bool) if background is None else background >= max_background
+    if general.all():
+        raise ValueError(f"every latent fires on {max_background:.0%} of the texts or more; pass texts=() or raise it")
+    kept = f"{int((~general).sum())} of {len(general)} latents rarer than {max_background:.0%} on {count} tokens"
+    note = f"95 % normal interval over entities; background filter {'off' if background is None else kept}"
+    s_known = _scores("known", active, fitting, general, sae.site, note)
+    flipped = [(u, k) for k, u in fitting]
+    s_unknown = _scores("unknown", active[::-1], flipped, general, sae.site, note)
+    mean = [a.mean(1) for a in acts]
+    best_k, best_u = s_known.top(top), s_unknown.top(top)
+    chosen = sorted({at["latent"] for at, _ in (*best_k, *best_u)})
+    fit_k, fit_u = ([i for pair in fitting for i in pair[side]] for side in (0, 1))
+    decide = _logistic(mean[0][fit_k][:, chosen], mean[1][fit_u][:, chosen])
+    readouts = {
+        "top known latent": lambda x: x[:, best_k[0][0]["latent"]],
+        "top unknown latent": lambda x: -x[:, best_u[0][0]["latent"]],
+        f"logistic on {len(chosen)} latents": lambda x: decide(x[:, chosen]),
+    }
+    table = torch.tensor(
+        [_auc_interval(read(mean[0][held_k]), read(mean[1][held_u]), generator) for read in readouts.values()]
+    )
+    result = Attribution(
+        name=f"known against unknown entities at {sae.site}", values=table[:, 0], axes=("readout",),
+        labels={"readout": tuple(readouts)}, unit="AUC", n=len(held_k) + len(held_u), low=table[:, 1],
+        high=table[:, 2], note=f"{len(held_k)} known and {len(held_u)} unknown held-out entities; bootstrap over them",
+    )  # fmt: skip
+    names = tuple(known[i].name for i in held_k), tuple(unknown[i].name for i in held_u)
+    return Separation(site=sae.site, known=s_known, unknown=s_unknown, auc=result, background=background, heldout=names)
+
+
+def _logistic(known: Float[Tensor, "known latent"], unknown: Float[Tensor, "unknown latent"]):
+    """Decision value of a logistic regression (L2, C = 1, standardised inputs, classes weighted equally)."""
+    from sklearn.linear_model import LogisticRegression
+
+    both = torch.cat([known, unknown])
+    mean, scale = both.mean(0), both.std(0).clamp(min=1e-6)
+    labels = [1] * len(known) + [0] * len(unknown)
+    fitted = LogisticRegression(class_weight="balanced", max_iter=1000).fit(((both - mean) / scale).numpy(), labels)
+    return lambda x: torch.from_numpy(fitted.decision_function(((x - mean) / scale).numpy()))
