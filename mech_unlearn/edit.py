@@ -189,14 +189,14 @@ class Edit:
             name=header["name"], base=header["base"], deltas=deltas, interventions=interventions, recipe=recipe
         )
 
-    def export(self, model: Model, path: str | os.PathLike, card: Mapping[str, Any] | None = None) -> float:
+    def export(self, model: Model, path: str | os.PathLike, card: Mapping[str, Any] | None = None) -> tuple[float, float]:
         """Write the edited model as a Hugging Face folder and prove that plain transformers gives the same logits.
 
         Args:
             card: what the model card is to record beside the recipe: measurements, verdict, data hash.
 
         Returns:
-            The largest absolute difference of logits between the edited model and the reloaded folder.
+            The largest absolute difference of logits between the edited model and the reloaded folder, and its bound.
 
         Raises:
             ValueError: activation interventions (no weights can hold them), or a folder that exists and is not empty.
@@ -274,12 +274,14 @@ def require_empty(path: str | os.PathLike) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output folder {str(folder)!r} exists and is not empty; name another or empty it")
     parent = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"output folder {str(folder)!r} cannot be written: no permission in {str(parent)!r}")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent))
+    except OSError as error:
+        raise ValueError(f"output folder {str(folder)!r} cannot be written: {error.strerror} in {str(parent)!r}") from error
     return folder
 
 
-def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> float:
+def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> tuple[float, float]:
     """Write the model as it is now to a Hugging Face folder, with a parity proof; see `Edit.export`."""
     from transformers import AutoModelForCausalLM
 
@@ -308,7 +310,7 @@ def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> fl
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return worst
+    return worst, bound
 
 
 def _card(name: str, facts: Mapping[str, Any]) -> str:

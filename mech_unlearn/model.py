@@ -116,7 +116,14 @@ class Model:
             raise RuntimeError(f"hooks that never fired: {[points[i][0] for i, f in enumerate(fired) if not f]}")
 
     def logits(self, ids: Int[Tensor, "batch pos"], mask: Tensor | None = None) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of the plain forward pass. `mask` is the attention mask of a padded batch (1 = real token)."""
+        """Logits of the plain forward pass. `mask` is the attention mask of a padded batch (1 = real token).
+
+        Raises:
+            ValueError: more tokens than the model has positions.
+        """
+        limit = getattr(self.hf.config, "max_position_embeddings", None)
+        if limit is not None and ids.shape[1] > limit:
+            raise ValueError(f"a prompt of {ids.shape[1]} tokens; {self.name!r} has {limit} positions")
         return self.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     def require_live(self, names: Iterable[str]) -> None:
@@ -192,6 +199,11 @@ def _boot(name: str, hf: Any, tokenizer: Any, device: torch.device) -> Any:
     bridge = bridge_class.boot_transformers(name, hf_model=hf, tokenizer=clone, device=str(device))
     if getattr(bridge, "_weights_processed", False):
         raise RuntimeError(f"model {name!r}: the bridge folded its weights; edits and exports would be wrong")
+    for block in bridge.blocks:
+        # Rotary angles are float32 in OLMo 2: HF casts rotated queries and keys back, the bridge (3.9) does not.
+        for point in (getattr(getattr(block, "attn", None), key, None) for key in ("hook_rot_q", "hook_rot_k")):
+            if isinstance(point, nn.Module):
+                point.register_forward_hook(lambda _, __, rotated, dtype=hf.dtype: rotated.to(dtype))
     return bridge
 
 

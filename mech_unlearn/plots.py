@@ -21,7 +21,8 @@ CYCLE = ("#4a6fa5", "#c8553d", "#3b7a57", "#8e6c8a", "#d19a2a", "#5b8e9c", "#7f7
 def heatmap(result: Attribution, ax: Any) -> Any:
     """A two-axis Attribution, first axis downwards, with its unit on the colour bar."""
     rows, columns = result.axes
-    image = ax.imshow(result.values, aspect="auto", cmap="magma", vmin=min(0.0, result.values.nan_to_num().min().item()))
+    low = min(0.0, result.values.nan_to_num().min().item())
+    image = ax.imshow(result.values.numpy(), aspect="auto", cmap="magma", vmin=low)
     ax.set_yticks(range(len(result.labels[rows])), [str(x) for x in result.labels[rows]])
     ax.set_xticks(range(len(result.labels[columns])), [str(x) for x in result.labels[columns]])
     ax.set_xlabel(columns)
@@ -34,9 +35,9 @@ def curve(result: Attribution, ax: Any, label: str | None = None) -> Any:
     """A one-axis Attribution as a line with its 95 % band."""
     (axis,) = result.axes
     x = range(len(result.labels[axis]))
-    (line,) = ax.plot(x, result.values, marker="o", label=label or result.name)
+    (line,) = ax.plot(x, result.values.numpy(), marker="o", label=label or result.name)
     if result.low is not None and result.high is not None:
-        ax.fill_between(x, result.low, result.high, alpha=0.2, color=line.get_color())
+        ax.fill_between(x, result.low.numpy(), result.high.numpy(), alpha=0.2, color=line.get_color())
     ax.set_xticks(list(x), [str(v) for v in result.labels[axis]])
     ax.set_xlabel(axis)
     ax.set_ylabel(result.unit)

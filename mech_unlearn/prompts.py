@@ -90,7 +90,7 @@ def make_query(tokenizer: Any, fact: Fact, template: str, subject: str | None = 
         subject: put this name in the slot instead of the fact's own subject.
 
     Raises:
-        ValueError: a candidate's first token also covers the end of the prompt.
+        ValueError: a candidate's first token also covers the end of the prompt, or a word without tokens.
     """
     name = fact.subject if subject is None else subject
     slot = template.index("{}")
@@ -107,6 +107,9 @@ def make_query(tokenizer: Any, fact: Fact, template: str, subject: str | None = 
                 "end the prompt in a full word"
             )
         answers.append(both.ids[len(prompt) :])
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and any(unknown in tokens for tokens in (prompt, *answers)):
+        raise ValueError(f"fact {fact.id!r}: the tokenizer has no tokens for part of {text!r} or its answers")
     return Query(prompt, token_span(encoding, slot, slot + len(name)), tuple(answers), fact, template)
 
 

@@ -1,0 +1,385 @@
+"""What the commands on a user's own models and files do, without the printing: locate, unlearn, audit, list."""
+
+import ast
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mech_unlearn.core import Attribution, Entity, Fact, ForgetSet, RetainSet, Site
+from mech_unlearn.data.jsonl import load_facts
+from mech_unlearn.run import data_hash, open_run, provenance, write_json
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def open_model(source: str, device: str, dtype: str) -> Any:
+    """The model of a hub id or folder on a named device and dtype.
+
+    Raises:
+        ValueError: an unknown dtype, a device this machine lacks, or what `load` refuses.
+    """
+    import torch
+
+    from mech_unlearn.model import load
+
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return load(source, device=device, dtype=getattr(torch, dtype))
+
+
+def read_lines(path: Path | None) -> tuple[str, ...]:
+    """The non-empty lines of a text file; none without a file.
+
+    Raises:
+        ValueError: a file that is not there or empty.
+    """
+    if path is None:
+        return ()
+    if not path.is_file():
+        raise ValueError(f"file {str(path)!r} does not exist")
+    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not lines:
+        raise ValueError(f"file {str(path)!r} is empty")
+    return lines
+
+
+def choose(name: str, options: Mapping[str, Any], what: str) -> Any:
+    """The option of that name.
+
+    Raises:
+        ValueError: there is none; the message lists the nearest, or all.
+    """
+    if name not in options:
+        near = difflib.get_close_matches(name, options, n=3) or list(options)
+        raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(near)}")
+    return options[name]
+
+
+def make_method(name: str, settings: Sequence[str], seed: int, **given: Any) -> Any:
+    """A removal method from `key=value` settings, each parsed as the type its field has.
+
+    Raises:
+        ValueError: unknown method or setting, or a value of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from mech_unlearn.methods import METHODS
+
+    kind = choose(name, METHODS, "method")
+    types = {f.name: f.type for f in fields(kind)}
+    values = {key: value for key, value in {"seed": seed, **given}.items() if key in types}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"setting {setting!r} is not of the form key=value")
+        wanted = choose(key, {k: t for k, t in types.items() if k not in given}, f"setting of {name}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        try:
+            values[key] = TypeAdapter(wanted).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"setting {setting!r} of {name}: {error.errors()[0]['msg']}") from error
+    return kind(**values)
+
+
+def summary_of(thing: Any) -> tuple[str, str]:
+    """First sentence and paper of a method or locator, read from the docstring of its file."""
+    text = inspect.getdoc(inspect.getmodule(thing)) or ""
+    first = text.splitlines()[0] if text else ""
+    papers = [line.removeprefix("Paper:").strip() for line in text.splitlines() if line.startswith("Paper:")]
+    return first, papers[0] if papers else ""
+
+
+def listing(kind: str) -> list[dict[str, str]]:
+    """Name, paper and summary of every method, locator, test, dataset or world."""
+    if kind == "tests":
+        from mech_unlearn.restoration import TESTS
+
+        return [{"name": name, "paper": test.paper, "summary": test.summary} for name, test in TESTS.items()]
+    if kind == "methods":
+        from mech_unlearn.methods import METHODS as things
+    elif kind == "locators":
+        from mech_unlearn.locate import LOCATORS as things
+    elif kind == "worlds":
+        from mech_unlearn.testbed import WORLDS as things
+    else:
+        from mech_unlearn.data import DATASETS as things
+    rows = []
+    for name, thing in things.items():
+        first, paper = summary_of(thing)
+        rows.append({"name": name, "paper": paper, "summary": first})
+    return rows
+
+
+def default_site(model: Any) -> Site:
+    """Where an SAE is trained when none is given: a third of the way up, where subjects are enriched.
+
+    Source: arXiv 2304.14767 (early to middle layers); any layer can be had by training one and passing it.
+    """
+    return Site(max(1, round(model.n_layers / 3) - 1), "resid_post")
+
+
+def open_sae(source: str | None, model: Any, texts: Sequence[str], seed: int) -> Any:
+    """The SAE at that place, or one trained on the texts when none is given.
+
+    Raises:
+        ValueError: none given and fewer than 50 texts to train on.
+    """
+    from mech_unlearn.latents import load_sae, train_sae
+
+    if source is not None:
+        return load_sae(source, model)
+    if len(texts) < 50:
+        raise ValueError(f"no SAE given and only {len(texts)} texts to train one on; pass --sae or more --texts")
+    width = model.d_model
+    d_sae = 16 * width if width <= 256 else 8 * width
+    return train_sae(model, texts, default_site(model), d_sae=d_sae, k=min(32, width // 2), seed=seed)
+
+
+def mentions(facts: Sequence[Fact]) -> tuple[str, ...]:
+    """The facts written out as sentences: text to train an SAE on."""
+    return tuple(dict.fromkeys(f"{t.replace('{}', f.subject)} {f.object}" for f in facts for t in f.templates))
+
+
+def entities(path: Path | None, kind: str | None) -> tuple[Entity, ...]:
+    """Entities from a file of names, one per line."""
+    return tuple(Entity(name=name, kind=kind) for name in read_lines(path))
+
+
+def run_locate(
+    model: str,
+    facts: Path,
+    how: str,
+    out: Path,
+    *,
+    unknown: Path | None,
+    sae: str | None,
+    device: str,
+    dtype: str,
+    seed: int,
+) -> Attribution:
+    """Run one locator over a facts file; writes locate.json, provenance.json and a figure.
+
+    Raises:
+        ValueError: an unknown locator, bad input, or `known_unknown` without names of unknown entities.
+    """
+    from mech_unlearn import plots
+    from mech_unlearn.locate import LOCATORS
+
+    locator = choose(how, LOCATORS, "locator")
+    known, names = load_facts(facts), entities(unknown, None)
+    if how == "known_unknown" and not names:
+        raise ValueError("known_unknown compares with entities the model does not know; pass --unknown FILE")
+    loaded = open_model(model, device, dtype)
+    if how == "known_unknown":
+        kinds = tuple(Entity(name=e.name, kind=known[0].kind) for e in names)
+        opened = open_sae(sae, loaded, (*mentions(known), *_named(kinds, known)), seed)
+        result = locator(loaded, known, saes=(opened,), unknown=kinds, seed=seed)
+    elif how == "causal_trace":
+        result = locator(loaded, known, seed=seed)
+    else:
+        result = locator(loaded, known)
+    run = open_run(out, {"command": "locate", "model": model, "facts": str(facts), "how": how, "seed": seed})
+    write_json(run.folder / "locate.json", {how: result.to_json()})
+    write_json(run.folder / "provenance.json", provenance(_hashes(known, model=loaded), seed, device))
+    draw = plots.heatmap if len(result.axes) == 2 else plots.curve
+    plots.save(run.folder / "figures" / f"{how}.png", lambda ax: draw(result, ax))
+    return result
+
+
+def _named(names: Sequence[Entity], facts: Sequence[Fact]) -> tuple[str, ...]:
+    """The facts' prompts with other names in the slot, without an answer."""
+    templates = dict.fromkeys(t for fact in facts for t in fact.templates)
+    return tuple(t.replace("{}", e.name) for e in names for t in templates)
+
+
+def _hashes(facts: Sequence[Fact], **models: Any) -> dict[str, str]:
+    return {"facts": data_hash(facts)} | {name: model.hash() for name, model in models.items()}
+
+
+def run_unlearn(
+    model: str,
+    forget: Path,
+    retain: Path,
+    method: str,
+    out: Path,
+    *,
+    settings: Sequence[str],
+    unknown: Path | None,
+    texts: Path | None,
+    sae: str | None,
+    device: str,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Fit one method, save its edit and, where weights can hold it, export the edited model with a parity proof.
+
+    Raises:
+        ValueError: bad input; nothing is written before all of it was read.
+    """
+    from mech_unlearn.edit import require_empty
+    from mech_unlearn.methods import METHODS
+    from mech_unlearn.rows import measure_outputs
+
+    kind = choose(method, METHODS, "method")
+    require_empty(out)
+    forgotten, kept = load_facts(forget), load_facts(retain)
+    subjects = {fact.subject for fact in forgotten}
+    retain_set = RetainSet(
+        neighbors=tuple(fact for fact in kept if fact.subject not in subjects),
+        same_subject=tuple(fact for fact in kept if fact.subject in subjects),
+        texts=read_lines(texts) or mentions(kept),
+        unknown=entities(unknown, forgotten[0].kind),
+    )
+    forget_set = ForgetSet(facts=forgotten)
+    needs_sae = "sae" in {f.name for f in fields(kind)}
+    if not needs_sae:
+        make_method(method, settings, seed)  # a misspelt setting is refused before the model is loaded
+    loaded = open_model(model, device, dtype)
+    given: dict[str, Any] = {}
+    if needs_sae:
+        corpus = (*mentions((*forgotten, *kept)), *_named(retain_set.unknown, forgotten), *retain_set.texts)
+        given = {"sae": open_sae(sae, loaded, corpus, seed)}
+    edit = make_method(method, settings, seed, **given).fit(loaded, forget_set, retain_set)
+
+    def outputs() -> dict[str, Any]:
+        plain = read_lines(texts)
+        return measure_outputs(loaded, loaded, forgotten, retain_set.neighbors, plain, seed).to_json()
+
+    before = outputs()
+    with ExitStack() as stack:
+        twin = stack.enter_context(_twin(loaded, edit))
+        after = measure_outputs(
+            loaded, twin, forgotten, retain_set.neighbors, retain_set.texts, seed
+        ).to_json()
+    before["general_kl"] = after["general_kl"] and after["general_kl"] | {"value": 0.0, "ci": [0.0, 0.0]}
+    result: dict[str, Any] = {"method": method, "recipe": dict(edit.recipe), "before": before, "after": after}
+    hashes = _hashes((*forgotten, *kept), model=loaded)
+    out.mkdir(parents=True, exist_ok=True)
+    edit.save(out / "edit.safetensors")
+    result["files"] = ["edit.safetensors", "unlearn.json"]
+    if edit.interventions:
+        result["parity"] = None
+    else:
+        card = {"data": hashes["facts"], "measurements": {"before": before, "after": after}, "verdict": "not audited"}
+        worst, bound = edit.export(loaded, out / "model", card)
+        result["parity"] = {"max_abs_logit_difference": worst, "bound": bound}
+        result["files"].append("model/")
+    write_json(out / "provenance.json", provenance(hashes, seed, device))
+    write_json(out / "unlearn.json", result)
+    return result
+
+
+def _twin(model: Any, edit: Any) -> Any:
+    """A second model with the edit in force, beside the untouched one."""
+    from contextlib import contextmanager
+
+    from mech_unlearn.edit import clone
+
+    @contextmanager
+    def both():
+        with clone(model) as copy, edit.on(copy):
+            yield copy
+
+    return both()
+
+
+def run_audit(
+    full: str,
+    unlearned: str,
+    facts: Path,
+    out: Path,
+    *,
+    retrained: Sequence[str],
+    retain: Path | None,
+    sae: str | None,
+    tests: str,
+    device: str,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Restoration tests and a provisional verdict per fact for one before/after pair, in a run directory.
+
+    `unlearned` is a model, or an edit file of ours to be put on the full model. Without retrained models the evidence
+    is of grade B; without an SAE the mean-difference direction stands in for expert latents.
+
+    Raises:
+        ValueError: bad input; nothing is written before all of it was read.
+    """
+    from mech_unlearn.demo import draw_figures, progress
+    from mech_unlearn.edit import Edit
+    from mech_unlearn.metrics import recall
+    from mech_unlearn.report import write_report
+    from mech_unlearn.restoration import TESTS, Case, reference
+    from mech_unlearn.rows import audit_row
+    from mech_unlearn.verdict import Thresholds
+
+    wanted = tuple(TESTS) if tests in ("core", "all") else tuple(name.strip() for name in tests.split(","))
+    for name in wanted:
+        choose(name, TESTS, "restoration test")
+    if "output" not in wanted:
+        wanted = ("output", *wanted)
+    asked, kept = load_facts(facts), load_facts(retain) if retain else ()
+    before = open_model(full, device, dtype)
+    with ExitStack() as stack:
+        if unlearned.endswith(".safetensors"):
+            edit = Edit.load(unlearned, before)
+            after = stack.enter_context(_twin(before, edit))
+        else:
+            after = open_model(unlearned, device, dtype)
+        others = tuple(open_model(source, device, dtype) for source in retrained)
+        spec = {"command": "audit", "full": full, "unlearned": unlearned, "retrained": list(retrained)}
+        spec |= {"facts": str(facts), "retain": retain and str(retain), "sae": sae, "tests": list(wanted), "seed": seed}
+        with progress(total=8 * (len(wanted) + 1)) as log:
+            subjects = {fact.subject for fact in asked}
+            case = Case(
+                full=before,
+                facts=asked,
+                retrained=others,
+                others=tuple(fact for fact in kept if fact.subject not in subjects),
+                texts=mentions(kept),
+                sae=open_sae(sae, before, (), seed) if sae else None,
+                seed=seed,
+                log=log,
+            )
+            run = open_run(out, spec)
+            models = {"full": before, "unlearned": after}
+            write_json(run.folder / "provenance.json", provenance(_hashes(asked, **models), seed, device))
+            common = {
+                "method": None,
+                "truth": None,
+                "neighbors": case.others,
+                "texts": case.texts,
+                "full_neighbor_recall": recall(before, case.others, "prompt", seed) if case.others else None,
+                "thresholds": Thresholds(),
+                "seed": seed,
+            }
+            subjects_of_audit = {"full": open_model(full, device, dtype), "unlearned": after}
+            if len(others) > 1:
+                subjects_of_audit["retrained"] = others[0]
+            made: list[Any] = []
+
+            def compute(name: str) -> dict[str, Any]:
+                if not made:
+                    made.append(reference(case, wanted))
+                return audit_row(made[0], subjects_of_audit[name], name=name, **common)
+
+            cells = [run.cell(name, lambda name=name: compute(name)) for name in subjects_of_audit]
+    note = f"Evidence of grade {case.grade}"
+    note += "" if others else ": no retrained model given, sham facts stand in for one"
+    note += "." if sae else "; no SAE given, the mean-difference direction stands in for expert latents."
+    write_json(run.folder / "captions.json", {"note": f"{note} {Thresholds().describe()}"})
+    summary = run.finish("audit", None, cells)
+    draw_figures(run.folder)
+    write_report(run.folder)
+    return summary

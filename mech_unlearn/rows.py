@@ -1,0 +1,105 @@
+"""One audited model as one row: measure its outputs, run the restoration tests, judge each fact."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mech_unlearn.core import Fact, Measurement
+from mech_unlearn.metrics import forget_recall, general_kl, heldout_recall, mean_ci, recall
+from mech_unlearn.model import Model
+from mech_unlearn.restoration import Reference, Result, audit
+from mech_unlearn.verdict import Health, Thresholds, judge, shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a model's outputs say; None where there was nothing to measure it on."""
+
+    forget_recall: Measurement
+    heldout_recall: Measurement | None
+    neighbor_recall: Measurement | None
+    general_kl: Measurement | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value and value.to_json() for name, value in vars(self).items()}
+
+
+def measure_outputs(
+    full: Model, model: Model, facts: Sequence[Fact], neighbors: Sequence[Fact], texts: Sequence[str], seed: int
+) -> Outputs:
+    """Recall of the facts, of their held-out phrasings and of the neighbours' main prompts, and drift on texts."""
+    held = [fact for fact in facts if fact.heldout]
+    return Outputs(
+        forget_recall=forget_recall(model, facts, seed),
+        heldout_recall=heldout_recall(model, held, seed) if held else None,
+        neighbor_recall=recall(model, neighbors, "prompt", seed) if neighbors else None,
+        general_kl=general_kl(full, model, texts, seed) if texts else None,
+    )
+
+
+def _mean(result: Result | None, values: str, unit: str, seed: int) -> dict[str, Any] | None:
+    """Mean over the testable facts of a result's per-fact numbers; None where no fact was tested."""
+    if result is None:
+        return None
+    numbers = getattr(result, values)
+    kept = [
+        i
+        for i in range(len(result.facts))
+        if "not_testable" not in result.flags_of(i) and numbers[i] == numbers[i]  # not NaN
+    ]
+    if not kept:
+        return None
+    clusters = [result.facts[i].group or result.facts[i].subject for i in kept]
+    return mean_ci(numbers[kept], unit, clusters, seed).to_json()
+
+
+def audit_row(
+    reference: Reference,
+    model: Model,
+    *,
+    name: str,
+    method: str | None,
+    truth: str | None,
+    neighbors: Sequence[Fact],
+    texts: Sequence[str],
+    full_neighbor_recall: Measurement | None,
+    thresholds: Thresholds,
+    seed: int,
+) -> dict[str, Any]:
+    """Row, records, verdicts and layer curves of one model: a cell of a run directory."""
+    case = reference.case
+    outputs = measure_outputs(case.full, model, case.facts, neighbors, texts, seed)
+    results = audit(reference, model, name)
+    health = Health(
+        neighbor_recall=outputs.neighbor_recall,
+        full_neighbor_recall=full_neighbor_recall,
+        general_kl=outputs.general_kl,
+    )
+    verdicts = judge(results, health, thresholds)
+    share = "share of the gap between retrained and full"
+    row = {
+        "name": name,
+        "method": method,
+        "truth": truth,
+        **outputs.to_json(),
+        "uds": _mean(results.get("uds"), "score_raw", "UDS, 0 as full, 1 as retrained", seed),
+        "rho_sae": _mean(results.get("sae"), "recoverability", share, seed),
+        "relearn_recovery": _mean(results.get("relearn"), "recoverability", share, seed),
+        "int4_recovery": _mean(results.get("int4"), "recoverability", share, seed),
+        "verdicts": shares(verdicts),
+    }
+    return {
+        "row": row,
+        "records": [record for result in results.values() for record in result.records()],
+        "verdicts": [verdict.to_json() for verdict in verdicts],
+        "curves": {test: layer_curve(results[test]) for test in ("uds", "uds_subject") if test in results},
+    }
+
+
+def layer_curve(result: Result) -> list[float | None]:
+    """Erased share by layer: mean drop caused by the model's states over the mean drop by retrained states.
+
+    None where retrained states cost less than 0.05 nats on average.
+    """
+    drop, never = result.curves["drop"].nanmean(1), result.curves["drop_R"].nanmean(1)
+    return [(d / n).item() if n > 0.05 else None for d, n in zip(drop, never, strict=True)]

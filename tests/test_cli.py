@@ -1,0 +1,184 @@
+"""The command line: quick help, and each of a user's mistakes ends with status 2 and one line that names it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import tiny_facts, tiny_hf, tiny_tokenizer
+
+from mech_unlearn import cli
+from mech_unlearn.data.jsonl import save_facts
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process: (status, stdout, stderr)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["mech-unlearn", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capsys.readouterr()
+        return done.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path, tiny_folder):
+    """A folder with a model, facts to forget and to keep, and names of unknown people."""
+    save_facts(tiny_facts(["Anna Lee", "Ben Hill"]), tmp_path / "forget.jsonl")
+    save_facts(tiny_facts(["Cara Moss", "Dan Park", "Eva Reed", "Finn Stone"]), tmp_path / "retain.jsonl")
+    (tmp_path / "unknown.txt").write_text("Gina Vale\nHugo West\nGina West\nHugo Vale\n")
+    return {
+        "model": tiny_folder("llama"),
+        "forget": tmp_path / "forget.jsonl",
+        "retain": tmp_path / "retain.jsonl",
+        "unknown": tmp_path / "unknown.txt",
+        "out": tmp_path / "out",
+    }
+
+
+def unlearn_words(files, **changes):
+    words = {k: files[k] for k in ("model", "forget", "retain", "unknown", "out")} | {"method": "rocr"} | changes
+    return ["unlearn", *(part for key, value in words.items() for part in (f"--{key}", value))]
+
+
+def refused(result, *parts):
+    status, out, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1, err
+    for part in parts:
+        assert str(part) in lines[0], lines[0]
+
+
+def test_help_answers_in_half_a_second_without_importing_torch():
+    command = [sys.executable, "-c", "import sys, mech_unlearn.cli; print('torch' in sys.modules)"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        seconds.append(time.perf_counter() - start)
+    assert out.strip() == "False"
+    helped = subprocess.run([sys.executable, "-m", "mech_unlearn.cli", "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "demo" in helped.stdout
+
+
+@pytest.mark.parametrize("kind", ["methods", "locators", "tests", "datasets", "worlds"])
+def test_list_gives_name_paper_and_summary(call, kind):
+    status, out, _ = call("list", kind, "--json")
+    rows = json.loads(out)
+    assert status == 0 and rows
+    for row in rows:
+        assert set(row) == {"name", "paper", "summary"} and row["summary"]
+
+
+def test_an_unknown_command_or_kind_is_refused(call):
+    refused(call("frobnicate"), "frobnicate")
+    refused(call("list", "bananas"), "bananas")
+
+
+def test_an_unknown_model_is_refused(call, files):
+    refused(call(*unlearn_words(files, model="/no/such/model")), "/no/such/model", "no such folder")
+    refused(call(*unlearn_words(files, model="nobody/nothing")), "nobody/nothing")
+
+
+def test_a_model_that_is_not_causal_is_refused(call, files, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    tiny = BertConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(tiny).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    vit = tmp_path / "clip"
+    vit.mkdir()
+    (vit / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    refused(call(*unlearn_words(files, model=vit)), "'vit'", "not a causal language model")
+
+
+def test_a_model_without_tokenizer_is_refused(call, files, tmp_path):
+    tiny_hf("llama").save_pretrained(tmp_path / "bare")
+    refused(call(*unlearn_words(files, model=tmp_path / "bare")), "bare", "tokenizer")
+
+
+def test_nan_weights_are_refused_by_name(call, files, tmp_path):
+    hf = tiny_hf("llama")
+    with torch.no_grad():
+        hf.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    hf.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    refused(call(*unlearn_words(files, model=tmp_path / "nan")), "model.layers.1.mlp.down_proj.weight", "NaN")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken", ":1:"),
+        ('{"subject": "A", "relation": "r", "object": "B", "prompt": "no slot"}', "exactly one {}"),
+        ('{"subject": "A", "relation": "r", "object": "A", "prompt": "{} is"}', "object equals subject"),
+        ("", "holds no facts"),
+    ],
+)
+def test_a_bad_facts_file_is_refused_before_anything_is_written(call, files, line, reason):
+    files["forget"].write_text(line)
+    refused(call(*unlearn_words(files)), files["forget"], reason)
+    assert not files["out"].exists()
+
+
+def test_an_output_folder_that_is_taken_or_cannot_be_written_is_refused(call, files):
+    files["out"].mkdir()
+    (files["out"] / "precious").write_text("mine")
+    refused(call(*unlearn_words(files)), "not empty")
+    refused(call(*unlearn_words(files, out="/proc/nowhere/out")), "cannot be written")
+    assert [p.name for p in files["out"].iterdir()] == ["precious"]
+
+
+def test_an_unknown_method_or_setting_is_refused_with_the_nearest(call, files):
+    refused(call(*unlearn_words(files, method="roccr")), "roccr", "rocr")
+    refused(call(*unlearn_words(files, set="rigde=3")), "rigde", "ridge")
+    refused(call(*unlearn_words(files, set="ridge=much")), "ridge=much")
+    refused(call(*unlearn_words(files, set="ridge")), "key=value")
+    refused(call(*unlearn_words(files, dtype="float12")), "float12")
+    refused(call(*unlearn_words(files, device="tpu9")), "tpu9")
+
+
+def test_an_sae_of_another_width_or_layer_is_refused(call, files, tmp_path):
+    from sae_lens import SAE, TopKSAE, TopKSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    def save(name, d_in, hook):
+        config = TopKSAEConfig(d_in=d_in, d_sae=64, k=4, metadata=SAEMetadata(hook_name=hook))
+        sae = TopKSAE(config)
+        assert isinstance(sae, SAE)
+        sae.save_model(tmp_path / name)
+        return tmp_path / name
+
+    narrow = save("narrow", 16, "blocks.1.hook_resid_post")
+    refused(call(*unlearn_words(files, method="sae_shift", sae=narrow)), "narrow", "16")
+    deep = save("deep", 32, "blocks.9.hook_resid_post")
+    refused(call(*unlearn_words(files, method="sae_shift", sae=deep)), "blocks.9")
+
+
+def test_unlearn_writes_an_edit_and_a_folder_that_plain_transformers_loads(call, files):
+    from transformers import AutoModelForCausalLM
+
+    status, out, err = call(*unlearn_words(files), "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["parity"]["max_abs_logit_difference"] <= result["parity"]["bound"]
+    edited = AutoModelForCausalLM.from_pretrained(files["out"] / "model")
+    before = AutoModelForCausalLM.from_pretrained(files["model"])
+    changed = [k for k, w in edited.state_dict().items() if not torch.equal(w, before.state_dict()[k])]
+    assert changed and all("down_proj" in name for name in changed)
+    assert (files["out"] / "edit.safetensors").is_file()
+
+
+def test_an_edit_for_another_base_model_is_refused(call, files, tmp_path, tiny_folder):
+    status, _, err = call(*unlearn_words(files))
+    assert status == 0, err
+    edit = files["out"] / "edit.safetensors"
+    words = ["audit", "--full", tiny_folder("qwen3"), "--unlearned", edit, "--facts", files["forget"]]
+    refused(call(*words, "--out", tmp_path / "audit"), "another base model")
+    assert not (tmp_path / "audit").exists()

@@ -1,0 +1,24 @@
+"""The README's Python example runs as it stands."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_python_example_runs_and_shows_what_it_says(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    trace, before_after, neighbors = capsys.readouterr().out.strip().splitlines()
+    assert "last subject" in trace
+    before, after = (float(part.split()[0]) for part in before_after.split("->"))
+    assert before > 0.9 > 0.3 > after
+    assert float(neighbors.split()[1]) > 0.9
+
+
+def test_every_file_of_the_map_exists():
+    (house,) = re.findall(r"## The house\n\n```\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names = re.findall(r"\b[a-z_]+\.py\b", house)
+    assert len(names) > 12
+    for name in names:
+        assert (README.parent / "mech_unlearn" / name).is_file(), name
