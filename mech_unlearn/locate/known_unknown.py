@@ -9,20 +9,22 @@ Fails:    names that share tokens with known names may fire known latents; with 
           separates need not control what the model answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech_unlearn.capture import stream
-from mech_unlearn.core import Attribution, Entity, Site
+from mech_unlearn.core import Attribution, Entity, Fact, Site
 from mech_unlearn.latents import Sae, entity_states, ordinary_positions, token_rows
 from mech_unlearn.model import Model
 
 MIN_BACKGROUND = 1000
 """Generic tokens below which a firing frequency of 2 % (20 firings) cannot be told from chance."""
+MEASURES = ("s_known", "s_unknown", "AUC top known", "AUC top unknown", "AUC logistic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +111,16 @@ def _scores(
     values = values.masked_fill(general, float("nan"))
     n = sum(len(k) + len(u) for k, u in fitting)
     return Attribution(
-        name=f"{name} latents at {site}", values=values, axes=("latent",), labels={"latent": tuple(range(len(values)))},
-        unit="difference of firing frequency", n=n, low=values - half, high=values + half, note=note,
-    )  # fmt: skip
+        name=f"{name} latents at {site}",
+        values=values.float(),
+        axes=("latent",),
+        labels={"latent": tuple(range(len(values)))},
+        unit="difference of firing frequency",
+        n=n,
+        low=(values - half).float(),
+        high=(values + half).float(),
+        note=note,
+    )
 
 
 def _background(model: Model, sae: Sae, texts: Sequence[str], threshold: float) -> tuple[Tensor | None, int]:
@@ -170,26 +179,46 @@ def separation(
     s_known = _scores("known", active, fitting, general, sae.site, note)
     flipped = [(u, k) for k, u in fitting]
     s_unknown = _scores("unknown", active[::-1], flipped, general, sae.site, note)
-    mean = [a.mean(1) for a in acts]
-    best_k, best_u = s_known.top(top), s_unknown.top(top)
+    mean = (acts[0].mean(1), acts[1].mean(1))
+    read = _readouts(mean, fitting, s_known.top(top), s_unknown.top(top))
+    result = _auc(read, mean[0][held_k], mean[1][held_u], sae.site, generator)
+    names = tuple(known[i].name for i in held_k), tuple(unknown[i].name for i in held_u)
+    return Separation(site=sae.site, known=s_known, unknown=s_unknown, auc=result, background=background, heldout=names)
+
+
+def _readouts(
+    mean: tuple[Tensor, Tensor], fitting: Sequence[tuple[list[int], list[int]]], best_k: list, best_u: list
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Three scores that should be higher for known entities, from the best latents on the fitting entities."""
     chosen = sorted({at["latent"] for at, _ in (*best_k, *best_u)})
     fit_k, fit_u = ([i for pair in fitting for i in pair[side]] for side in (0, 1))
     decide = _logistic(mean[0][fit_k][:, chosen], mean[1][fit_u][:, chosen])
-    readouts = {
+    return {
         "top known latent": lambda x: x[:, best_k[0][0]["latent"]],
         "top unknown latent": lambda x: -x[:, best_u[0][0]["latent"]],
         f"logistic on {len(chosen)} latents": lambda x: decide(x[:, chosen]),
     }
-    table = torch.tensor(
-        [_auc_interval(read(mean[0][held_k]), read(mean[1][held_u]), generator) for read in readouts.values()]
+
+
+def _auc(
+    readouts: dict[str, Callable[[Tensor], Tensor]],
+    known: Tensor,
+    unknown: Tensor,
+    site: Site,
+    generator: torch.Generator,
+) -> Attribution:
+    table = torch.tensor([_auc_interval(read(known), read(unknown), generator) for read in readouts.values()])
+    return Attribution(
+        name=f"known against unknown entities at {site}",
+        values=table[:, 0],
+        axes=("readout",),
+        labels={"readout": tuple(readouts)},
+        unit="AUC",
+        n=len(known) + len(unknown),
+        low=table[:, 1],
+        high=table[:, 2],
+        note=f"{len(known)} known and {len(unknown)} unknown held-out entities; 95 % bootstrap interval over them",
     )
-    result = Attribution(
-        name=f"known against unknown entities at {sae.site}", values=table[:, 0], axes=("readout",),
-        labels={"readout": tuple(readouts)}, unit="AUC", n=len(held_k) + len(held_u), low=table[:, 1],
-        high=table[:, 2], note=f"{len(held_k)} known and {len(held_u)} unknown held-out entities; bootstrap over them",
-    )  # fmt: skip
-    names = tuple(known[i].name for i in held_k), tuple(unknown[i].name for i in held_u)
-    return Separation(site=sae.site, known=s_known, unknown=s_unknown, auc=result, background=background, heldout=names)
 
 
 def _logistic(known: Float[Tensor, "known latent"], unknown: Float[Tensor, "unknown latent"]):
@@ -201,3 +230,50 @@ def _logistic(known: Float[Tensor, "known latent"], unknown: Float[Tensor, "unkn
     labels = [1] * len(known) + [0] * len(unknown)
     fitted = LogisticRegression(class_weight="balanced", max_iter=1000).fit(((both - mean) / scale).numpy(), labels)
     return lambda x: torch.from_numpy(fitted.decision_function(((x - mean) / scale).numpy()))
+
+
+def known_unknown(
+    model: Model,
+    facts: Sequence[Fact],
+    unknown: Sequence[Entity],
+    saes: Sequence[Sae],
+    **settings: Any,
+) -> Attribution:
+    """Known against unknown entities by layer: axes (layer, measure), from one `separation` per SAE.
+
+    The measures are the largest s_known and s_unknown over latents (differences of firing frequency on the fitting
+    entities) and the AUC of the three readouts on held-out entities. Takes the settings of `separation`.
+
+    Args:
+        facts: facts the model knows; their subjects are the known entities and their phrasings the contexts.
+        saes: one SAE for each layer to be looked at.
+
+    Raises:
+        ValueError: no SAE, two SAEs of one layer, or what `separation` refuses.
+    """
+    if not saes:
+        raise ValueError("no SAE: give one for each layer to be looked at")
+    layers = [sae.site.layer for sae in saes]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"several SAEs for one layer: layers {layers}")
+    known = tuple({fact.subject: fact.entity for fact in facts}.values())
+    templates = tuple(dict.fromkeys(template for fact in facts for template in fact.templates))
+    results = [
+        separation(model, sae, known, unknown, templates, **settings)
+        for sae in sorted(saes, key=lambda s: s.site.layer)
+    ]
+    parts = {key: torch.stack([_row(result, key) for result in results]) for key in ("values", "low", "high")}
+    return Attribution(
+        name="known and unknown entities",
+        axes=("layer", "measure"),
+        labels={"layer": tuple(sorted(layers)), "measure": MEASURES},
+        unit="difference of firing frequency (s) or AUC",
+        n=len(known) + len(unknown),
+        note=f"{results[0].known.note}; AUC: {results[0].auc.note}",
+        **parts,
+    )
+
+
+def _row(result: Separation, key: str) -> Float[Tensor, " measure"]:
+    best = [getattr(a, key)[a.values.nan_to_num(nan=-2.0).argmax()] for a in (result.known, result.unknown)]
+    return torch.cat([torch.stack(best), getattr(result.auc, key)])

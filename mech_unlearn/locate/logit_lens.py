@@ -11,7 +11,7 @@ Fails:    early layers keep information in a basis that the unembedding does not
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.capture import capture
@@ -56,7 +56,9 @@ def logit_lens_per_fact(
         raise ValueError("no facts to locate: give at least one")
     reader = model if decoder is None else decoder
     if reader.d_model != model.d_model:
-        raise ValueError(f"decoder {reader.name!r} reads {reader.d_model} dimensions, {model.name!r} has {model.d_model}")
+        raise ValueError(
+            f"decoder {reader.name!r} reads {reader.d_model} dimensions, {model.name!r} has {model.d_model}"
+        )
     queries = make_queries(model.tokenizer, facts)
     answers = [query.answers[0] for query in queries]
     places = [[len(q.prompt) - 1 + t for t in range(len(a))] for q, a in zip(queries, answers, strict=True)]
@@ -69,7 +71,7 @@ def logit_lens_per_fact(
     total = torch.zeros(len(facts)).index_add(0, fact, weight)
     columns = []
     for site in sites:
-        logprob = _chosen(reader, store[site], tokens) * weight
+        logprob = answer_logprobs(reader, store[site], tokens) * weight
         columns.append(torch.zeros(len(facts)).index_add(0, fact, logprob) / total)
     return Attribution(
         name="logit lens",
@@ -82,7 +84,10 @@ def logit_lens_per_fact(
     )
 
 
-def _chosen(reader: Model, states: Float[Tensor, "state d_model"], tokens: Tensor) -> Float[Tensor, " state"]:
+def answer_logprobs(
+    reader: Model, states: Float[Tensor, "state d_model"], tokens: Int[Tensor, " state"]
+) -> Float[Tensor, " state"]:
+    """Log-probability of one token for each residual-stream state, read out by the model, nats; on the CPU."""
     parts = [
         read_out(reader, chunk).log_softmax(-1).cpu().gather(1, wanted[:, None])[:, 0]
         for chunk, wanted in zip(states.split(512), tokens.split(512), strict=True)
