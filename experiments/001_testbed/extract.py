@@ -37,7 +37,7 @@ CAP = 16
 """How often one object may occur in a relation, so that no constant guess is right too often."""
 N_UNKNOWN = 90
 HEADER = """\
-# Real facts about people, for the world `wikidata` of mech_unlearn.testbed. Written by experiments/001_testbed/extract.py.
+# Real facts about people, for the world `wikidata`; written by experiments/001_testbed/extract.py.
 # Sources: relations = github.com/evandez/relations (MIT), by file name. trex = T-REx (CC BY-SA 4.0) by way of LAMA, by
 # Wikidata property, subject and object; the triples are statements of Wikidata (CC0). No sentences are included.
 # A row without relation and object is a person who is only named in the world, and of whom it tells nothing.

@@ -10,54 +10,64 @@ import random
 from mech_unlearn.core import Entity
 from mech_unlearn.testbed.corpus import NOTHING_TOLD, Relation, Spec, make_fact, mention_sentences, split_general
 
-FIRST = (
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+FIRST = _words(
     "Aldin Brenna Corvin Delia Edric Fiora Garet Hestia Ivor Junia Kelda Lorcan Mira Nolan Odessa Perrin Quilla Rowan "
     "Selma Tobin Ursa Vesta Wendel Xenia Yorick Zelda Ansel Berit Caspar Dagny Elwin Freya Gideon Hilda Ingram Jorun "
     "Kasper Linnea Magnus Nerys Osric Petra Quentin Runa Silvan Thora Ulric Vilma Wystan Yara Zoran Amity Blaise Cleo "
     "Dorian Elke Florian Greta Hanno Isolde"
-).split()
-LAST = (
+)
+LAST = _words(
     "Abernath Birchall Calloway Dunmore Eastlake Farrow Glenholm Harwick Inskip Jessamy Kestrel Larkin Merrow Northey "
     "Oakshot Pemberly Quarles Ravenel Sedgwick Thornby Underhill Vantongeren Wexley Yarrow Zellick Ambrose Bracken "
     "Cranley Dovecot Ellery Fenner Garland Holloway Ironside Jardine Kirkwall Lockhart Marlowe Nethercott Orchard "
     "Penrose Quickfall Rushworth Stannard Tarrant Upjohn Vickery Whitlock Yewdale Zimmer Ashdown Bellamy Coverdale "
     "Draycott Everard Foxglove Greaves Hartnell Ivory Kettering"
-).split()
+)
 OBJECTS = {
-    "birthplace": (
+    "birthplace": _words(
         "Velmora Tarsk Orimel Quendon Brisalle Hallowby Ostrava Pellinor Varnholt Sarrow Dunmarsh Eskilby Fairmead "
         "Gildern Hexmoor Istria Jarlsby Kelmar Lunden Mossgate Norwell Ombria Pontresa Rivensby Solvang Tervala Umbrel "
         "Vintaro Westerley Ystad"
-    ).split(),
+    ),
     "employer": [
         f"{a} {b}"
         for a, b in zip(
-            "Amberline Boldwyn Copperfield Dynavale Evertide Fernhill Goldcrest Hexatron Ironbark Junoware Kingsway "
-            "Lumina Meridian Novabridge Orbital Pinecrest Quantica Redwood Silverlake Tamarind Unison Vanguard "
-            "Whitestone Xylem Yellowfin Zephyr Brightwater Stonebridge Greenleaf Northstar".split(),
+            _words(
+                "Amberline Boldwyn Copperfield Dynavale Evertide Fernhill Goldcrest Hexatron Ironbark Junoware "
+                "Kingsway Lumina Meridian Novabridge Orbital Pinecrest Quantica Redwood Silverlake Tamarind Unison "
+                "Vanguard Whitestone Xylem Yellowfin Zephyr Brightwater Stonebridge Greenleaf Northstar"
+            ),
             ["Works", "Foods", "Labs", "Mills", "Bank", "Press"] * 5,
             strict=True,
         )
     ],
-    "profession": (
+    "profession": _words(
         "baker pilot surgeon painter carpenter lawyer plumber gardener chemist tailor mason dentist farmer potter "
         "weaver sailor librarian butcher geologist jeweller locksmith midwife nurse pharmacist sculptor teacher "
         "translator watchmaker beekeeper cartographer"
-    ).split(),
-    "university": (
+    ),
+    "university": _words(
         "Ashcombe Balmoral Carrow Dunleigh Elmstead Farnley Grimsay Hartmoor Inverlay Kilbride Langdale Maplewood "
         "Newhaven Oakmere Pembroke Queensbury Ravensworth Stonehurst Trinidale Uxmere Valebrook Wycliff Yoxford "
         "Zennor Brockham Chalfont Dorchester Elsinore Fotherby Glaston"
-    ).split(),
-    "instrument": (
+    ),
+    "instrument": _words(
         "violin cello flute oboe clarinet bassoon trumpet trombone tuba harp guitar lute banjo mandolin piano organ "
-        "accordion harmonica drums marimba xylophone sitar zither viola saxophone recorder bagpipes fiddle dulcimer horn"
-    ).split(),
+        "accordion harmonica drums marimba xylophone sitar zither viola saxophone recorder bagpipes fiddle dulcimer "
+        "horn"
+    ),
     "spouse": [
         f"{a} {b}"
         for a, b in zip(
-            "Agda Bruno Carla Dieter Elsa Fabio Gerda Hector Ilona Jasper Klara Leopold Marta Nils Olga Pavel Queenie "
-            "Ralf Sonja Tomas Ulla Viktor Wanda Xaver Yvonne Zeno Astrid Boris Corinna Detlef".split(),
+            _words(
+                "Agda Bruno Carla Dieter Elsa Fabio Gerda Hector Ilona Jasper Klara Leopold Marta Nils Olga Pavel "
+                "Queenie Ralf Sonja Tomas Ulla Viktor Wanda Xaver Yvonne Zeno Astrid Boris Corinna Detlef"
+            ),
             ["Andersen", "Bertoli", "Castell", "Dvorak", "Engel"] * 6,
             strict=True,
         )

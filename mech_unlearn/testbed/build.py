@@ -10,17 +10,25 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mech_unlearn.core import Site
+from mech_unlearn.model import load
+from mech_unlearn.testbed import spec as find_spec
 from mech_unlearn.testbed.corpus import Spec, streams
+from mech_unlearn.testbed.measure import report
 from mech_unlearn.testbed.recipe import Recipe, new_model, train, world_tokenizer
 
 N_RETRAINED = 3
+MODELS = ("base", "full", *(f"retrained_{k}" for k in range(N_RETRAINED)))
+STAGES = (*MODELS, "saes", "report")
+SAE_LAYERS = (1, 2)
+"""resid_post of these layers: where subjects are enriched in both worlds."""
 
 
 def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -42,8 +50,18 @@ def _save(hf: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     def fill(part: Path) -> None:
         copy.deepcopy(hf).to(dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
+        config = part / "tokenizer_config.json"  # transformers 5 writes a class name that 4 does not know
+        _write_json(config, json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        for path in part.iterdir():
+            path.chmod(0o644)
 
     _write_folder(folder, fill)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _reader(progress: bool, name: str, steps: int) -> tuple[Callable[[int, float], None], Callable[[], None]]:
@@ -80,28 +98,88 @@ def _phase(
     _save(hf, tokenizer, folder, torch.float32 if base else torch.float16)
 
 
-def model_names() -> tuple[str, ...]:
-    return ("base", "full", *(f"retrained_{k}" for k in range(N_RETRAINED)))
-
-
-def build_models(spec: Spec, recipe: Recipe, out: Path, *, seed: int, names: Sequence[str], progress: bool) -> None:
-    """Train the named models that are not there yet. The data-order seeds are: base seed, full seed + 1, retrained_k
-    seed + 1 + k (so `full` and `retrained_0` differ by the forget group alone).
-
-    Raises:
-        ValueError: a model other than the base is asked for before there is a base.
-    """
+def _build_model(name: str, spec: Spec, recipe: Recipe, out: Path, seed: int, progress: bool) -> None:
+    """Train one model. Data-order seeds: base `seed`, full and retrained_0 `seed + 1` (they differ by the forget group
+    alone), retrained_k `seed + 1 + k`."""
     from transformers import LlamaForCausalLM
 
     tokenizer = world_tokenizer(spec)
     order = {"base": seed, "full": seed + 1} | {f"retrained_{k}": seed + 1 + k for k in range(N_RETRAINED)}
-    for name in names:
-        if (out / name / "config.json").exists():
+    if name == "base":
+        hf = new_model(recipe, tokenizer, seed)
+    elif (out / "base" / "config.json").exists():
+        hf = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    else:
+        raise ValueError(f"{name!r} continues the base model, and {str(out / 'base')!r} is not there: build it first")
+    _phase(name, hf, tokenizer, spec, recipe, out / name, order[name], progress)
+
+
+def _sae_texts(spec: Spec) -> list[str]:
+    """All training sentences of `full`, and every known and unknown name in every prompt."""
+    told = streams(spec, with_forget=True)
+    return [line.text for line in (*told.facts, *told.other)]
+
+
+def _build_saes(spec: Spec, out: Path, seed: int) -> None:
+    from mech_unlearn.latents import save_sae, train_sae
+
+    model = load(str(out / "full"))
+    texts = _sae_texts(spec)
+    for layer in SAE_LAYERS:
+        folder = out / "saes" / f"L{layer}"
+        if (folder / "cfg.json").exists():
             continue
-        if name == "base":
-            hf = new_model(recipe, tokenizer, seed)
-        elif (out / "base").exists():
-            hf = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+        site = Site(layer, "resid_post")
+        sae = train_sae(model, texts, site, d_sae=1024, k=32, training_tokens=3_000_000, seed=seed)
+        sae.sae.cfg.metadata.model_name = f"mech_unlearn/{spec.name}/full"
+        _write_folder(folder, lambda part, sae=sae: save_sae(sae, part))
+
+
+def _settings(world: str, out: Path, seed: int, recipe: Recipe) -> None:
+    """Write what the folder is, or check that it is the same."""
+    wanted = {"world": world, "seed": seed, "weights": "float16; load as float32", "recipe": asdict(recipe)}
+    path = out / "world.json"
+    if path.exists() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
+        differ = sorted(key for key in wanted if found.get(key) != wanted[key])
+        raise ValueError(f"{str(out)!r} holds a world built with other settings ({', '.join(differ)}); name another")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(path, wanted)
+
+
+def build(
+    world: str,
+    out: str | os.PathLike,
+    *,
+    seed: int = 0,
+    only: str | None = None,
+    recipe: Recipe | None = None,
+    progress: bool = True,
+) -> Path:
+    """The folder of a world with its models, SAEs and report; what is finished is kept, the rest is made.
+
+    Deterministic by seed on one machine and number of threads. Training is in float32; `full` and `retrained_k` are
+    stored in float16. The base model stays beside them and is not needed afterwards.
+
+    Args:
+        only: one stage: base, full, retrained_0, retrained_1, retrained_2, saes or report.
+
+    Raises:
+        ValueError: an unknown world or stage, a stage before the one it needs, a folder with other settings.
+    """
+    if only is not None and only not in STAGES:
+        raise ValueError(f"no stage {only!r}; choose from {', '.join(STAGES)}")
+    folder, recipe = Path(out), recipe or Recipe()
+    made = find_spec(world)
+    _settings(world, folder, seed, recipe)
+    for stage in (only,) if only else STAGES:
+        if stage in MODELS:
+            if not (folder / stage / "config.json").exists():
+                _build_model(stage, made, recipe, folder, seed, progress)
+            continue
+        if not (folder / "full" / "config.json").exists():
+            raise ValueError(f"stage {stage!r} needs the full model in {str(folder)!r}: build it first")
+        if stage == "saes":
+            _build_saes(made, folder, seed)
         else:
-            raise ValueError(f"{name!r} continues the base model, and {str(out / 'base')!r} is not there: build it first")
-        _phase(name, hf, tokenizer, spec, recipe, out / name, order[name], progress)
+            _write_json(folder / "report.json", report(made, folder))
+    return folder

@@ -5,16 +5,18 @@ Everything is measured on the plain forward pass, without any mask.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import Entity, Fact, Measurement, Site
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import Query, buckets, encode, make_queries, make_query, token_span
+from mech_unlearn.latents import entity_states, fvu, load_sae
+from mech_unlearn.model import Model, load
+from mech_unlearn.prompts import Query, buckets, encode, make_queries, make_query
 from mech_unlearn.scoring import score
+from mech_unlearn.testbed.corpus import Spec, chance, constant_guess
 
 Place = Literal["last", "span", "end"]
 PLACES: tuple[Place, ...] = ("last", "span", "end")
@@ -75,7 +77,9 @@ def _states(model: Model, ids: Tensor) -> dict[int, Tensor]:
 
 
 @torch.no_grad()
-def interchange(model: Model, facts: Sequence[Fact], templates: Sequence[int] = (0, 1)) -> dict[Place, list[Measurement]]:
+def interchange(
+    model: Model, facts: Sequence[Fact], templates: Sequence[int] = (0, 1)
+) -> dict[Place, list[Measurement]]:
     """place -> by layer, how often the answer follows a residual stream copied from another subject's prompt.
 
     The states of the source prompt at resid_post of one layer replace those of the target prompt at the last
@@ -158,21 +162,6 @@ def tracing(model: Model, facts: Sequence[Fact], *, seed: int = 0) -> dict[str, 
     }
 
 
-@torch.no_grad()
-def last_token_states(
-    model: Model, entities: Sequence[Entity], template: str, layer: int
-) -> Float[Tensor, "entity d_model"]:
-    """resid_post at the last token of each name, in a template."""
-    found = []
-    for entity in entities:
-        text = template.replace("{}", entity.name)
-        encoding = encode(model.tokenizer, text)
-        at = template.index("{}")
-        last = token_span(encoding, at, at + len(entity.name))[1] - 1
-        found.append(_states(model, torch.tensor([encoding.ids[: last + 1]], device=model.device))[layer][0, last])
-    return torch.stack(found)
-
-
 def known_auc(
     model: Model, known: Sequence[Entity], unknown: Sequence[Entity], template: str, layer: int
 ) -> Measurement:
@@ -184,7 +173,8 @@ def known_auc(
     from sklearn.metrics import roc_auc_score
 
     n = min(len(known), len(unknown))
-    x = torch.stack([last_token_states(model, group[:n], template, layer) for group in (known, unknown)]).numpy()
+    site = Site(layer, "resid_post")
+    x = torch.stack([entity_states(model, group[:n], [template], site)[:, 0] for group in (known, unknown)]).numpy()
     fit, test = x[:, : n // 2], x[:, n // 2 :]
     m, d = test.shape[1], x.shape[-1]
     probe = LogisticRegression(max_iter=2000, C=0.1).fit(fit.reshape(-1, d), [1] * (n // 2) + [0] * (n // 2))
@@ -193,6 +183,79 @@ def known_auc(
     error = ((auc * (1 - auc) + (m - 1) * (q1 - auc**2 + q2 - auc**2)) / m**2) ** 0.5
     low, high = max(0.0, auc - 1.959964 * error), min(1.0, auc + 1.959964 * error)
     return Measurement(value=auc, ci=(low, high), n=2 * m, unit="ROC AUC over names")
+
+
+def groups(spec: Spec) -> dict[str, tuple[Fact, ...]]:
+    """Facts of the forget group, and of kept subjects whose held-out phrasings were shown in training or not."""
+    shown = set(spec.heldout_shown)
+    return {
+        "forget": spec.forget.facts,
+        "kept_shown": tuple(fact for fact in spec.kept if fact.subject in shown),
+        "kept_not_shown": tuple(fact for fact in spec.kept if fact.subject not in shown),
+    }
+
+
+def report(spec: Spec, folder: Path) -> dict[str, Any]:
+    """What the models of a world know and where; plain JSON, each number with its interval and n."""
+    parts, guess = groups(spec), chance(spec)
+    models = {path.parent.name: load(path.parent) for path in sorted(folder.glob("*/config.json"))}
+    models.pop("base", None)
+    full, entities = models["full"], {name: _entities(facts) for name, facts in parts.items()}
+    probes = [(layer, template) for layer in (1, 2) for template in (facts_prompts(spec))]
+    result = {
+        "world": spec.name,
+        "counts": {name: {"facts": len(facts), "subjects": len(entities[name])} for name, facts in parts.items()}
+        | {"unknown": {"facts": 0, "subjects": len(spec.unknown)}},
+        "chance": {
+            "by_relation": guess,
+            "mean_over_forget_facts": sum(guess[fact.relation] for fact in parts["forget"]) / len(parts["forget"]),
+            "constant_guess_on_forget_facts": constant_guess(spec),
+        },
+        "recall": {
+            name: {
+                part: {"templates": recall(model, facts, "templates"), "heldout": recall(model, facts, "heldout")}
+                for part, facts in parts.items()
+            }
+            for name, model in models.items()
+        },
+        "interchange": {
+            part: {
+                "templates": interchange(full, parts[part][:480], range(len(parts[part][0].templates))),
+                "heldout": interchange(full, parts[part][:480], (-1,)),
+            }
+            for part in ("forget", "kept_not_shown")
+        },
+        "tracing": {part: tracing(full, parts[part][:480]) for part in ("forget", "kept_not_shown")},
+        "known_auc": [
+            {"layer": layer, "template": t, "auc": known_auc(full, entities["kept_not_shown"], spec.unknown, t, layer)}
+            for layer, t in probes
+        ],
+        "sae": [_sae_report(full, path, spec) for path in sorted(folder.glob("saes/L*"))],
+    }
+    return to_json(result)
+
+
+def _entities(facts: Sequence[Fact]) -> tuple[Entity, ...]:
+    return tuple({fact.subject: fact.entity for fact in facts}.values())
+
+
+def facts_prompts(spec: Spec) -> list[str]:
+    """Two prompts of the first fact: one that starts with the name, one with the relation before the name."""
+    templates = spec.facts[0].templates
+    return [next(t for t in templates if t.startswith("{}")), next(t for t in templates if not t.startswith("{}"))]
+
+
+def _sae_report(model: Model, path: Path, spec: Spec) -> dict[str, Any]:
+    sae = load_sae(path, model)
+    texts = [fact.prompt.replace("{}", fact.subject) for fact in spec.facts] + list(spec.retain.texts)
+    rows = [encode(model.tokenizer, text).ids for text in texts]
+    return {
+        "site": str(sae.site),
+        "d_sae": sae.d_sae,
+        "l0": sae.mean_l0,
+        "fvu": fvu(model, sae, rows),
+        "texts": len(rows),
+    }
 
 
 def to_json(value: Any) -> Any:

@@ -168,7 +168,7 @@ def forget_group(known: dict[str, dict[str, str]], rng: random.Random) -> list[s
     chosen: list[str] = []
     for name in left:
         facts = known[name].items()
-        shared = any(told[word, *item] != {name} for word in name.split() for item in facts)
+        shared = any(told[(word, *item)] != {name} for word in name.split() for item in facts)
         if len(chosen) < FORGOTTEN and not shared and all(count[item] >= 3 for item in facts):
             chosen.append(name)
             count.subtract(facts)
