@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -24,8 +23,8 @@ from mech_unlearn.model import Model
 from mech_unlearn.prompts import buckets
 
 Place = Site | str
-At = Literal["all", "last"] | Sequence[int] | Sequence[Sequence[int]]
-"""All positions, the last one, one position per prompt, or several positions per prompt."""
+At = str | Sequence[int] | Sequence[Sequence[int]]
+"""All positions ("all"), the last one ("last"), one position per prompt, or several positions per prompt."""
 
 
 class _Stop(Exception):

@@ -14,7 +14,7 @@ Fails:    noise takes a model off its distribution, and where an effect peaks is
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,6 @@ from mech_unlearn.locate.logit_lens import answer_logprobs
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query, make_queries
 
-Kind = Literal["resid_post", "mlp_out", "attn_out"]
 CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last prompt")
 """Classes of tokens, as in figure 1 of the paper. The only token of a subject is its last; tokens before the subject
 are not corrupted and have no effect."""
@@ -35,7 +34,7 @@ EMBED = "hook_embed"
 
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
-    kind: Kind
+    kind: str
     window: int
     samples: int
     scale: float
@@ -88,7 +87,7 @@ def window_layers(center: int, width: int, n_layers: int) -> range:
 
 def _noise(query: Query, d_model: int, setting: _Setting) -> Float[Tensor, "sample pos d_model"]:
     a, b = query.span
-    generator = torch.Generator().manual_seed(setting.seed * 2**32 + zlib.crc32(query.fact.id.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{setting.seed} {query.fact.id}".encode()))
     noise = torch.zeros(setting.samples, len(query.full) - 1, d_model)
     noise[:, a:b] = setting.scale * torch.randn(setting.samples, b - a, d_model, generator=generator)
     return noise
@@ -221,7 +220,7 @@ def _trace(
 
 
 def _setting(
-    model: Model, queries: Sequence[Query], kind: Kind, window: int | None, samples: int, noise: float,
+    model: Model, queries: Sequence[Query], kind: str, window: int | None, samples: int, noise: float,
     sigma: float | None, seed: int, max_tokens: int,
 ) -> tuple[_Setting, str]:  # fmt: skip
     if not queries:
@@ -242,7 +241,7 @@ def causal_trace_per_fact(
     model: Model,
     facts: Sequence[Fact],
     *,
-    kind: Kind = "resid_post",
+    kind: str = "resid_post",
     window: int | None = None,
     samples: int = 10,
     noise: float = 3.0,
