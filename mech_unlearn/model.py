@@ -158,7 +158,8 @@ class Model:
         Train there and not here, because the bridge adds parameters that no checkpoint has (transformer-lens 3.9)
         and reads copies of joint QKV matrices.
         """
-        hf = type(self.hf)._from_config(self.hf.config, dtype=self.dtype, attn_implementation="eager")
+        with torch.random.fork_rng(devices=[]):  # the random weights it begins with are not the caller's
+            hf = type(self.hf)._from_config(self.hf.config, dtype=self.dtype, attn_implementation="eager")
         hf.load_state_dict({k: w.detach() for k, w in self.held.items()}, strict=False)
         hf.tie_weights()
         return hf.to(self.device).eval()

@@ -16,7 +16,7 @@ from mech_unlearn.core import Fact, Site
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query, make_query
 from mech_unlearn.restoration.case import Case, Split, mean_by_fact, split_templates
-from mech_unlearn.restoration.normalise import relation_mean, rho, sham_facts
+from mech_unlearn.restoration.normalise import gains, relation_mean, rho, sham_facts
 from mech_unlearn.scoring import RowWrite, score
 
 
@@ -80,12 +80,13 @@ class Levels:
             after_retrained: the retrained models' scores after the same attack; unused in grade B.
             keep: which retrained models to compare with; empty in grade B.
         """
+        base = self.base(keep)
         if keep:
-            shape = [len(self.never), *[1] * (after_retrained.ndim - 2), -1]
-            injected = (after_retrained - self.never.reshape(shape))[list(keep)].mean(0)
+            shape = [len(keep), *[1] * (after_retrained.ndim - 2), -1]
+            injected = gains(self.never[list(keep)].reshape(shape), after_retrained[list(keep)], base).mean(0)
         else:
-            injected = relation_mean(after[..., 1, :] - before[1], self.probe.facts)
-        return rho(before[0], after[..., 0, :], self.full, self.base(keep), injected)
+            injected = relation_mean(gains(before[1], after[..., 1, :], base), self.probe.facts)
+        return rho(gains(before[0], after[..., 0, :], base), injected, self.full, base)
 
 
 def make_levels(case: Case, split: Split, facts: Sequence[Fact] | None = None) -> Levels:

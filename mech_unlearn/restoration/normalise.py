@@ -28,22 +28,29 @@ def kappa(
     return torch.where(gap.abs() > 1e-6, (unlearned - base) / gap, torch.nan)
 
 
+def gains(
+    before: Float[Tensor, "*any fact"], after: Float[Tensor, "*point fact"], base: Float[Tensor, " fact"]
+) -> Float[Tensor, "*point fact"]:
+    """max(s(A(M)), base) - max(s(M), base): what an operator A gives to a model M above the level of never having known.
+
+    Climbing from below back to that level is the end of a grudge against one answer, not the return of knowledge,
+    and falling below it is no less knowledge; both count as nothing.
+    """
+    return torch.maximum(after, base) - torch.maximum(before, base)
+
+
 def rho(
-    before: Float[Tensor, " fact"],
-    after: Float[Tensor, "*point fact"],
+    gain: Float[Tensor, "*point fact"],
+    injected: Float[Tensor, "*point fact"],
     full: Float[Tensor, " fact"],
     base: Float[Tensor, " fact"],
-    injected: Float[Tensor, "*point fact"],
 ) -> Float[Tensor, "*point fact"]:
     """Difference in differences: what an operator gives back to U beyond what it injects into any model, in [0, 1].
 
-    rho = clip({[s(A(U)) - s(U)] - injected} / {s(F) - base}, 0, 1), where base is mean_k s(R_k) and injected is
-    mean_k [s(A(R_k)) - s(R_k)]. s(U) and s(A(U)) are raised to the base where they lie below it: climbing from below
-    back to the level of a model that never knew is the end of a grudge against one answer, not the return of
-    knowledge. NaN where s(F) - base is below 0.5 nat.
+    rho = clip((gain - injected) / (s(F) - base), 0, 1), where base is mean_k s(R_k) and injected the mean gain of the
+    R_k. NaN where s(F) - base is below 0.5 nat.
     """
     gap = full - base
-    gain = torch.maximum(after, base) - torch.maximum(before, base)
     return torch.where(gap >= MIN_GAP, ((gain - injected) / gap.clamp(min=MIN_GAP)).clamp(0, 1), torch.nan)
 
 

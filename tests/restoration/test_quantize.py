@@ -1,0 +1,100 @@
+"""Rounding: bounds, a no-op at many bits, the right matrices, and a planted suppression that rounding undoes."""
+
+import pytest
+import torch
+from conftest import tiny_hf, tiny_tokenizer
+from planted import planted_case, planted_model
+
+from mech_unlearn.model import load
+from mech_unlearn.restoration import quantize
+
+
+def random_weight(seed=0):
+    return torch.randn(12, 40, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", (3, 4, 8))
+@pytest.mark.parametrize("axis", (0, 1))
+def test_rounding_is_off_by_half_a_step_at_the_most(bits, axis):
+    weight = random_weight()
+    step = weight.double().abs().amax(1 - axis, keepdim=True) / (2 ** (bits - 1) - 1)
+    error = (quantize.round_to_nearest(weight, bits, axis).double() - weight.double()).abs()
+    assert (error <= step / 2 + 1e-6).all()
+    assert error.max() > 0.4 * step.min()
+
+
+def test_rounding_to_4_bits_leaves_15_values_per_channel_and_32_bits_change_nothing():
+    weight = random_weight()
+    assert max(len(row.unique()) for row in quantize.round_to_nearest(weight, 4)) <= 15
+    assert torch.allclose(quantize.round_to_nearest(weight, 32), weight, atol=1e-8)
+    assert not torch.allclose(quantize.round_to_nearest(weight, 4), weight, atol=1e-2)
+
+
+def test_rounding_again_changes_nothing():
+    once = quantize.round_to_nearest(random_weight(), 4)
+    assert torch.allclose(quantize.round_to_nearest(once, 4), once, atol=1e-6)
+
+
+def test_a_channel_of_zeros_stays_zero_and_one_bit_is_refused():
+    weight = random_weight()
+    weight[3] = 0
+    assert (quantize.round_to_nearest(weight, 4)[3] == 0).all()
+    with pytest.raises(ValueError, match="2 bits"):
+        quantize.codes(weight, 1)
+
+
+@pytest.mark.parametrize("architecture", ("gpt2", "gpt_neox", "llama"))
+def test_linear_layers_are_rounded_and_embeddings_and_output_matrix_are_not(architecture):
+    model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
+    before = {name: weight.detach().clone() for name, weight in model.held.items()}
+    axes = quantize.linear_weights(model)
+    ids = torch.tensor([[2, 5, 6, 7, 8]])
+    logits = model.logits(ids)
+    quantize.quantize_(model, 4)
+    changed = {name for name, weight in model.held.items() if not torch.equal(weight, before[name])}
+    assert changed == set(axes)
+    per_layer = {"gpt2": 4, "gpt_neox": 4, "llama": 7}[architecture]
+    assert len(axes) == per_layer * model.n_layers
+    assert not any(word in name for name in axes for word in ("wte", "wpe", "embed", "lm_head"))
+    fresh = tiny_hf(architecture)
+    with torch.no_grad():
+        for name, weight in fresh.named_parameters():
+            if name in axes:
+                weight.copy_(quantize.round_to_nearest(weight, 4, axes[name]))
+        plain = fresh(ids).logits
+        assert (model.logits(ids) - plain).abs().max() < 1e-5 < (logits - plain).abs().max()
+
+
+def test_conv1d_is_rounded_along_its_columns():
+    assert set(quantize.linear_weights(load(tiny_hf("gpt2"), tokenizer=tiny_tokenizer())).values()) == {1}
+
+
+def test_codes_agree_with_themselves_and_part_with_distance():
+    a, b, c = planted_model(), planted_model(), planted_model()
+    with torch.no_grad():
+        b.held["model.layers.0.self_attn.q_proj.weight"].add_(1e-5)
+        c.held["model.layers.0.self_attn.q_proj.weight"].mul_(-1)
+    assert quantize.code_agreement(a, a, 4) == 1
+    assert quantize.code_agreement(a, b, 4) > 0.99 > quantize.code_agreement(a, c, 4)
+
+
+def test_a_suppression_smaller_than_half_a_step_is_undone_by_rounding_and_the_model_is_left_alone():
+    case = planted_case(sae=None)
+    masked = planted_model()
+    gate = masked.held["model.layers.2.mlp.gate_proj.weight"]
+    with torch.no_grad():
+        # The person direction closes each name's gate a little: below half a step of the row's largest entry.
+        masked.held["model.layers.2.mlp.down_proj.weight"][40:44].fill_(0.02 * 3 / 64)
+        gate[:4, 8] = -0.06
+        masked.held["model.layers.2.mlp.up_proj.weight"][:4, 8] = -0.06
+    weights = {name: w.clone() for name, w in masked.held.items()}
+    ready = quantize.prepare(case, 4)
+    before, after = ready.levels.probe.margins(masked)[0], quantize.audit(case, ready, masked, "masked").score_raw
+    assert (after > before + 0.1).all() and torch.allclose(after, ready.levels.full, atol=0.3)
+    assert all(torch.equal(w, masked.held[name]) for name, w in weights.items())
+
+
+def test_rounding_gives_a_retrained_model_nothing():
+    case = planted_case(sae=None)
+    ready = quantize.prepare(case, 4)
+    assert (quantize.audit(case, ready, case.retrained[0], "R").recoverability <= 0.05).all()

@@ -1,0 +1,78 @@
+"""Relearning: what is taught and what is scored, nothing at rate zero, recovery of what was only smothered."""
+
+import pytest
+import torch
+from conftest import tiny_facts
+from planted import planted_case, planted_model
+
+from mech_unlearn.restoration import Relearn, relearn
+
+
+def test_folds_by_entity_keep_a_subject_together_and_folds_by_fact_do_not():
+    facts = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss", "Dan Park"])
+    by_entity = relearn.fold_of(facts, Relearn(), 0)
+    assert all(len({f for f, fact in zip(by_entity, facts) if fact.subject == s.subject}) == 1 for s in facts)
+    by_fact = relearn.fold_of(facts, Relearn(split="fact"), 0)
+    assert all(len({f for f, fact in zip(by_fact, facts) if fact.subject == s.subject}) == 2 for s in facts)
+    assert sum(by_entity) == sum(by_fact) == len(facts) // 2
+
+
+def test_one_subject_cannot_be_split_by_entity():
+    with pytest.raises(ValueError, match="split='fact'"):
+        relearn.fold_of(tiny_facts(["Anna Lee"]), Relearn(), 0)
+
+
+def test_lessons_use_no_phrasing_that_is_scored():
+    case = planted_case(sae=None)
+    scored = {query.prompt for query in relearn.make_levels(case, "test").probe.queries}
+    taught = {row[:length] for row, length in relearn.lessons(case, case.facts)}
+    assert taught and not taught & scored
+
+
+def test_answer_loss_is_the_mean_cross_entropy_of_answer_tokens_only():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 3, 4, 5]])
+    table = logits.log_softmax(-1)
+    want = -(table[0, 2, 4] + table[1, 1, 3] + table[1, 2, 4] + table[1, 3, 5]) / 4
+    torch.testing.assert_close(relearn.answer_loss(logits, ids, [3, 2], [4, 5]), want)
+
+
+def test_area_over_log_steps_of_a_line():
+    steps = (1, 2, 4, 8)
+    line = torch.tensor([0.0, 1.0, 2.0, 3.0])[:, None]
+    assert relearn.log_step_area(line, steps).item() == pytest.approx(1.5)
+
+
+def test_at_learning_rate_zero_nothing_moves():
+    case = planted_case(sae=None, relearn=Relearn(steps=(1, 2), lr_times_width=0.0))
+    ready = relearn.prepare(case)
+    result = relearn.audit(case, ready, planted_model("late"), "late")
+    assert (result.curves["rho"] == 0).all() and (result.recoverability == 0).all()
+
+
+@pytest.fixture(scope="module")
+def strong():
+    retrained = tuple(planted_model("retrained", k) for k in (1, 2))
+    settings = Relearn(steps=(4, 12, 24), batch=8, lr_times_width=3.84)
+    case = planted_case(sae=None, retrained=retrained, relearn=settings)
+    return case, relearn.prepare(case)
+
+
+def test_what_one_shared_write_smothered_comes_back_untaught_and_what_was_never_there_does_not(strong):
+    case, ready = strong
+    smothered = planted_model("shared")
+    weights = {name: w.clone() for name, w in smothered.held.items()}
+    state = torch.get_rng_state()
+    result = relearn.audit(case, ready, smothered, "shared")
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(w, smothered.held[name]) for name, w in weights.items())
+    assert result.recoverability.mean() > 0.5
+    retrained = relearn.audit(case, ready, case.retrained[0], "R")
+    assert retrained.recoverability.mean() < 0.15
+
+
+def test_the_same_seed_gives_the_same_curve_and_another_seed_another_one():
+    case = planted_case(sae=None)
+    levels, rows = relearn.make_levels(case, "test"), relearn.lessons(case, case.facts[:2])
+    first, again, other = (relearn.relearn_curve(case, levels, planted_model("late"), rows, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
