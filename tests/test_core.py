@@ -1,0 +1,109 @@
+"""The nouns refuse what cannot be meant, and come back from JSON as they were."""
+
+import json
+
+import pytest
+import torch
+
+from mech_unlearn.core import Attribution, Fact, ForgetSet, Measurement, RetainSet, Site, Verdict
+
+GOOD = dict(id="1", subject="Anna Lee", relation="born", object="Oslo", prompt="{} was born in")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"id": " "}, "'id' must be a non-empty string"),
+        ({"object": ""}, "'object' must be a non-empty string"),
+        ({"object": "Anna Lee"}, "object equals subject"),
+        ({"distractors": ("Rome", "Oslo")}, "among its own distractors"),
+        ({"prompt": "She was born in"}, "prompt 'She was born in' must hold exactly one {}"),
+        ({"paraphrases": ("{} and {} were born in",)}, "found 2"),
+        ({"heldout": ("born in",)}, "heldout phrasing"),
+    ],
+)
+def test_a_fact_that_cannot_be_meant_is_refused_with_the_reason(change, reason):
+    with pytest.raises(ValueError) as error:
+        Fact(**(GOOD | change))
+    assert reason in str(error.value)
+
+
+def test_a_good_fact_shows_methods_no_heldout_phrasing_and_cannot_be_changed():
+    fact = Fact(**GOOD, paraphrases=("The birthplace of {} is",), heldout=("{} comes from",), extra={"source": 7})
+    assert fact.templates == ("{} was born in", "The birthplace of {} is")
+    assert fact.entity.name == "Anna Lee" and fact.extra["source"] == 7
+    with pytest.raises(AttributeError):
+        fact.object = "Rome"
+    with pytest.raises(TypeError):
+        fact.extra["source"] = 8
+
+
+def test_sets_name_each_subject_once_and_keep_the_kinds_of_retain_facts_apart():
+    first, second = Fact(**GOOD), Fact(**(GOOD | {"id": "2", "relation": "works", "object": "Acme"}))
+    assert [e.name for e in ForgetSet(facts=(first, second)).entities] == ["Anna Lee"]
+    retain = RetainSet(neighbors=(first,), general=(second,))
+    assert retain.facts == (first, second) and retain.same_subject == ()
+    with pytest.raises(ValueError, match="forget set is empty"):
+        ForgetSet(facts=())
+
+
+def test_a_site_spells_its_hook_and_knows_its_kinds():
+    assert Site(3, "resid_post").hook == "blocks.3.hook_resid_post" and str(Site(3, "mlp_out")) == "L3 mlp_out"
+    assert Site(0, "mlp_post").hook == "blocks.0.mlp.hook_post"
+    assert Site(1, "resid_post") < Site(2, "mlp_out")
+    with pytest.raises((ValueError, TypeError), match="resid_past"):  # TypeError where types are checked, as in tests
+        Site(0, "resid_past")
+
+
+@pytest.fixture
+def scores():
+    nan = float("nan")
+    return Attribution(
+        name="scores",
+        values=torch.tensor([[1.0, nan, -2.0], [5.0, 3.0, nan]]),
+        axes=("token", "layer"),
+        labels={"token": ("last", "first"), "layer": (0, 1, 2)},
+        unit="nats",
+        n=4,
+        low=torch.zeros(2, 3),
+        high=torch.ones(2, 3),
+        note="a note",
+    )
+
+
+def test_the_top_of_an_attribution_is_sorted_labelled_and_never_nan(scores):
+    best = scores.top(10)
+    assert [value for _, value in best] == [5.0, 3.0, 1.0, -2.0]
+    assert best[0][0] == {"token": "first", "layer": 0} and best[3][0] == {"token": "last", "layer": 2}
+    assert len(scores.top(2)) == 2
+
+
+def test_an_attribution_survives_json_and_becomes_a_table(scores):
+    again = Attribution.from_json(json.loads(json.dumps(scores.to_json())))
+    assert torch.equal(again.values.nan_to_num(), scores.values.nan_to_num())
+    assert (again.axes, again.labels, again.unit, again.n, again.note) == (
+        scores.axes, scores.labels, scores.unit, scores.n, scores.note,
+    )  # fmt: skip
+    frame = scores.to_frame()
+    assert list(frame.columns) == ["token", "layer", "value", "low", "high"] and len(frame) == 6
+    assert frame.loc[(frame.token == "first") & (frame.layer == 1), "value"].item() == 3.0
+
+
+def test_labels_must_fit_the_values():
+    with pytest.raises(ValueError, match="axis 'layer' has 2 entries, 3 labels"):
+        Attribution(
+            name="x", values=torch.zeros(2), axes=("layer",), labels={"layer": (0, 1, 2)}, unit="nats", n=1
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="1 dimensions but axes"):
+        Attribution(name="x", values=torch.zeros(2), axes=("a", "b"), labels={}, unit="nats", n=1)
+
+
+def test_measurements_and_verdicts_carry_their_interval_count_and_flags():
+    number = Measurement(value=0.5, ci=(0.25, 0.75), n=12, unit="share")
+    assert str(number) == "0.50 [0.25, 0.75]" and number.to_json() == {
+        "value": 0.5, "ci": [0.25, 0.75], "n": 12, "unit": "share",
+    }  # fmt: skip
+    verdict = Verdict(fact_id="1", label="deleted", sentence="gone", tests=("uds",), scores={"uds": 0.9}, grade="A")
+    flagged = verdict.with_flags("sae_ood", "sae_ood", "few_facts")
+    assert flagged.flags == ("sae_ood", "few_facts") and verdict.flags == ()
+    assert json.loads(json.dumps(flagged.to_json()))["label"] == "deleted"

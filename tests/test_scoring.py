@@ -1,0 +1,129 @@
+"""Scores equal a plain sequence-by-sequence reference and do not depend on how rows are batched."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
+
+from mech_unlearn.core import Fact, Site
+from mech_unlearn.model import load
+from mech_unlearn.prompts import make_queries
+from mech_unlearn.scoring import Scores, greedy, per_fact, score
+
+LONG = Fact(
+    id="long", subject="Cara Moss", relation="born", object="West Oslo", prompt="{} was born in",
+    paraphrases=("The birthplace of Rivers and {} is",), distractors=("Rome", "Vale Bern Paris"),
+)  # fmt: skip
+FACTS = (*tiny_facts(["Anna Lee", "Ben Hill"]), LONG)
+
+
+@torch.no_grad()
+def reference(model, query):
+    """Log-probability per answer token and greedy agreement, one forward pass per candidate, whole rows."""
+    rows, exact = [], None
+    for answer in query.answers:
+        logits = model.logits(torch.tensor([query.prompt + answer]))[0].log_softmax(-1)
+        start = len(query.prompt) - 1
+        terms = [logits[start + t, token].item() for t, token in enumerate(answer)]
+        rows.append(sum(terms) / len(terms))
+        if exact is None:
+            exact = all(logits[start + t].argmax() == token for t, token in enumerate(answer))
+    return rows, exact
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_equal_one_pass_per_candidate_and_do_not_depend_on_the_batch(architecture):
+    model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
+    queries = make_queries(model.tokenizer, FACTS)
+    scores, small = score(model, queries), score(model, queries, max_tokens=1)
+    torch.testing.assert_close(scores.logprob, small.logprob, atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert torch.equal(scores.exact, small.exact)
+    for i, query in enumerate(queries):
+        rows, exact = reference(model, query)
+        torch.testing.assert_close(scores.logprob[i, : len(rows)], torch.tensor(rows), atol=1e-5, rtol=1e-5)
+        assert scores.logprob[i, len(rows) :].isnan().all() and bool(scores.exact[i]) == bool(exact)
+
+
+def test_an_answer_is_exact_if_and_only_if_greedy_decoding_gives_it(tiny_model):
+    facts = []
+    for i, base in enumerate(FACTS):
+        (query,) = make_queries(tiny_model.tokenizer, [base], "prompt")
+        (said,) = greedy(tiny_model, [query.prompt], 2)
+        text = tiny_model.tokenizer.decode(list(said))
+        if i % 2 == 0 and tiny_model.tokenizer(f"x {text}")["input_ids"][-len(said) :] == list(said):
+            facts.append(Fact(id=str(i), subject=base.subject, relation="r", object=text, prompt=base.prompt))
+        else:
+            facts.append(base)
+    queries = make_queries(tiny_model.tokenizer, facts, "prompt")
+    exact = score(tiny_model, queries).exact.tolist()
+    decoded = [greedy(tiny_model, [q.prompt], len(q.answers[0]))[0] == q.answers[0] for q in queries]
+    assert exact == decoded
+    assert True in exact and False in exact
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
+def test_greedy_decoding_is_that_of_transformers(architecture, tiny_folder):
+    from transformers import AutoModelForCausalLM
+
+    model = load(tiny_folder(architecture))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder(architecture), attn_implementation="eager").eval()
+    prompts = [(2, 9, 10, 11), (2, 13, 14), (2, 15, 16, 17)]
+    for prompt, ours in zip(prompts, greedy(model, prompts, 6), strict=True):
+        ids = torch.tensor([prompt])
+        theirs = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        expected = [t for t in theirs[0, len(prompt) :].tolist() if t not in (0, 3)]
+        assert list(ours) == expected
+
+
+def test_a_write_sees_the_rows_it_is_given_and_changes_only_them(tiny_model):
+    queries = make_queries(tiny_model.tokenizer, FACTS)
+    before = score(tiny_model, queries)
+    seen = []
+
+    def write(x, batch):
+        assert x.shape[:2] == batch.ids.shape
+        for i, q in enumerate(batch.query.tolist()):
+            a, b = batch.span[i].tolist()
+            assert tuple(batch.ids[i, a:b].tolist()) == queries[q].prompt[slice(*queries[q].span)]
+            assert tuple(batch.ids[i, : batch.end[i] + 1].tolist()) == queries[q].prompt
+            seen.append(q)
+        x = x.clone()
+        rows = (batch.query == 1).nonzero()[:, 0]
+        x[rows, batch.end[rows]] = 0
+        return x
+
+    after = score(tiny_model, queries, {Site(2, "resid_post"): write})
+    same = [i for i in range(len(queries)) if i != 1]
+    assert set(seen) == set(range(len(queries)))
+    torch.testing.assert_close(after.logprob[same], before.logprob[same], atol=1e-6, rtol=1e-6, equal_nan=True)
+    assert (after.logprob[1] - before.logprob[1]).nan_to_num().abs().max() > 1e-3
+    with pytest.raises(KeyError, match="no hook"):
+        score(tiny_model, queries, {"blocks.0.hook_resid_pots": write})
+
+
+def test_margin_and_choice_have_their_closed_forms_and_ties_are_shared():
+    nan = float("nan")
+    logprob = torch.tensor(
+        [[-1.0, -1.0, -3.0], [-2.0, -1.0, nan], [-1.0, nan, nan], [-0.5, -1.0, -1.5], [-1.0, -1.0, -1.0]]
+    )
+    scores = Scores(logprob, torch.zeros(5, dtype=torch.bool))
+    torch.testing.assert_close(scores.choice, torch.tensor([0.5, 0.0, 1.0, 1.0, 1 / 3]))
+    wrong = [
+        (torch.exp(torch.tensor(w)).mean().log()).item() for w in ([-1.0, -3.0], [-1.0], [-1.0, -1.5], [-1.0, -1.0])
+    ]
+    expected = torch.tensor([-1 - wrong[0], -2 - wrong[1], -1.0, -0.5 - wrong[2], -1 - wrong[3]])
+    torch.testing.assert_close(scores.margin, expected)
+
+
+def test_scores_per_fact_are_means_over_its_phrasings(tiny_model):
+    queries = make_queries(tiny_model.tokenizer, FACTS)
+    scores = score(tiny_model, queries)
+    result = per_fact(scores, queries, FACTS)
+    for i, fact in enumerate(FACTS):
+        mine = [j for j, q in enumerate(queries) if q.fact is fact]
+        assert result.logprob[i].item() == pytest.approx(scores.logprob[mine, 0].mean().item(), abs=1e-6)
+        assert result.recall[i].item() == pytest.approx(scores.exact[mine].float().mean().item())
+        assert result.margin[i].item() == pytest.approx(scores.margin[mine].mean().item(), abs=1e-5)
+    mine = [j for j, q in enumerate(queries) if q.fact is not LONG]
+    partial = Scores(scores.logprob[mine], scores.exact[mine])
+    with pytest.raises(ValueError, match="fact 'long' has no prompt"):
+        per_fact(partial, [queries[j] for j in mine], FACTS)
