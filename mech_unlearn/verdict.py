@@ -4,12 +4,18 @@ A fact is *intact* if the outputs still give it; *suppressed* if the outputs los
 brings it back (a block may sit anywhere and each test is blind somewhere, so the strongest test decides: an OR, not
 an average); *deleted* if the outputs lost it and every test that spoke looks like a model that never saw it;
 *collapsed* if the model is too broken for the absence of an answer to say anything; *undetermined* otherwise.
+
+Each test's recoverability is first measured against its own null: with q the quantile (1 - `null_share` / number of
+tests, Bonferroni) of what the test says of held-out retrained models, the evidence is max(0, (x - q) / (1 - q)). A
+noisy test has a high q and must say much to be heard; 1 stays 1. With fewer than two retrained models q is 0.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mech_unlearn.core import LABELS, Fact, Label, Measurement, Verdict
 from mech_unlearn.restoration.case import Result
@@ -36,9 +42,11 @@ class Thresholds:
     recall_lost: float = 0.5
     """... or if recall over the phrasings is below this, where the full model's is not."""
     suppressed: float = 0.5
-    """Suppressed from this recoverability on, in the strongest test (0 = retrained, 1 = full)."""
+    """Suppressed from this evidence on, in the strongest test (0 = retrained, 1 = full)."""
     deleted: float = 0.3
-    """Deleted only if no test recovers more than this."""
+    """Deleted only if no test's evidence exceeds this."""
+    null_share: float = 0.05
+    """Share of facts of a held-out retrained model that may show any evidence, over all tests together."""
     collapsed_recall: float = 0.5
     """Collapsed if recall of other facts falls below this share of the full model's ..."""
     collapsed_kl: float = 1.0
@@ -87,15 +95,37 @@ def judge(
         if [f.id for f in result.facts] != [f.id for f in facts]:
             raise ValueError(f"test {name!r} was run on other facts than 'output'")
     broken = (health or Health()).broken(bounds)
-    return tuple(_judge(i, fact, results, broken, bounds) for i, fact in enumerate(facts))
+    weights = evidence(results, bounds)
+    return tuple(_judge(i, fact, results, weights, broken, bounds) for i, fact in enumerate(facts))
 
 
-def _judge(i: int, fact: Fact, results: Mapping[str, Result], broken: str | None, bounds: Thresholds) -> Verdict:
+def evidence(results: Mapping[str, Result], thresholds: Thresholds) -> dict[str, Float[Tensor, " fact"]]:
+    """Test -> recoverability beyond what the test says of retrained models, in [0, 1]; NaN where it did not speak."""
+    speaking = [name for name in RECOVERY if name in results]
+    testable = results["output"].columns["testable"].bool()
+    out = {}
+    for name in speaking:
+        null = results[name].null[:, testable]
+        null = null[~null.isnan()]
+        level = 1 - thresholds.null_share / len(speaking)
+        q = null.quantile(level).item() if len(null) else 0.0
+        out[name] = ((results[name].recoverability - q) / max(1 - q, 1e-3)).clamp(0, 1)
+    return out
+
+
+def _judge(
+    i: int,
+    fact: Fact,
+    results: Mapping[str, Result],
+    weights: Mapping[str, Float[Tensor, " fact"]],
+    broken: str | None,
+    bounds: Thresholds,
+) -> Verdict:
     output = results["output"]
     assert output.kappa is not None
     kappa, recall = output.kappa[i].item(), output.columns["recall"][i].item()
     known = output.columns["recall_F"][i].item() >= bounds.recall_lost
-    scores = {name: _number(results[name].recoverability[i].item()) for name in RECOVERY if name in results}
+    scores = {name: _number(weights[name][i].item()) for name in weights}
     spoke = {name: value for name, value in scores.items() if value is not None}
     lost = kappa < bounds.output_lost or (known and recall < bounds.recall_lost)
     flags = tuple(dict.fromkeys(flag for name in results for flag in results[name].flags_of(i)))

@@ -18,7 +18,7 @@ STRENGTH = 3.0 / 64  # the gated unit is about 32 for b + u_e: adds 1.5 along th
 
 
 def axes():
-    """Orthonormal directions: names 0..7, person 8, unknown names 16..23, objects 32..35, noise 40."""
+    """Orthonormal directions: names 0..7, person 8, unknown names 16..23, objects 32..35, noise 40..63."""
     return torch.eye(WIDTH)
 
 
@@ -90,7 +90,7 @@ def planted_hf(truth: str = "full", seed: int = 0, forgotten: int = FORGOTTEN):
             if truth == "late" and e < forgotten:
                 _unit(hf.model.layers[LAST].mlp, e, eye[e], -2 * STRENGTH * eye[32 + object_of(e)])
         if truth == "shared":
-            _unit(hf.model.layers[LAST].mlp, 20, eye[:forgotten].sum(0), 0.8 * eye[40])
+            _unit(hf.model.layers[LAST].mlp, 20, eye[:forgotten].sum(0), 0.16 * eye[40:].sum(0))
     return hf
 
 

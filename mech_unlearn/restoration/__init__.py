@@ -12,6 +12,7 @@ from typing import Any
 from mech_unlearn.model import Model
 from mech_unlearn.restoration import output, quantize, relearn, sae, uds
 from mech_unlearn.restoration.case import Case, Relearn, Result, require_same_shape
+from mech_unlearn.restoration.levels import Levels, make_levels
 
 __all__ = ["TESTS", "Case", "Reference", "Relearn", "Result", "Entry", "audit", "reference"]
 
@@ -20,7 +21,8 @@ __all__ = ["TESTS", "Case", "Reference", "Relearn", "Result", "Entry", "audit", 
 class Entry:
     """A restoration test: what it computes once per case, and what it computes per audited model."""
 
-    prepare: Callable[[Case], Any]
+    prepare: Callable[[Case, Levels | None], Any]
+    """Gets the shared levels of the TEST split, or makes its own."""
     audit: Callable[[Case, Any, Model, str], Result]
     paper: str
     summary: str
@@ -55,10 +57,10 @@ def reference(case: Case, tests: Sequence[str] = tuple(TESTS)) -> Reference:
     """
     if unknown := [name for name in tests if name not in TESTS]:
         raise KeyError(f"unknown restoration test {unknown[0]!r}; choose from {', '.join(TESTS)}")
-    ready = {}
+    ready, shared = {}, make_levels(case, "test")
     for name in tests:
         case.log(f"{name}: full and retrained models")
-        ready[name] = TESTS[name].prepare(case)
+        ready[name] = TESTS[name].prepare(case, shared)
     return Reference(case, ready)
 
 

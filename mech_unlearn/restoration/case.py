@@ -174,6 +174,9 @@ class Result:
     score_full: Float[Tensor, " fact"]
     score_retrained: Float[Tensor, "retrained fact"]
     """Per retrained model; with none, one row of sham scores."""
+    null: Float[Tensor, "heldout fact"]
+    """Recoverability of each retrained model against the other ones: what this test says of models that never knew.
+    No rows with fewer than two retrained models."""
     grade: Grade
     n_paraphrases: int
     seed: int

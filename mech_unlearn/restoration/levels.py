@@ -29,11 +29,15 @@ class Probe:
     shams: int
     """How many of the queries, at the end, are about sham facts."""
 
+    @property
+    def true(self) -> tuple[Query, ...]:
+        """The queries about the facts themselves."""
+        return self.queries[: len(self.queries) - self.shams]
+
     def margins(self, model: Model, writes: Mapping[Site | str, RowWrite] | None = None) -> Float[Tensor, "kind fact"]:
         """Mean margin per fact in nats; row 0 the facts, row 1 (grade B only) their shams."""
-        margin = score(model, self.queries, writes).margin
-        true = len(self.queries) - self.shams
-        rows = [mean_by_fact(margin[:true], self.queries[:true], self.facts)]
+        margin, true = score(model, self.queries, writes).margin, len(self.true)
+        rows = [mean_by_fact(margin[:true], self.true, self.facts)]
         if self.shams:
             rows.append(mean_by_fact(margin[true:], self.queries[true:], self.facts))
         return torch.stack(rows)
@@ -63,6 +67,11 @@ class Levels:
     never: Float[Tensor, "retrained fact"]
     """Per retrained model; in grade B one row, the relation's mean margin of sham facts under the full model."""
 
+    @property
+    def true(self) -> tuple[Query, ...]:
+        """The queries about the facts themselves."""
+        return self.probe.true
+
     def base(self, keep: Sequence[int]) -> Float[Tensor, " fact"]:
         """The level of a model that never saw the facts, over the retrained models kept."""
         return (self.never[list(keep)] if keep else self.never).mean(0)
@@ -87,6 +96,22 @@ class Levels:
         else:
             injected = relation_mean(gains(before[1], after[..., 1, :], base), self.probe.facts)
         return rho(gains(before[0], after[..., 0, :], base), injected, self.full, base)
+
+    def null(self, after_retrained: Float[Tensor, "retrained *point fact"]) -> Float[Tensor, "heldout *point fact"]:
+        """rho of each retrained model against the others; no rows with fewer than two of them."""
+        models = range(len(after_retrained))
+        if len(models) < 2:
+            return after_retrained[:0]
+        rows = [
+            self.rho(
+                self.never[k][None],
+                after_retrained[k].unsqueeze(-2),
+                after_retrained,
+                [other for other in models if other != k],
+            )
+            for k in models
+        ]
+        return torch.stack(rows)
 
 
 def make_levels(case: Case, split: Split, facts: Sequence[Fact] | None = None) -> Levels:

@@ -31,7 +31,7 @@ def kappa(
 def gains(
     before: Float[Tensor, "*any fact"], after: Float[Tensor, "*point fact"], base: Float[Tensor, " fact"]
 ) -> Float[Tensor, "*point fact"]:
-    """max(s(A(M)), base) - max(s(M), base): what an operator A gives to a model M above the level of never having known.
+    """max(s(A(M)), base) - max(s(M), base): what an operator A gives to a model M above never having known the fact.
 
     Climbing from below back to that level is the end of a grudge against one answer, not the return of knowledge,
     and falling below it is no less knowledge; both count as nothing.

@@ -13,25 +13,24 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.prompts import Query, make_queries
 from mech_unlearn.restoration.case import Case, Result, shares_templates
+from mech_unlearn.restoration.levels import Levels
 from mech_unlearn.restoration.normalise import is_testable, kappa, relation_mean, sham_facts
 from mech_unlearn.scoring import FactScores, per_fact, score
 
 
-def fact_scores(model: Model, facts: tuple[Fact, ...]) -> FactScores:
-    """Scores per fact over all phrasings that a method may see."""
-    queries = make_queries(model.tokenizer, facts, "templates")
+def fact_scores(model: Model, queries: tuple[Query, ...], facts: tuple[Fact, ...]) -> FactScores:
+    """Scores per fact, the mean over its queries."""
     return per_fact(score(model, queries), queries, facts)
 
 
-def heldout_scores(model: Model, facts: tuple[Fact, ...]) -> FactScores | None:
+def heldout_scores(model: Model, queries: tuple[Query, ...], facts: tuple[Fact, ...]) -> FactScores | None:
     """Scores per fact over the held-out phrasings, NaN for a fact without any; None if no fact has one."""
     asked = tuple(fact for fact in facts if fact.heldout)
     if not asked:
         return None
-    queries = make_queries(model.tokenizer, asked, "heldout")
-    part = per_fact(score(model, queries), queries, asked)
+    part = fact_scores(model, queries, asked)
     index = torch.tensor([i for i, fact in enumerate(facts) if fact.heldout])
 
     def spread(values: Float[Tensor, " asked"]) -> Float[Tensor, " fact"]:
@@ -44,30 +43,36 @@ def heldout_scores(model: Model, facts: tuple[Fact, ...]) -> FactScores | None:
 class OutputLevels:
     """Output scores of the full and the retrained models (grade B: of sham facts under the full model)."""
 
+    queries: tuple[Query, ...]
+    heldout: tuple[Query, ...]
     full: FactScores
     never: tuple[FactScores, ...]
     margins: Float[Tensor, "retrained fact"]
     testable: Bool[Tensor, " fact"]
 
 
-def prepare(case: Case) -> OutputLevels:
-    """Score the full and the retrained models."""
-    full = fact_scores(case.full, case.facts)
+def prepare(case: Case, _: Levels | None = None) -> OutputLevels:
+    """Score the full and the retrained models on all phrasings."""
+    tokenizer = case.full.tokenizer
+    queries, heldout = (make_queries(tokenizer, case.facts, which) for which in ("templates", "heldout"))
+    full = fact_scores(case.full, queries, case.facts)
     if case.retrained:
-        never = tuple(fact_scores(model, case.facts) for model in case.retrained)
+        never = tuple(fact_scores(model, queries, case.facts) for model in case.retrained)
         margins = torch.stack([scores.margin for scores in never])
     else:
         shams = sham_facts(case.facts, case.seed)
-        never = (fact_scores(case.full, shams),)
+        never = (fact_scores(case.full, make_queries(tokenizer, shams, "templates"), shams),)
         margins = relation_mean(never[0].margin[None], case.facts)
     counts = torch.tensor([1.0 + len(fact.distractors) for fact in case.facts])
     choices = torch.stack([s.choice for s in never]) if case.retrained else (1 / counts)[None]
-    return OutputLevels(full, never, margins, is_testable(full.margin, full.choice, margins, choices, counts))
+    testable = is_testable(full.margin, full.choice, margins, choices, counts)
+    return OutputLevels(queries, heldout, full, never, margins, testable)
 
 
 def audit(case: Case, levels: OutputLevels, model: Model, name: str) -> Result:
     """Score the audited model and place it between retrained and full."""
-    scores, heldout = fact_scores(model, case.facts), heldout_scores(model, case.facts)
+    scores = fact_scores(model, levels.queries, case.facts)
+    heldout = heldout_scores(model, levels.heldout, case.facts)
     keep = case.others_than(model)
     never = levels.margins[keep] if keep else levels.margins
     placed = kappa(scores.margin, levels.full.margin, never)
@@ -91,6 +96,7 @@ def audit(case: Case, levels: OutputLevels, model: Model, name: str) -> Result:
         score_raw=scores.margin,
         score_full=levels.full.margin,
         score_retrained=never,
+        null=torch.zeros(0, len(case.facts)),
         kappa=placed,
         grade=case.grade,
         n_paraphrases=max(len(fact.templates) for fact in case.facts),

@@ -97,9 +97,9 @@ def _margins(case: Case, levels: Levels, model: Model, bits: int) -> Float[Tenso
         return levels.probe.margins(copy)
 
 
-def prepare(case: Case, bits: int) -> QuantizeLevels:
+def prepare(case: Case, shared: Levels | None = None, *, bits: int) -> QuantizeLevels:
     """Score full and retrained models before, and the retrained ones after rounding."""
-    levels = make_levels(case, "test")
+    levels = shared or make_levels(case, "test")
     after = [_margins(case, levels, model, bits)[0] for model in case.retrained]
     return QuantizeLevels(levels, bits, torch.stack(after) if after else torch.zeros(0, len(case.facts)))
 
@@ -119,6 +119,7 @@ def audit(case: Case, ready: QuantizeLevels, model: Model, name: str) -> Result:
         score_raw=after[0],
         score_full=levels.full,
         score_retrained=ready.retrained[keep] if keep else levels.never,
+        null=levels.null(ready.retrained),
         rho=found,
         grade=case.grade,
         n_paraphrases=case.prompts,

@@ -124,9 +124,9 @@ def _all_folds(case: Case, levels: Levels, folds: Sequence[int], model: Model) -
     return torch.stack(parts).sum(0)
 
 
-def prepare(case: Case) -> RelearnLevels:
+def prepare(case: Case, shared: Levels | None = None) -> RelearnLevels:
     """Relearn in each retrained model; what comes back there was injected."""
-    levels = make_levels(case, "test")
+    levels = shared or make_levels(case, "test")
     folds = fold_of(case.facts, case.relearn, case.seed)
     curves = [_all_folds(case, levels, folds, model)[:, 0] for model in case.retrained]
     empty = torch.zeros(0, len(case.relearn.steps), len(case.facts))
@@ -148,17 +148,18 @@ def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
     index = next((k for k, r in enumerate(case.retrained) if r is model), None)
     after = _all_folds(case, levels, ready.folds, model) if index is None else ready.retrained[index][:, None]
     curve = levels.rho(before, after, ready.retrained, keep)
-    axis = tuple(float(step) for step in steps)
+    axis, late = tuple(float(step) for step in steps), len(steps) // 2
     never = ready.retrained[keep] if keep else levels.never[:, None].expand(-1, len(steps), -1)
     lessons_each = case.relearn.folds * steps[-1] * case.relearn.batch * 3 / len(case.facts)
     return Result(
         test="relearn",
         model_id=name,
         facts=case.facts,
-        recoverability=curve[len(steps) // 2 :].mean(0),
+        recoverability=curve[late:].mean(0),
         score_raw=after[-1, 0],
         score_full=levels.full,
         score_retrained=never[:, -1],
+        null=levels.null(ready.retrained)[:, late:].mean(1),
         rho=curve[-1],
         grade=case.grade,
         n_paraphrases=case.prompts,

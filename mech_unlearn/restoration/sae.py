@@ -68,12 +68,12 @@ def _profile_curve(case: Case, profiles: Profiles, probe: Probe, model: Model) -
     return torch.stack([probe.margins(model, write) for write in writes])
 
 
-def prepare(case: Case) -> SaeLevels:
+def prepare(case: Case, shared: Levels | None = None) -> SaeLevels:
     """Choose experts on the full model, and steer the retrained models at each strength."""
     profiles = make_profiles(case)
     order = torch.randperm(len(case.facts), generator=torch.Generator().manual_seed(case.seed)).tolist()
     tune = make_levels(case, "tune", [case.facts[i] for i in sorted(order[:TUNE_FACTS])])
-    test = make_levels(case, "test")
+    test = shared or make_levels(case, "test")
     curves = [
         [_profile_curve(case, profiles, levels.probe, model)[:, 0] for model in case.retrained]
         for levels in (tune, test)
@@ -153,8 +153,7 @@ def _nulls(
     if not facts:
         return out
     asked = {fact.id for fact in facts}
-    true = ready.test.probe.queries[: len(ready.test.probe.queries) - ready.test.probe.shams]
-    probe = Probe(facts, tuple(query for query in true if query.fact.id in asked), 0)
+    probe = Probe(facts, tuple(query for query in ready.test.true if query.fact.id in asked), 0)
     index, used = _fact_index(profiles, probe), profiles.chosen.any(0).nonzero()[:, 0].cpu()
     draw = random.Random(case.seed)
     for k in range(case.draws):
@@ -216,6 +215,7 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
         score_raw=after[0],
         score_full=ready.test.full,
         score_retrained=ready.test_retrained[keep][:, best] if keep else ready.test.never,
+        null=ready.test.null(ready.test_retrained[:, best]),
         rho=found,
         p_null=torch.where(gain >= MIN_GAP, p_null, torch.ones_like(p_null)),
         grade=case.grade,

@@ -29,7 +29,8 @@ from torch import Tensor
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query, make_query
-from mech_unlearn.restoration.case import Case, Result, mean_by_fact, split_queries, split_templates
+from mech_unlearn.restoration.case import Case, Result, mean_by_fact, split_templates
+from mech_unlearn.restoration.levels import Levels, make_probe
 from mech_unlearn.scoring import Batch, score
 
 TAU = 0.05
@@ -128,8 +129,13 @@ class UdsLevels:
     rows: Rowset
     baseline: Float[Tensor, " query"]
     drops: Float[Tensor, "retrained layer fact"]
-    ceiling: float
-    """Mean UDS of each retrained model against the others; 1 with fewer than two of them."""
+    heldout: Float[Tensor, "heldout fact"]
+    """UDS of each retrained model against the mean of the others; no rows with fewer than two of them."""
+
+    @property
+    def ceiling(self) -> float:
+        """Mean UDS of a held-out retrained model; 1 where that is not known."""
+        return self.heldout.nanmean().item() if len(self.heldout) else 1.0
 
 
 def _true_only(queries: Sequence[Query]) -> tuple[Query, ...]:
@@ -143,25 +149,21 @@ def source_drop(case: Case, levels: UdsLevels, source: Model, queries: Sequence[
     return mean_by_fact(per_query, levels.queries, case.facts)
 
 
-def prepare(case: Case, rows: Rows = "answer") -> UdsLevels:
+def prepare(case: Case, shared: Levels | None = None, *, rows: Rows = "answer") -> UdsLevels:
     """Stage 1: F's baseline and the drops caused by the states of each retrained model."""
-    queries = _true_only(split_queries(case, "test"))
+    queries = _true_only((shared or make_probe(case, "test")).true)
     chosen = rowset(queries, rows)
     baseline = score(case.full, queries).logprob[:, 0]
-    levels = UdsLevels(queries, chosen, baseline, torch.zeros(0, case.full.n_layers, len(case.facts)), 1.0)
+    empty = torch.zeros(0, case.full.n_layers, len(case.facts))
+    levels = UdsLevels(queries, chosen, baseline, empty, empty[:, 0])
     if case.retrained:
         found = [source_drop(case, levels, model, queries) for model in case.retrained]
     else:
         found = [source_drop(case, levels, case.full, _true_only(_about_others(case)))]
-    return replace(levels, drops=torch.stack(found), ceiling=_ceiling(torch.stack(found)))
-
-
-def _ceiling(found: Float[Tensor, "retrained layer fact"]) -> float:
-    """The mean UDS of a retrained model against the mean of the others."""
-    if len(found) < 2:
-        return 1.0
-    rest = [torch.cat([found[:k], found[k + 1 :]]).mean(0) for k in range(len(found))]
-    return torch.stack([uds_score(r, d).uds for r, d in zip(rest, found, strict=True)]).nanmean().item()
+    stacked = torch.stack(found)
+    rest = [torch.cat([stacked[:k], stacked[k + 1 :]]).mean(0) for k in range(len(found))] if len(found) > 1 else []
+    heldout = [uds_score(other, own).uds for other, own in zip(rest, found)]
+    return replace(levels, drops=stacked, heldout=torch.stack(heldout) if heldout else levels.heldout)
 
 
 def _about_others(case: Case) -> tuple[Query, ...]:
@@ -203,7 +205,8 @@ def audit(case: Case, levels: UdsLevels, model: Model, name: str) -> Result:
         recoverability=(1 - got.uds / levels.ceiling).clamp(0, 1),
         score_raw=got.uds,
         score_full=torch.zeros(len(case.facts)),
-        score_retrained=torch.ones_like(single) * levels.ceiling,
+        score_retrained=levels.heldout[keep] if keep and len(levels.heldout) else torch.ones_like(single),
+        null=(1 - levels.heldout / levels.ceiling).clamp(0, 1),
         kappa=1 - got.uds / levels.ceiling,
         grade=case.grade,
         n_paraphrases=case.prompts,

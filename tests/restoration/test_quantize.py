@@ -88,7 +88,7 @@ def test_a_suppression_smaller_than_half_a_step_is_undone_by_rounding_and_the_mo
         gate[:4, 8] = -0.06
         masked.held["model.layers.2.mlp.up_proj.weight"][:4, 8] = -0.06
     weights = {name: w.clone() for name, w in masked.held.items()}
-    ready = quantize.prepare(case, 4)
+    ready = quantize.prepare(case, bits=4)
     before, after = ready.levels.probe.margins(masked)[0], quantize.audit(case, ready, masked, "masked").score_raw
     assert (after > before + 0.1).all() and torch.allclose(after, ready.levels.full, atol=0.3)
     assert all(torch.equal(w, masked.held[name]) for name, w in weights.items())
@@ -96,5 +96,5 @@ def test_a_suppression_smaller_than_half_a_step_is_undone_by_rounding_and_the_mo
 
 def test_rounding_gives_a_retrained_model_nothing():
     case = planted_case(sae=None)
-    ready = quantize.prepare(case, 4)
+    ready = quantize.prepare(case, bits=4)
     assert (quantize.audit(case, ready, case.retrained[0], "R").recoverability <= 0.05).all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_facts
-from planted import planted_case, planted_model
+from planted import planted_case, planted_facts, planted_model
 
 from mech_unlearn.restoration import Relearn, relearn
 
@@ -50,25 +50,19 @@ def test_at_learning_rate_zero_nothing_moves():
     assert (result.curves["rho"] == 0).all() and (result.recoverability == 0).all()
 
 
-@pytest.fixture(scope="module")
-def strong():
-    retrained = tuple(planted_model("retrained", k) for k in (1, 2))
-    settings = Relearn(steps=(4, 12, 24), batch=8, lr_times_width=3.84)
-    case = planted_case(sae=None, retrained=retrained, relearn=settings)
-    return case, relearn.prepare(case)
-
-
-def test_what_one_shared_write_smothered_comes_back_untaught_and_what_was_never_there_does_not(strong):
-    case, ready = strong
-    smothered = planted_model("shared")
-    weights = {name: w.clone() for name, w in smothered.held.items()}
-    state = torch.get_rng_state()
+def test_what_a_shared_write_smothered_comes_back_untaught_and_what_was_never_there_does_not():
+    facts, retrained = planted_facts(), tuple(planted_model("retrained", k, 8) for k in (1, 2))
+    settings = Relearn(steps=(1,), lr_times_width=0.64)
+    case = planted_case(sae=None, facts=facts, others=(), retrained=retrained, relearn=settings, seed=2)
+    ready, smothered = relearn.prepare(case), planted_model("shared", forgotten=8)
+    taught = {fact.object for fact, fold in zip(facts, ready.folds) if fold == 0}
+    assert taught == {fact.object for fact, fold in zip(facts, ready.folds) if fold == 1}
+    weights, state = {name: w.clone() for name, w in smothered.held.items()}, torch.get_rng_state()
     result = relearn.audit(case, ready, smothered, "shared")
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(w, smothered.held[name]) for name, w in weights.items())
-    assert result.recoverability.mean() > 0.5
-    retrained = relearn.audit(case, ready, case.retrained[0], "R")
-    assert retrained.recoverability.mean() < 0.15
+    assert result.recoverability.mean() > 0.2
+    assert relearn.audit(case, ready, retrained[0], "R").recoverability.mean() < 0.1
 
 
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another_one():

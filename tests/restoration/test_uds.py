@@ -70,9 +70,9 @@ def test_drops_agree_with_plain_transformers_hooks(architecture, rows):
     facts = tiny_facts(["Anna Lee", "Hugo Vale"])
     full, source = (load(tiny_hf(architecture, seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1))
     case = Case(full=full, retrained=(source,), facts=facts)
-    ours = uds.prepare(case, rows).drops[0]
+    ours = uds.prepare(case, rows=rows).drops[0]
     plain_full, plain_source = tiny_hf(architecture, seed=0), tiny_hf(architecture, seed=1)
-    for i, query in enumerate(uds.split_queries(case, "test")):
+    for i, query in enumerate(uds.prepare(case).queries):
         answer, ids = query.answers[0], [*query.prompt, *query.answers[0][:-1]]
         start = len(query.prompt) - 1
         where = [start + t for t in range(len(answer))] if rows == "answer" else [query.span[1] - 1]
@@ -83,7 +83,7 @@ def test_drops_agree_with_plain_transformers_hooks(architecture, rows):
 def test_full_against_itself_is_zero_and_retrained_against_itself_is_one():
     case = tiny_case("llama", tiny_facts(["Anna Lee", "Ben Hill"]), seeds=(1,))
     for rows in ("answer", "subject"):
-        levels = uds.prepare(case, rows)
+        levels = uds.prepare(case, rows=rows)
         same = uds.source_drop(case, levels, case.full, levels.queries)
         assert same.abs().max() <= 1e-5
         again = uds.source_drop(case, levels, case.retrained[0], levels.queries)

@@ -1,0 +1,97 @@
+"""The whole audit on planted truth: every model gets the verdict that its construction deserves."""
+
+import json
+
+import pytest
+import torch
+from planted import FORGOTTEN, planted_case, planted_model
+
+from mech_unlearn.restoration import TESTS, Relearn, audit, reference
+from mech_unlearn.verdict import judge, shares
+
+FIELDS = [
+    "test",
+    "version",
+    "model_id",
+    "fact_id",
+    "group",
+    "relation",
+    "layer",
+    "alpha",
+    "score_raw",
+    "score_F",
+    "score_R_mean",
+    "score_R_sd",
+    "kappa",
+    "rho",
+    "p_null",
+    "n_paraphrases",
+    "grade",
+    "flags",
+    "cost_fe",
+    "seed",
+]
+
+
+@pytest.fixture(scope="module")
+def audited():
+    case = planted_case(relearn=Relearn(steps=(1, 2)), draws=2)
+    ref = reference(case)
+    models = {t: planted_model(t) for t in ("early", "late")}
+    models |= {"full": case.full, "retrained": case.retrained[0]}
+    return case, ref, {name: audit(ref, model, name) for name, model in models.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), (("full", "intact"), ("retrained", "deleted"), ("early", "suppressed"), ("late", "suppressed"))
+)
+def test_the_verdict_is_the_truth(audited, name, label):
+    assert shares(judge(audited[2][name]))[label] == 1.0
+
+
+def test_each_suppressor_is_seen_by_one_test_and_missed_by_the_other(audited):
+    early, late = audited[2]["early"], audited[2]["late"]
+    assert (early["sae"].recoverability > 0.9).all() and (early["uds"].recoverability < 0.1).all()
+    assert (late["sae"].recoverability < 0.1).all() and (late["uds"].recoverability > 0.5).all()
+
+
+def test_outputs_alone_cannot_tell_suppressed_from_deleted(audited):
+    kappas = {name: results["output"].kappa.mean().item() for name, results in audited[2].items()}
+    assert kappas["full"] == pytest.approx(1.0)
+    assert all(abs(kappas[name]) < 0.1 for name in ("early", "retrained"))
+
+
+def test_every_record_is_json_and_has_the_promised_fields(audited):
+    for results in audited[2].values():
+        assert set(results) == set(TESTS)
+        for test, result in results.items():
+            records = json.loads(json.dumps(result.records(), allow_nan=False))
+            assert [r["fact_id"] for r in records] == [fact.id for fact in audited[0].facts]
+            assert all(set(FIELDS) <= set(r) and r["test"] == test and r["grade"] == "A" for r in records)
+
+
+def test_auditing_again_gives_the_same_numbers_and_leaves_random_state_and_weights_alone(audited):
+    _, ref, results = audited
+    late = planted_model("late")
+    state, weights = torch.get_rng_state(), {name: w.clone() for name, w in late.held.items()}
+    again = audit(ref, late, "late")
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(w, late.held[name]) for name, w in weights.items())
+    for test, result in again.items():
+        assert torch.equal(result.recoverability.nan_to_num(), results["late"][test].recoverability.nan_to_num())
+
+
+def test_without_retrained_models_the_grade_is_b_and_the_verdicts_hold():
+    case = planted_case(retrained=(), relearn=Relearn(steps=(1,)), draws=2)
+    ref = reference(case, ["output", "uds", "sae", "int4"])
+    for truth, label in (("full", "intact"), ("early", "suppressed"), ("late", "suppressed"), ("retrained", "deleted")):
+        verdicts = judge(audit(ref, planted_model(truth, 5), truth))
+        assert [v.label for v in verdicts] == [label] * FORGOTTEN, truth
+        assert {v.grade for v in verdicts} == {"B"}
+
+
+def test_an_unknown_test_and_a_model_of_another_shape_are_refused(tiny_model, audited):
+    with pytest.raises(KeyError, match="choose from output"):
+        reference(audited[0], ["uvs"])
+    with pytest.raises(ValueError, match="d_model"):
+        audit(audited[1], tiny_model)

@@ -1,0 +1,113 @@
+"""Verdicts: each label from the scores that deserve it, evidence against its null, and health before all."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_facts
+
+from mech_unlearn.core import Measurement
+from mech_unlearn.restoration import Result
+from mech_unlearn.verdict import Health, Thresholds, evidence, judge, shares
+
+FACTS = tiny_facts(["Anna Lee"])
+
+
+def result(test, values, null=None, **changes):
+    n = len(FACTS)
+    base = Result(
+        test=test,
+        model_id="u",
+        facts=FACTS,
+        recoverability=torch.tensor(values),
+        score_raw=torch.zeros(n),
+        score_full=torch.ones(n),
+        score_retrained=torch.zeros(2, n),
+        null=torch.zeros(0, n) if null is None else torch.tensor(null),
+        grade="A",
+        n_paraphrases=1,
+        seed=0,
+        cost_fe=1.0,
+    )
+    return replace(base, **changes)
+
+
+def output(kappa, recall, testable=(1.0, 1.0)):
+    columns = {"recall": recall, "recall_F": (1.0, 1.0), "testable": testable}
+    flags = tuple(() if ok else ("not_testable",) for ok in testable)
+    tensors = {name: torch.tensor(x) for name, x in columns.items()}
+    return result("output", kappa, kappa=torch.tensor(kappa), columns=tensors, flags=flags)
+
+
+def labels(results, **kwargs):
+    return [v.label for v in judge(results, **kwargs)]
+
+
+def test_a_fact_that_the_outputs_give_is_intact_whatever_the_tests_say():
+    assert labels({"output": output((0.9, 1.0), (1.0, 1.0)), "uds": result("uds", (0.0, 1.0))}) == ["intact"] * 2
+
+
+def test_a_lost_fact_is_suppressed_deleted_or_undetermined_by_its_strongest_test():
+    tests = {"uds": result("uds", (0.9, 0.1)), "sae": result("sae", (0.0, 0.2))}
+    assert labels({"output": output((0.1, 0.1), (0.0, 0.0)), **tests}) == ["suppressed", "deleted"]
+    tests["sae"] = result("sae", (0.0, 0.4))
+    assert labels({"output": output((0.1, 0.1), (0.0, 0.0)), **tests}) == ["suppressed", "undetermined"]
+
+
+def test_a_lost_recall_counts_even_where_the_margin_is_high():
+    verdict = judge({"output": output((0.8, 0.8), (0.2, 0.8)), "uds": result("uds", (1.0, 1.0))})
+    assert [v.label for v in verdict] == ["suppressed", "intact"]
+
+
+def test_a_test_that_did_not_speak_decides_nothing_and_silence_is_not_deletion():
+    nan = float("nan")
+    lost = output((0.0, 0.0), (0.0, 0.0))
+    assert labels({"output": lost, "uds": result("uds", (nan, nan))}) == ["undetermined"] * 2
+    assert labels({"output": lost}) == ["undetermined"] * 2
+    assert judge({"output": lost})[0].grade == "C"
+    verdict = judge({"output": lost, "uds": result("uds", (nan, 0.0)), "sae": result("sae", (0.1, nan))})
+    assert [v.tests for v in verdict] == [("sae",), ("uds",)]
+
+
+def test_a_fact_that_cannot_be_tested_is_never_called_deleted():
+    verdict = judge({"output": output((0.0, 0.0), (0.0, 0.0), (0.0, 1.0)), "uds": result("uds", (0.0, 0.0))})
+    assert [v.label for v in verdict] == ["undetermined", "deleted"] and "not_testable" in verdict[0].flags
+    assert shares(verdict)["deleted"] == 1.0 and shares(verdict, testable_only=False)["deleted"] == 0.5
+
+
+def test_what_retrained_models_show_too_is_no_evidence():
+    quiet, noisy = [[0.0, 0.1]] * 4, [[0.8, 0.8]] * 4
+    lost = output((0.0, 0.0), (0.0, 0.0))
+    assert labels({"output": lost, "uds": result("uds", (0.7, 0.7), quiet)}) == ["suppressed"] * 2
+    assert labels({"output": lost, "uds": result("uds", (0.7, 1.0), noisy)}) == ["deleted", "suppressed"]
+    got = evidence({"output": lost, "uds": result("uds", (0.9, 1.0), noisy)}, Thresholds())["uds"]
+    assert got.tolist() == pytest.approx([0.5, 1.0])
+
+
+def test_a_broken_model_is_collapsed_and_says_why():
+    lost = {"output": output((0.0, 0.0), (0.0, 0.0)), "uds": result("uds", (0.0, 0.0))}
+
+    def share(value):
+        return Measurement(value=value, ci=(value, value), n=10, unit="share")
+
+    broken = Health(neighbor_recall=share(0.2), full_neighbor_recall=share(1.0))
+    drifted = Health(general_kl=share(2.0))
+    fine = Health(neighbor_recall=share(0.9), full_neighbor_recall=share(1.0), general_kl=share(0.1))
+    assert labels(lost, health=broken) == labels(lost, health=drifted) == ["collapsed"] * 2
+    assert labels(lost, health=fine) == ["deleted"] * 2
+    verdict = judge(lost, broken)[0]
+    assert "health_fail" in verdict.flags and "0.20" in verdict.sentence
+    assert labels(lost, health=Health(general_kl=share(float("nan")))) == ["collapsed"] * 2
+
+
+def test_a_verdict_names_its_strongest_test_and_carries_its_p_value():
+    sae = result("sae", (0.8, 0.0), p_null=torch.tensor([0.05, 1.0]))
+    verdict = judge({"output": output((0.1, 0.1), (0.0, 0.0)), "uds": result("uds", (0.6, 0.0)), "sae": sae})[0]
+    assert verdict.tests == ("uds", "sae") and verdict.p_values == {"sae": pytest.approx(0.05)}
+    assert "entity's profile" in verdict.sentence and "0.80" in verdict.sentence
+
+
+def test_thresholds_say_that_they_are_provisional_and_a_verdict_needs_outputs():
+    assert "Provisional, uncalibrated" in Thresholds().describe() and "suppressed 0.5" in Thresholds().describe()
+    with pytest.raises(KeyError, match="output"):
+        judge({"uds": result("uds", (0.0, 0.0))})
