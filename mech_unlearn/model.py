@@ -138,7 +138,9 @@ class Model:
         live = {k.replace("._original_component", ""): w for k, w in self.hf.named_parameters(remove_duplicate=False)}
         for name in names:
             if name in live and live[name].data_ptr() != self.held[name].data_ptr():
-                raise RuntimeError(f"weight {name!r} of {self.name!r} is a copy, not the live weight; load the model anew")
+                raise RuntimeError(
+                    f"weight {name!r} of {self.name!r} is a copy, not the live weight; load the model anew"
+                )
         for block in self.bridge.blocks:
             attention = getattr(block, "attn", None)
             split = getattr(attention, "split_qkv_matrix", None)

@@ -157,7 +157,8 @@ def test_export_gives_equal_logits_for_weights_and_is_refused_for_interventions(
             case[0].export(model, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     else:
-        assert case[0].export(model, tmp_path / "out") < 1e-4
+        worst, bound = case[0].export(model, tmp_path / "out")
+        assert worst <= bound < 1e-3
         assert case[0].name in (tmp_path / "out" / "README.md").read_text()
 
 

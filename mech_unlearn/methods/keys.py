@@ -55,7 +55,11 @@ def contexts_of(facts: Sequence[Fact]) -> tuple[str, ...]:
 
     In a causal model nothing behind the name reaches its last token, so templates with one prefix are one context.
     """
-    return tuple({t.split("{}")[0]: t for fact in facts for t in fact.templates}.values())
+    first: dict[str, str] = {}
+    for fact in facts:
+        for template in fact.templates:
+            first.setdefault(template.split("{}")[0], template)
+    return tuple(first.values())
 
 
 def mention(tokenizer: Any, template: str, name: str) -> tuple[Row, Row]:
@@ -115,27 +119,21 @@ def known_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
     return found
 
 
-def draw_references(
-    states: Float[Tensor, "name width"],
-    unknown: Float[Tensor, "unknown width"],
-    lengths: Sequence[int],
-    unknown_lengths: Sequence[int],
-    seed: int,
-) -> list[int]:
-    """For each name the index of an unknown entity of its own.
+def draw_references(lengths: Sequence[int], unknown_lengths: Sequence[int], seed: int) -> list[int]:
+    """For each name the index of an unknown entity of its own, of as nearly the same number of tokens as there is.
 
-    As many references as names are drawn at random (all of them equally often, where there are fewer), so that they
-    are a fair sample of the unknown; drawn ones are then dealt out one to one so that first the differences in
-    token length and then the distances of the states are least in sum.
+    Drawn at random, without regard to the states: the unknown name nearest to a known one is near because it calls up
+    some of the same answers. No unknown entity is used twice before all were used once.
     """
-    from scipy.optimize import linear_sum_assignment
-
-    order = torch.randperm(len(unknown), generator=torch.Generator().manual_seed(seed))
-    drawn = order.repeat(-(-len(states) // len(unknown)))[: len(states)]
-    distance = torch.cdist(states.double(), unknown.double())[:, drawn.to(states.device)].cpu()
-    gap = (torch.tensor(lengths)[:, None] - torch.tensor(unknown_lengths)[drawn]).abs()
-    _, dealt = linear_sum_assignment((distance + gap * (1 + distance.sum())).numpy())
-    return drawn[torch.from_numpy(dealt)].tolist()
+    order = torch.randperm(len(unknown_lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    left: list[int] = []
+    chosen = []
+    for length in lengths:
+        left = left or list(order)
+        best = min(left, key=lambda i: abs(unknown_lengths[i] - length))
+        left.remove(best)
+        chosen.append(best)
+    return chosen
 
 
 @contextmanager

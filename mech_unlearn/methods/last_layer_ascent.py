@@ -6,7 +6,9 @@ Changes:  the attention, MLP and norms of the last layer, full rank. Everything 
           state up to the last layer's input still holds the facts.
 Needs:    nothing beforehand.
 Differs:  confined to one layer on purpose: a suppressor whose truth is known, to test what claims to detect one; the
-          retain term keeps the other facts; ascent is unbounded, so training stops by recall or by forget NLL.
+          retain term keeps the other facts; an answer whose NLL has passed `max_nll` is not pushed further, because
+          plain ascent spends itself on answers already gone and takes the retained ones along; training stops early
+          by recall on the forget rows.
 Fails:    always, as a way to delete: it hides. That is what it is for.
 """
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
-from mech_unlearn.methods.answers import AnswerScores, nll
+from mech_unlearn.methods.answers import AnswerScores
 from mech_unlearn.methods.training import Objective, Schedule, train
 from mech_unlearn.model import Model
 
@@ -33,14 +35,14 @@ class LastLayerAscent:
     """Weight of the NLL per token on retained answers and texts; 0 is plain ascent."""
     lr: float = 1e-4
     epochs: int = 20
-    """At the most; the two rules below end it."""
+    """At the most; `stop_recall` ends it earlier."""
     batch_size: int = 32
     weight_decay: float = 0.0
     clip: float = 1.0
     stop_recall: float | None = 0.1
     """Stop once at most this share of the forget rows is answered."""
-    stop_nll: float | None = 12.0
-    """Stop once the forget NLL per answer token (nats) of a batch exceeds this; log of the vocabulary is chance."""
+    max_nll: float = 6.0
+    """An answer whose NLL per token (nats) exceeds this gets no more gradient; infinite is plain ascent."""
     seed: int = 0
 
     def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
@@ -49,6 +51,8 @@ class LastLayerAscent:
         Raises:
             ValueError: nothing retained, a setting out of range, or a loss that is not finite.
         """
+        if not self.max_nll > 0:
+            raise ValueError(f"max_nll must be positive, got {self.max_nll}")
         schedule = Schedule(
             lr=self.lr,
             epochs=self.epochs,
@@ -56,13 +60,15 @@ class LastLayerAscent:
             weight_decay=self.weight_decay,
             clip=self.clip,
             stop_recall=self.stop_recall,
-            stop_nll=self.stop_nll,
         )
-        objective = Objective(ascent, self.retain_weight, self.forget_weight)
+        objective = Objective(self._loss, self.retain_weight, self.forget_weight)
         layer = re.escape(last_layer(model))
         deltas, report = train(model, forget, retain, objective, schedule, trainable=f"^{layer}", seed=self.seed)
         recipe = {"method": "last_layer_ascent", "settings": asdict(self), "seed": self.seed, "report": report}
         return Edit(name="last_layer_ascent", base=model.hash(), deltas=deltas, recipe=recipe)
+
+    def _loss(self, _: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+        return lambda now: ascent_loss(now, self.max_nll)
 
 
 def last_layer(model: Model) -> str:
@@ -70,6 +76,6 @@ def last_layer(model: Model) -> str:
     return model.w_out(model.n_layers - 1)[0].split("mlp.")[0]
 
 
-def ascent(before: AnswerScores) -> Callable[[AnswerScores], Float[Tensor, ""]]:
-    """The loss -NLL of a batch, per answer token; `before` is not needed."""
-    return lambda now: -nll(now)
+def ascent_loss(scores: AnswerScores, max_nll: float) -> Float[Tensor, ""]:
+    """Minus the NLL per answer token (nats), mean over rows, each row counted up to `max_nll`."""
+    return (scores.logprob / scores.tokens).clamp(min=-max_nll).mean()

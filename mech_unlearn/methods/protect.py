@@ -54,7 +54,7 @@ def protected_bases(
     retain: RetainSet,
     contexts: Sequence[str],
     layers: Sequence[int],
-    parts: Sequence[Part],
+    parts: Sequence[str],
     energy: float,
 ) -> dict[int, Float[Tensor, "d_mlp kept"]]:
     """Layer -> directions that a write may use; no layer at all where `parts` is empty (P = I).

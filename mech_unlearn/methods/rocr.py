@@ -45,8 +45,9 @@ class Rocr:
     """"unknown": each name gets the state of an unknown entity of its own; or one name that all are redirected to."""
     ridge: float = 0.05
     """lambda as a share of the mean ||P k||^2; a single key then gets 1 / 1.05 of its shift per layer."""
-    energy: float = 0.01
-    """Share of the protected keys' energy that the directions used may hold; 1 or more protects nothing."""
+    energy: float = 0.1
+    """Share of the protected keys' energy that the directions used may hold; 1 or more protects nothing. With less,
+    names share fewer directions, and a write in fewer directions is larger and spills over more."""
     contexts: tuple[str, ...] | None = None
     """Templates with {} for the name; by default the forget facts' phrasings (never the held-out ones)."""
     protect: tuple[Part, ...] = PARTS
@@ -98,8 +99,6 @@ class Rocr:
             rows = keys.mentions(model.tokenizer, [self.anchor], contexts)
             return dict.fromkeys(names, self.anchor), keys.last_states(model, rows, [site])[site].repeat(len(names), 1)
         pool = keys.unknown_names(forget, retain)
-        own, theirs = (keys.name_states(model, group, contexts, site) for group in (names, pool))
-        chosen = keys.draw_references(
-            own.flatten(1), theirs.flatten(1), keys.lengths(model, names), keys.lengths(model, pool), self.seed
-        )
+        chosen = keys.draw_references(keys.lengths(model, names), keys.lengths(model, pool), self.seed)
+        theirs = keys.name_states(model, pool, contexts, site)
         return {name: pool[i] for name, i in zip(names, chosen, strict=True)}, theirs[chosen].flatten(0, 1)

@@ -57,7 +57,7 @@ class SaeShift:
     """Mode "weights": the layers written; by default three that end at the site."""
     ridge: float = 0.05
     """Mode "weights": see `Rocr.ridge`."""
-    energy: float = 0.01
+    energy: float = 0.1
     """Mode "weights": see `Rocr.energy`."""
     contexts: tuple[str, ...] | None = None
     """Templates with {} for the name; by default the forget facts' phrasings (never the held-out ones)."""
@@ -138,13 +138,7 @@ class SaeShift:
         if self.target == "mean":
             references, code, error = None, code.mean(0).expand(len(own), -1, -1), error.mean(0).expand_as(own)
         else:
-            chosen = keys.draw_references(
-                self.sae.encode(own).flatten(1),
-                code.flatten(1),
-                keys.lengths(model, names),
-                keys.lengths(model, pool),
-                self.seed,
-            )
+            chosen = keys.draw_references(keys.lengths(model, names), keys.lengths(model, pool), self.seed)
             references = {name: pool[i] for name, i in zip(names, chosen, strict=True)}
             code, error = code[chosen], error[chosen]
         return references, shifted(self.sae, own, code, error if self.error == "reference" else None, raised, lowered)

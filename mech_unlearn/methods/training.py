@@ -46,8 +46,6 @@ class Schedule:
     """Bound of the gradient's norm over all trained tensors."""
     stop_recall: float | None = None
     """Stop after the epoch in which at most this share of the forget rows is still answered (greedy, all tokens)."""
-    stop_nll: float | None = None
-    """Stop before the step in which the batch's forget NLL per answer token (nats) exceeds this."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "batch_size", "clip"):
@@ -167,8 +165,6 @@ def _loop(
     for step in _progress(schedule.epochs * per_epoch):
         scores = run.forward(rows, next(batches))
         run.last = {"forget_nll": nll(scores).item()}
-        if schedule.stop_nll is not None and run.last["forget_nll"] > schedule.stop_nll:
-            return step, "stop_nll"
         loss = objective.forget_weight * forget_loss(scores)
         run.last["forget_loss"] = loss.item()
         if kept:

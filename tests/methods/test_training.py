@@ -1,0 +1,209 @@
+"""The shared training loop and its losses: masks, references, stopping, and what may be trained."""
+
+import random
+from itertools import islice
+
+import pytest
+import torch
+from conftest import tiny_hf, tiny_tokenizer
+
+from mech_unlearn.core import RetainSet
+from mech_unlearn.methods import LastLayerAscent, Npo
+from mech_unlearn.methods.answers import (
+    AnswerScores,
+    answer_rows,
+    answer_scores,
+    collate,
+    forward,
+    nll,
+    score_rows,
+    shuffled,
+    text_rows,
+)
+from mech_unlearn.methods.last_layer_ascent import ascent_loss
+from mech_unlearn.methods.npo import npo_loss
+from mech_unlearn.model import load
+from mech_unlearn.prompts import make_queries
+from mech_unlearn.scoring import score
+
+CPU = torch.device("cpu")
+FAST = dict(lr=3e-3, batch_size=4)
+
+
+def scores_of(logprob, tokens=None):
+    tokens = torch.ones_like(logprob, dtype=torch.long) if tokens is None else tokens
+    return AnswerScores(logprob, tokens, logprob > -1, torch.arange(len(logprob)))
+
+
+def nll_of(model, facts):
+    return nll(score_rows(model.hf, answer_rows(model.tokenizer, facts), 0, CPU)).item()
+
+
+def test_answer_scores_agree_with_the_scoring_that_pads_nothing(tiny_model, tiny_sets):
+    facts = tiny_sets[0].facts
+    queries = make_queries(tiny_model.tokenizer, facts)
+    slow = score(tiny_model, queries)
+    fast = score_rows(tiny_model.hf, answer_rows(tiny_model.tokenizer, facts), 0, CPU)
+    torch.testing.assert_close(fast.logprob / fast.tokens, slow.logprob[:, 0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(fast.exact, slow.exact)
+    assert fast.row.tolist() == list(range(len(queries)))
+
+
+def test_scores_do_not_depend_on_padding(tiny_model, tiny_sets):
+    rows = answer_rows(tiny_model.tokenizer, tiny_sets[0].facts)
+    longest = (tuple(range(4, 30)), 20)
+    alone = forward(tiny_model.hf, collate(rows, [0], 0, CPU))
+    padded = forward(tiny_model.hf, collate([rows[0], longest], [0, 1], 0, CPU))
+    torch.testing.assert_close(alone.logprob, padded.logprob[:1], atol=1e-5, rtol=1e-5)
+    assert alone.tokens[0] == padded.tokens[0]
+
+
+def test_only_answer_tokens_get_gradient():
+    rows = [((5, 6, 7, 8), 2), ((5, 6, 7), 2)]
+    batch = collate(rows, [0, 1], 0, CPU)
+    logits = torch.randn(2, 4, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    nll(answer_scores(logits, batch)).backward()
+    touched = logits.grad.any(-1).tolist()
+    assert touched == [[False, True, True, False], [False, True, False, False]]
+
+
+def test_an_answer_of_several_tokens_is_a_sum_and_the_nll_a_mean():
+    rows = [((5, 6, 7, 8), 2)]
+    logits = torch.randn(1, 4, 11, generator=torch.Generator().manual_seed(0))
+    logp = logits.log_softmax(-1)
+    got = answer_scores(logits, collate(rows, [0], 0, CPU))
+    wanted = logp[0, 1, 7] + logp[0, 2, 8]
+    torch.testing.assert_close(got.logprob[0], wanted)
+    torch.testing.assert_close(nll(got), -wanted / 2)
+
+
+def test_texts_predict_every_token_but_the_first(tiny_model):
+    (row,) = text_rows(tiny_model.tokenizer, ("Rivers run to the sea .",))
+    batch = collate([row], [0], 0, CPU)
+    assert batch.answer.tolist() == [[False] + [True] * (len(row[0]) - 1)]
+
+
+def test_each_pass_gives_every_row_once_in_a_new_order():
+    passes = [sum(islice(it, 3), []) for it in [shuffled(8, 3, random.Random(0))] for _ in range(2)]
+    assert [sorted(p) for p in passes] == [list(range(8))] * 2
+    assert passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("beta", (0.05, 0.1, 1.0))
+def test_npos_gradient_at_the_reference_is_that_of_gradient_ascent(beta):
+    reference = torch.tensor([-1.0, -3.0, -0.2])
+    logprob = reference.clone().requires_grad_()
+    npo_loss(logprob, reference, beta).backward()
+    torch.testing.assert_close(logprob.grad, torch.full((3,), 1 / 3))
+
+
+def test_npo_becomes_gradient_ascent_as_beta_vanishes_and_saturates_otherwise():
+    reference = torch.zeros(3)
+    far = torch.tensor([-1.0, -5.0, -9.0])
+
+    def gradient(beta):
+        logprob = far.clone().requires_grad_()
+        npo_loss(logprob, reference, beta).backward()
+        return 3 * logprob.grad
+
+    torch.testing.assert_close(gradient(1e-5), torch.ones(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(gradient(1.0), 2 * torch.sigmoid(far))
+    shift = npo_loss(far, reference, 1e-4) - npo_loss(reference, reference, 1e-4)
+    torch.testing.assert_close(shift, far.mean(), atol=1e-2, rtol=0)
+
+
+def test_ascent_pushes_no_answer_past_its_bound():
+    logprob = torch.tensor([-1.0, -7.0, -3.0], requires_grad=True)
+    ascent_loss(scores_of(logprob), 5.0).backward()
+    torch.testing.assert_close(logprob.grad, torch.tensor([1 / 3, 0.0, 1 / 3]))
+
+
+@pytest.mark.parametrize(
+    "method", (Npo(epochs=6, beta=1.0, **FAST), LastLayerAscent(epochs=6, stop_recall=None, **FAST))
+)
+def test_training_makes_forgotten_answers_unlikely_and_retained_ones_likely(tiny_model, tiny_sets, method):
+    forget, retain = tiny_sets
+    before = nll_of(tiny_model, forget.facts), nll_of(tiny_model, retain.facts)
+    with method.fit(tiny_model, forget, retain).on(tiny_model):
+        after = nll_of(tiny_model, forget.facts), nll_of(tiny_model, retain.facts)
+    assert after[0] > before[0] and after[1] < before[1]
+
+
+def test_without_a_retain_term_nothing_else_is_needed_and_with_one_it_is(tiny_model, tiny_sets):
+    bare = Npo(epochs=1, retain_weight=0.0, **FAST).fit(tiny_model, tiny_sets[0], RetainSet())
+    assert bare.deltas
+    with pytest.raises(ValueError, match="retain_weight=0"):
+        Npo(epochs=1, **FAST).fit(tiny_model, tiny_sets[0], RetainSet())
+
+
+@pytest.mark.parametrize("architecture", ("gpt2", "gpt_neox", "llama", "gemma2"))
+def test_last_layer_ascent_leaves_everything_below_the_last_layer_bit_identical(architecture, tiny_sets):
+    model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
+    edit = LastLayerAscent(epochs=1, **FAST).fit(model, *tiny_sets)
+    assert edit.deltas and all(".3." in name for name in edit.deltas)
+    ids = torch.tensor([make_queries(model.tokenizer, tiny_sets[0].facts)[0].prompt])
+
+    def read():
+        seen = []
+        with model.hooks(*((f"blocks.{layer}.hook_resid_pre", seen.append) for layer in range(4))):
+            return seen, model.logits(ids)
+
+    below, clean = read()
+    with edit.on(model):
+        below_edited, edited = read()
+    assert all(torch.equal(a, b) for a, b in zip(below, below_edited))
+    assert not torch.equal(clean, edited)
+
+
+def test_npo_trains_every_tensor_or_those_it_is_told_to(tiny_model, tiny_sets):
+    every = Npo(epochs=1, **FAST).fit(tiny_model, *tiny_sets)
+    assert every.deltas.keys() == tiny_model.held.keys()
+    some = Npo(epochs=1, trainable=r"layers\.[01]\.mlp", **FAST).fit(tiny_model, *tiny_sets)
+    assert {name.split(".")[2] for name in some.deltas} == {"0", "1"}
+    assert all(".mlp." in name for name in some.deltas)
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        Npo(epochs=1, trainable="no such", **FAST).fit(tiny_model, *tiny_sets)
+
+
+def test_a_bfloat16_model_is_trained_in_float32_so_that_small_steps_add_up(tiny_sets):
+    model = load(tiny_hf("llama").to(torch.bfloat16), tokenizer=tiny_tokenizer())
+    edit = Npo(epochs=1, lr=1e-6, batch_size=4).fit(model, *tiny_sets)
+    delta = edit.deltas["model.layers.0.mlp.up_proj.weight"]
+    assert delta.dtype == torch.float32
+    assert 0 < delta.abs().max() < 1e-4
+    before = model.hash()
+    with Npo(epochs=4, beta=1.0, **FAST).fit(model, *tiny_sets).on(model):
+        assert model.dtype == torch.bfloat16
+        after = nll_of(model, tiny_sets[0].facts)
+    assert model.hash() == before
+    assert after > nll_of(model, tiny_sets[0].facts)
+
+
+def test_training_stops_by_its_rule_and_says_so(tiny_model, tiny_sets):
+    forget, _ = tiny_sets
+    at_once = Npo(epochs=5, stop_recall=1.0, **FAST).fit(tiny_model, *tiny_sets).recipe["report"]
+    assert (at_once["stopped"], at_once["steps"]) == ("stop_recall", len(forget.facts) * 2 // 4)
+    full = Npo(epochs=2, **FAST).fit(tiny_model, *tiny_sets).recipe["report"]
+    assert (full["stopped"], full["steps"]) == ("epochs", 2 * len(forget.facts) * 2 // 4)
+    assert full["n_backward"] == 2 * full["steps"]
+    assert set(full["final_losses"]) == {"forget_nll", "forget_loss", "retain_nll"}
+
+
+def test_another_seed_gives_another_order_and_so_another_edit(tiny_model, tiny_sets):
+    one, other = (Npo(epochs=1, seed=seed, **FAST).fit(tiny_model, *tiny_sets) for seed in (0, 1))
+    assert any(not torch.equal(one.deltas[name], other.deltas[name]) for name in one.deltas)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    (
+        (Npo(beta=0.0), "beta must be positive"),
+        (Npo(lr=-1.0), "lr must be positive"),
+        (Npo(epochs=0), "epochs must be positive"),
+        (LastLayerAscent(max_nll=0.0), "max_nll must be positive"),
+        (Npo(lr=1e30, epochs=4, batch_size=4, clip=1e30), "lower lr"),
+    ),
+)
+def test_settings_that_cannot_work_are_refused(tiny_model, tiny_sets, method, message):
+    with pytest.raises(ValueError, match=message):
+        method.fit(tiny_model, *tiny_sets)
