@@ -1,7 +1,7 @@
 """LastLayerAscent: gradient ascent on the forgotten answers that may only change the last decoder layer.
 
-Paper:    gradient ascent as in Jang et al. 2022, Knowledge Unlearning, arXiv 2210.01504, eq. 1, with the retain term of
-          GradDiff (Liu, Liu and Stone 2022, arXiv 2203.12817); the confinement is ours.
+Paper:    Jang et al. 2022, Knowledge Unlearning (gradient ascent), arXiv 2210.01504.
+          With the retain term of GradDiff (Liu, Liu and Stone 2022, arXiv 2203.12817); the confinement is ours.
 Changes:  the attention, MLP and norms of the last layer, full rank. Everything below is bit-identical, so every
           state up to the last layer's input still holds the facts.
 Needs:    nothing beforehand.

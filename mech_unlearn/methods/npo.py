@@ -1,7 +1,7 @@
 """Npo: negative preference optimisation, a bounded gradient ascent on the forgotten answers.
 
-Paper:    Zhang, Lin, Bai and Mei 2024, Negative Preference Optimization, arXiv 2404.05868, eq. 3 (the loss) and section
-          3.2 (its retain variants; NLL on retained answers is NPO + RT).
+Paper:    Zhang, Lin, Bai and Mei 2024, Negative Preference Optimization, arXiv 2404.05868.
+          Eq. 3 is the loss; NLL on retained answers is its variant NPO + RT.
 Changes:  every weight (or those whose name matches `trainable`), full rank.
 Needs:    answer log-probabilities of the forget rows before training: one forward pass over them.
 Differs:  dropout is off; texts of the retain set join the retained answers in the retain term; training stops early

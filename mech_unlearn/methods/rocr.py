@@ -1,7 +1,7 @@
 """Rocr: redirect what a name calls up in early MLPs to another entity, by a closed-form write, without training.
 
-Paper:    Ye, Zhang and Wu 2025, rank-one concept redirection (ROCR), arXiv 2506.07795; its normal equations are those
-          of AlphaEdit (arXiv 2410.02355).
+Paper:    Ye, Zhang and Wu 2025, rank-one concept redirection (ROCR), arXiv 2506.07795.
+          Its normal equations are those of AlphaEdit (arXiv 2410.02355).
 Changes:  the MLP output matrices of a few consecutive layers; rank at most one per name (and alias).
 Needs:    the second moment of the MLP keys of what must stay: one pass over the retain prompts and texts and one
           eigendecomposition of a d_mlp x d_mlp matrix per layer. No gradients.
@@ -12,7 +12,8 @@ Differs:  all entities are solved for at once, and an alias is a further key (th
           the ridge is relative to the projected keys' norm, because an absolute lambda of 1 or 10 fits only the key
           norms of 7-8B models; the null space is chosen by a share of the keys' energy, for the same reason;
           the default target is an unknown entity's state, one per name: a famous person's, as in the paper, makes the
-          model answer with that person's facts;
+          model answer with that person's facts; it is drawn at random, because the unknown names nearest to a known
+          one call up some of the same answers;
           behind an MLP with a norm (Gemma 2, OLMo 2) the write aims at the norm's input;
           the protected keys count retain names as much as all other tokens, which would otherwise drown them.
 Fails:    where facts are not read from the name's last token; for names nobody listed (aliases, misspellings);
