@@ -23,13 +23,9 @@ from torch import Tensor
 from mech_unlearn.core import Attribution, Fact, Site
 from mech_unlearn.locate.average import over_facts
 from mech_unlearn.locate.logit_lens import answer_logprobs
+from mech_unlearn.locate.token_classes import CLASSES, token_classes
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query, make_queries
-
-CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last prompt")
-"""Classes of tokens, as in figure 1 of the paper. The only token of a subject is its last; tokens before the subject
-are not corrupted and have no effect."""
-EMBED = "hook_embed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +33,7 @@ class _Setting:
     kind: str
     window: int
     samples: int
-    scale: float
-    """Standard deviation of the noise."""
+    scale: float  # standard deviation of the noise
     seed: int
     max_tokens: int
 
@@ -57,24 +52,10 @@ class _Runs:
     p_corrupted: Float[Tensor, " fact"]
 
 
-def token_classes(query: Query) -> dict[str, list[int]]:
-    """Positions of each class of tokens in the prompt of a query."""
-    a, b = query.span
-    end = len(query.prompt) - 1
-    return {
-        "first subject": [a] if b - a > 1 else [],
-        "middle subject": list(range(a + 1, b - 1)),
-        "last subject": [b - 1],
-        "first after": [b] if b < end else [],
-        "further": list(range(b + 1, end)),
-        "last prompt": [end] if end >= b else [],
-    }
-
-
 def subject_sigma(model: Model, queries: Sequence[Query]) -> float:
     """Standard deviation over all entries of the embeddings of all subjects' tokens, as in the paper's code."""
     kept: list[Tensor] = []
-    with torch.no_grad(), model.hooks((EMBED, lambda x: kept.append(x[0]))):
+    with torch.no_grad(), model.hooks(("hook_embed", lambda x: kept.append(x[0]))):
         for tokens in {query.prompt[slice(*query.span)] for query in queries}:
             model.logits(torch.tensor([tokens], device=model.device))
     return torch.cat(kept).float().std(unbiased=False).item()
@@ -136,7 +117,7 @@ def _run(model: Model, queries: Sequence[Query], setting: _Setting) -> _Runs:
     noise = torch.cat([_noise(query, model.d_model, setting) for query in queries]).to(model.device, model.dtype)
     pre: list[Tensor] = []
     reads = [(Site(layer, "resid_pre"), lambda x: pre.append(x)) for layer in layers]
-    with model.hooks((EMBED, lambda x: x + noise), *reads, (last, lambda x: pre.append(x))):
+    with model.hooks(("hook_embed", lambda x: x + noise), *reads, (last, lambda x: pre.append(x))):
         model.logits(ids.repeat_interleave(setting.samples, 0))
     corrupted = _probability(model, pre[-1], queries).unflatten(0, (len(queries), -1)).mean(1)
     return _Runs(
@@ -163,9 +144,12 @@ def _restore(
     batch = runs.pre.new_empty(0, *runs.pre.shape[2:])
     centers: list[int] = []
 
-    def join(layer: int, state: Tensor) -> Tensor:
-        centers.append(layer)
-        return torch.cat([batch, state.expand(count, *state.shape).flatten(0, 1)])
+    def join(center: int, state: Float[Tensor, "row pos d_model"]) -> Tensor:
+        centers.append(center)
+        cohort = state.expand(count, *state.shape).clone()
+        if setting.kind == "resid_post":
+            cohort[every, :, at] = clean[center].to(cohort)
+        return torch.cat([batch, cohort.flatten(0, 1)])
 
     def put(x: Tensor, layer: int, members: list[int]) -> Tensor:
         out = x.clone().unflatten(0, (len(centers), count, rows))
@@ -178,14 +162,12 @@ def _restore(
             if centers:
                 batch = _block(model, layer, batch, runs.calls[layer])
             batch = join(layer, runs.pre[layer + 1])
-            batch = put(batch, layer, [len(centers) - 1])
             continue
         for center in [c for c in range(n_layers) if windows[c].start == layer]:
             batch = join(center, runs.pre[layer])
         members = [i for i, center in enumerate(centers) if layer in windows[center]]
         with model.hooks((Site(layer, setting.kind), lambda x, a=layer, b=members: put(x, a, b))):
             batch = _block(model, layer, batch, runs.calls[layer])
-    assert centers == sorted(centers)
     repeated = [query for _ in range(len(centers) * count) for query in queries]
     p = _probability(model, batch, repeated).unflatten(0, (n_layers, count, len(queries), setting.samples))
     return p.mean(-1).permute(2, 1, 0)
@@ -220,9 +202,16 @@ def _trace(
 
 
 def _setting(
-    model: Model, queries: Sequence[Query], kind: str, window: int | None, samples: int, noise: float,
-    sigma: float | None, seed: int, max_tokens: int,
-) -> tuple[_Setting, str]:  # fmt: skip
+    model: Model,
+    queries: Sequence[Query],
+    kind: str = "resid_post",
+    window: int | None = None,
+    samples: int = 10,
+    noise: float = 3.0,
+    sigma: float | None = None,
+    seed: int = 0,
+    max_tokens: int = 32_768,
+) -> tuple[_Setting, str]:
     if not queries:
         raise ValueError("no facts to locate: give at least one")
     if kind not in ("resid_post", "mlp_out", "attn_out"):
@@ -298,7 +287,7 @@ def causal_trace_tokens(model: Model, fact: Fact, **settings: Any) -> Attributio
     Takes the settings of `causal_trace_per_fact`; the noise is that of the same fact there if `sigma` is given.
     """
     queries = make_queries(model.tokenizer, [fact], "prompt")
-    setting, note = _setting(model, queries, **(_DEFAULTS | settings))
+    setting, note = _setting(model, queries, **settings)
     (effect,), clean, corrupted = _trace(model, queries, setting)
     words = model.tokenizer.convert_ids_to_tokens(list(queries[0].prompt))
     return Attribution(
@@ -310,8 +299,3 @@ def causal_trace_tokens(model: Model, fact: Fact, **settings: Any) -> Attributio
         n=1,
         note=f"{note}; P clean {clean.item():.3f}, corrupted {corrupted.item():.3f}",
     )
-
-
-_DEFAULTS: dict[str, Any] = dict(
-    kind="resid_post", window=None, samples=10, noise=3.0, sigma=None, seed=0, max_tokens=32_768
-)

@@ -3,12 +3,13 @@
 Paper:    Ferrando, Obeso, Rajamanoharan, Nanda 2024, Do I know this entity?, arXiv 2411.14257, section 3.
 Needs:    an SAE per layer; one forward pass per entity and context, up to the SAE's layer.
 Differs:  contexts are the facts' own phrasings cut after the name, not "The movie X"; readouts are scored by AUC on
-          held-out entities, and a logistic readout on the best latents stands beside the single ones.
+          held-out entities, and a logistic readout on the best latents stands beside the single ones. The background
+          leaves out the entities' own names, of which a small corpus is full and the paper's Pile sample is not.
 Fails:    names that share tokens with known names may fire known latents; with few entities the best of many
-          latents is partly luck, which is why the AUC comes from entities that nothing was chosen on. A readout that
-          separates need not control what the model answers.
+          latents is partly luck, hence the AUC on held-out entities. Separating is not controlling the answer.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from mech_unlearn.capture import stream
 from mech_unlearn.core import Attribution, Entity, Fact, Site
-from mech_unlearn.latents import Sae, entity_states, ordinary_positions, token_rows
+from mech_unlearn.latents import Sae, entity_states
 from mech_unlearn.model import Model
+from mech_unlearn.prompts import encode
 
 MIN_BACKGROUND = 1000
 """Generic tokens below which a firing frequency of 2 % (20 firings) cannot be told from chance."""
@@ -74,17 +76,21 @@ def _by_kind(
     return fitting, *held
 
 
+def _wins(positive: Tensor, negative: Tensor) -> Float[Tensor, "positive negative"]:
+    delta = positive.double()[:, None] - negative.double()[None]
+    return (delta > 0).double() + (delta == 0).double() / 2
+
+
 def auc(positive: Float[Tensor, " positive"], negative: Float[Tensor, " negative"]) -> float:
     """Probability that a positive scores above a negative, ties counting half (the Mann-Whitney statistic)."""
-    delta = positive.double()[:, None] - negative.double()[None]
-    return ((delta > 0).double() + (delta == 0).double() / 2).mean().item()
+    return _wins(positive, negative).mean().item()
 
 
 def _auc_interval(
     positive: Tensor, negative: Tensor, generator: torch.Generator, draws: int = 1000
 ) -> tuple[float, float, float]:
-    delta = positive.double()[:, None] - negative.double()[None]
-    wins = (delta > 0).double() + (delta == 0).double() / 2
+    """AUC and its 95 % percentile bootstrap interval over the entities of each class."""
+    wins = _wins(positive, negative)
     p = torch.randint(len(positive), (draws, len(positive)), generator=generator)
     n = torch.randint(len(negative), (draws, len(negative)), generator=generator)
     values = torch.stack([wins[a][:, b].mean() for a, b in zip(p, n, strict=True)])
@@ -92,10 +98,8 @@ def _auc_interval(
     return wins.mean().item(), low, high
 
 
-def _difference(
-    first: Bool[Tensor, "a context d_sae"], second: Bool[Tensor, "b context d_sae"]
-) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae"]]:
-    """Difference of firing frequencies and the half width of its normal 95 % interval over entities."""
+def _difference(first: Bool[Tensor, "a c d_sae"], second: Bool[Tensor, "b c d_sae"]) -> tuple[Tensor, Tensor]:
+    """Difference of firing frequencies per latent and the half width of its normal 95 % interval over entities."""
     a, b = first.double().mean(1), second.double().mean(1)
     error = a.var(0, unbiased=True) / len(a) + b.var(0, unbiased=True) / len(b)
     return a.mean(0) - b.mean(0), 1.96 * error.sqrt()
@@ -109,24 +113,42 @@ def _scores(
     values, which = torch.stack([p[0] for p in parts]).min(0)
     half = torch.stack([p[1] for p in parts]).gather(0, which[None])[0]
     values = values.masked_fill(general, float("nan"))
-    n = sum(len(k) + len(u) for k, u in fitting)
     return Attribution(
         name=f"{name} latents at {site}",
         values=values.float(),
         axes=("latent",),
         labels={"latent": tuple(range(len(values)))},
         unit="difference of firing frequency",
-        n=n,
+        n=sum(len(k) + len(u) for k, u in fitting),
         low=(values - half).float(),
         high=(values + half).float(),
         note=note,
     )
 
 
-def _background(model: Model, sae: Sae, texts: Sequence[str], threshold: float) -> tuple[Tensor | None, int]:
-    rows = token_rows(model, texts)
+def _generic_tokens(
+    model: Model, texts: Sequence[str], names: Sequence[str], context: int = 512
+) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+    """Rows of token ids, and the positions in each that hold neither a special token nor a part of a name."""
+    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
+    rows, positions = [], []
+    for text in texts:
+        encoding = encode(model.tokenizer, text)
+        spans = [match.span() for match in pattern.finditer(text)]
+        for start in range(0, len(encoding.ids), context):
+            piece = list(enumerate(encoding.offsets[start : start + context]))
+            rows.append(encoding.ids[start : start + context])
+            positions.append([i for i, (a, b) in piece if b > a and not any(a < e and b > s for s, e in spans)])
+    return rows, positions
+
+
+def _background(
+    model: Model, sae: Sae, texts: Sequence[str], names: Sequence[str], threshold: float
+) -> tuple[Float[Tensor, " d_sae"] | None, int]:
+    """Share of generic tokens on which each latent fires, None if there are too few of them, and their number."""
     fired, count = torch.zeros(sae.d_sae), 0
-    for part in stream(model, rows, [sae.site], ordinary_positions(model, rows)):
+    rows, positions = _generic_tokens(model, texts, names)
+    for part in stream(model, rows, [sae.site], positions):
         fired += (sae.encode(part.at[sae.site].to(model.device)) > threshold).sum(0).cpu()
         count += len(part.index)
     return (fired / count if count >= MIN_BACKGROUND else None), count
@@ -156,8 +178,8 @@ def separation(
     regression on the `top` best known and unknown latents.
 
     Args:
-        texts: generic text; latents active on `max_background` or more of its ordinary tokens are left out (2 % in
-            the paper). Off, and said so in the note, when the text has fewer than 1,000 ordinary tokens.
+        texts: generic text; latents active on `max_background` or more of its tokens are left out (2 % in the paper).
+            Tokens of the entities' names do not count. Off, and the note says so, with fewer than 1,000 tokens.
         heldout: share of the entities of each type and class that only test.
 
     Raises:
@@ -170,15 +192,14 @@ def separation(
         for entities in (known, unknown)
     ]
     active = (acts[0] > threshold, acts[1] > threshold)
-    background, count = _background(model, sae, texts, threshold)
+    background, count = _background(model, sae, texts, [e.name for e in (*known, *unknown)], threshold)
     general = torch.zeros(sae.d_sae, dtype=torch.bool) if background is None else background >= max_background
     if general.all():
         raise ValueError(f"every latent fires on {max_background:.0%} of the texts or more; pass texts=() or raise it")
-    kept = f"{int((~general).sum())} of {len(general)} latents rarer than {max_background:.0%} on {count} tokens"
-    note = f"95 % normal interval over entities; background filter {'off' if background is None else kept}"
+    kept = "off" if background is None else f"left {int((~general).sum())} of {len(general)} latents, {count} tokens"
+    note = f"95 % normal interval over entities; background filter {kept}"
     s_known = _scores("known", active, fitting, general, sae.site, note)
-    flipped = [(u, k) for k, u in fitting]
-    s_unknown = _scores("unknown", active[::-1], flipped, general, sae.site, note)
+    s_unknown = _scores("unknown", active[::-1], [(u, k) for k, u in fitting], general, sae.site, note)
     mean = (acts[0].mean(1), acts[1].mean(1))
     read = _readouts(mean, fitting, s_known.top(top), s_unknown.top(top))
     result = _auc(read, mean[0][held_k], mean[1][held_u], sae.site, generator)
@@ -253,7 +274,7 @@ def known_unknown(
     """
     if not saes:
         raise ValueError("no SAE: give one for each layer to be looked at")
-    layers = [sae.site.layer for sae in saes]
+    layers = sorted(sae.site.layer for sae in saes)
     if len(set(layers)) < len(layers):
         raise ValueError(f"several SAEs for one layer: layers {layers}")
     known = tuple({fact.subject: fact.entity for fact in facts}.values())
@@ -266,7 +287,7 @@ def known_unknown(
     return Attribution(
         name="known and unknown entities",
         axes=("layer", "measure"),
-        labels={"layer": tuple(sorted(layers)), "measure": MEASURES},
+        labels={"layer": tuple(layers), "measure": MEASURES},
         unit="difference of firing frequency (s) or AUC",
         n=len(known) + len(unknown),
         note=f"{results[0].known.note}; AUC: {results[0].auc.note}",
@@ -275,5 +296,6 @@ def known_unknown(
 
 
 def _row(result: Separation, key: str) -> Float[Tensor, " measure"]:
+    """Values, or bounds, of the best known latent, the best unknown latent and the three readouts."""
     best = [getattr(a, key)[a.values.nan_to_num(nan=-2.0).argmax()] for a in (result.known, result.unknown)]
     return torch.cat([torch.stack(best), getattr(result.auc, key)])

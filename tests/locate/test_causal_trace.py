@@ -9,14 +9,13 @@ from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.edit import Edit, Shift
 from mech_unlearn.locate.causal_trace import (
-    CLASSES,
     causal_trace,
     causal_trace_per_fact,
     causal_trace_tokens,
     subject_sigma,
-    token_classes,
     window_layers,
 )
+from mech_unlearn.locate.token_classes import CLASSES, token_classes
 from mech_unlearn.model import load
 from mech_unlearn.prompts import make_queries, make_query
 

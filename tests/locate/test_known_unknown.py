@@ -87,6 +87,9 @@ def test_latents_that_fire_on_any_text_are_left_out_when_there_is_enough_text(mo
     found = separation(model, SAE, KNOWN, UNKNOWN, TEMPLATES, texts=texts)
     assert found.background is not None and found.background[64] == 1.0 and found.known.values[64].isnan()
     assert 64 not in found.top_known(65) and found.known.values[0] == 1.0
+    named = tuple(f"Rivers run to {e.name} and the sea and rain falls on hills ." for e in KNOWN) * 4
+    among = separation(model, SAE, KNOWN, UNKNOWN, TEMPLATES, texts=named)
+    assert among.background[0] == 0.0 and among.background[64] == 1.0 and 0 in among.top_known(65)
     few = separation(model, SAE, KNOWN, UNKNOWN, TEMPLATES, texts=texts[:2])
     assert few.background is None and "filter off" in few.known.note and not few.known.values.isnan().any()
     with pytest.raises(ValueError, match="every latent fires"):
