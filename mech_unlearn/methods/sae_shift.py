@@ -1,8 +1,8 @@
 """SaeShift: move a name's state, in the latents of an SAE, from where known names are to where unknown ones are.
 
 Paper:    Yamashita et al. 2025, SAE-guided internal representation unlearning, arXiv 2509.15631.
-          Its goal: the target's state cannot be told from an unknown entity's; its loss is not public. Known and unknown
-          latents as in Ferrando et al. 2024, arXiv 2411.14257; written as in arXiv 2506.07795, without training.
+          Its goal: the target's state cannot be told from an unknown entity's; its loss is not public. Known and
+          unknown latents as in Ferrando et al. 2024, arXiv 2411.14257; written as in arXiv 2506.07795, untrained.
 Changes:  mode "hook": one vector per name added at the SAE's site at the name's last token; mode "weights": the MLP
           output matrices of layers up to the site, rank at most one per name.
 Needs:    an SAE at a layer where a probe tells known from unknown names (checked), and unknown names.
