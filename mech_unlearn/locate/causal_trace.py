@@ -274,10 +274,7 @@ def causal_trace_per_fact(
 
 
 def causal_trace(model: Model, facts: Sequence[Fact], **settings: Any) -> Attribution:
-    """Average indirect effect of each token class and layer: axes (token, layer), probability, over facts.
-
-    Takes the settings of `causal_trace_per_fact`. A class counts the facts whose prompt has it.
-    """
+    """Average over facts (those whose prompt has the class) of `causal_trace_per_fact`: axes (token, layer)."""
     return over_facts(causal_trace_per_fact(model, facts, **settings), facts)
 
 

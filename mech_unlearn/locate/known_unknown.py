@@ -174,8 +174,8 @@ def separation(
     At the last token of each name, in each context, a latent is active above `threshold`. On the fitting entities
     s_known = f_K - f_U and s_unknown = f_U - f_K, the smallest over entity types; f is the mean over entities of the
     share of contexts in which the latent is active. On the held-out entities, the AUC (known above unknown) of three
-    readouts: minus the top unknown latent, the top known latent (mean activation over contexts), and a logistic
-    regression on the `top` best known and unknown latents.
+    readouts: the top known latent, minus the top unknown one (mean activation over contexts), and a logistic regression
+    on the `top` best of both.
 
     Args:
         texts: generic text; latents active on `max_background` or more of its tokens are left out (2 % in the paper).
@@ -210,7 +210,6 @@ def separation(
 def _readouts(
     mean: tuple[Tensor, Tensor], fitting: Sequence[tuple[list[int], list[int]]], best_k: list, best_u: list
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Three scores that should be higher for known entities, from the best latents on the fitting entities."""
     chosen = sorted({at["latent"] for at, _ in (*best_k, *best_u)})
     fit_k, fit_u = ([i for pair in fitting for i in pair[side]] for side in (0, 1))
     decide = _logistic(mean[0][fit_k][:, chosen], mean[1][fit_u][:, chosen])
@@ -270,7 +269,7 @@ def known_unknown(
         saes: one SAE for each layer to be looked at.
 
     Raises:
-        ValueError: no SAE, two SAEs of one layer, or what `separation` refuses.
+        ValueError: no SAE, two for one layer, or what `separation` refuses.
     """
     if not saes:
         raise ValueError("no SAE: give one for each layer to be looked at")
