@@ -26,7 +26,7 @@ def _silent(message: str) -> None:
 class Relearn:
     """Settings of the relearning attack."""
 
-    steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    steps: tuple[int, ...] = (2, 8, 24)
     """Numbers of optimiser steps after which the untaught facts are scored, increasing."""
     batch: int = 16
     """Prompts per step."""

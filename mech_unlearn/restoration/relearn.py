@@ -15,7 +15,7 @@ Fails:    facts that depend on each other (T implies V) come back in a retrained
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +26,10 @@ from mech_unlearn.edit import clone
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import make_query, pad
 from mech_unlearn.restoration.case import Case, Relearn, Result, split_templates
-from mech_unlearn.restoration.levels import Levels, make_levels
+from mech_unlearn.restoration.levels import Levels, Probe, make_levels
+
+Lesson = tuple[tuple[int, ...], int]
+"""Token ids of a prompt with its answer, and the length of the prompt."""
 
 
 def fold_of(facts: Sequence[Fact], settings: Relearn, seed: int) -> tuple[int, ...]:
@@ -54,12 +57,12 @@ def fold_of(facts: Sequence[Fact], settings: Relearn, seed: int) -> tuple[int, .
     return tuple(dealt[i] for i in range(len(facts)))
 
 
-def lessons(case: Case, facts: Sequence[Fact]) -> list[tuple[tuple[int, ...], int]]:
+def lessons(case: Case, facts: Sequence[Fact]) -> list[Lesson]:
     """(token ids of prompt and answer, length of the prompt) for each SELECT and TUNE phrasing."""
     out = []
     for fact in facts:
         for template in dict.fromkeys((*split_templates(fact, "select"), *split_templates(fact, "tune"))):
-            query = make_query(case.full.tokenizer, fact, template)
+            query = make_query(case.full.tokenizer, replace(fact, distractors=()), template)
             out.append((query.full, len(query.prompt)))
     return out
 
@@ -75,9 +78,9 @@ def answer_loss(
 
 
 def relearn_curve(
-    case: Case, levels: Levels, model: Model, rows: Sequence[tuple[tuple[int, ...], int]], seed: int
+    case: Case, probe: Probe, model: Model, rows: Sequence[Lesson], seed: int
 ) -> Float[Tensor, "step kind fact"]:
-    """Margins of all facts after each number of steps of the grid, from training a clone on the rows."""
+    """Margins of the probe's facts after each number of steps of the grid, from training a clone on the rows."""
     settings = case.relearn
     generator = torch.Generator().manual_seed(seed)
     curve = []
@@ -92,11 +95,11 @@ def relearn_curve(
             _step(copy, optimiser, batch)
             if step in settings.steps:
                 copy.require_live(copy.held)
-                curve.append(levels.probe.margins(copy))
+                curve.append(probe.margins(copy))
     return torch.stack(curve)
 
 
-def _step(model: Model, optimiser: torch.optim.Optimizer, batch: Sequence[tuple[tuple[int, ...], int]]) -> None:
+def _step(model: Model, optimiser: torch.optim.Optimizer, batch: Sequence[Lesson]) -> None:
     ids, mask, _ = pad([row for row, _ in batch], model.tokenizer.pad_token_id or 0)
     ids, mask = ids.to(model.device), mask.to(model.device)
     optimiser.zero_grad(set_to_none=True)
@@ -111,26 +114,43 @@ def _step(model: Model, optimiser: torch.optim.Optimizer, batch: Sequence[tuple[
 class RelearnLevels:
     levels: Levels
     folds: tuple[int, ...]
+    lessons: tuple[list[Lesson], ...]
+    """For each fold what is taught before it is scored: the facts of all other folds."""
     retrained: Float[Tensor, "retrained step fact"]
 
 
-def _all_folds(case: Case, levels: Levels, folds: Sequence[int], model: Model) -> Float[Tensor, "step kind fact"]:
+def _part(probe: Probe, mine: Sequence[bool]) -> Probe:
+    """The questions about some of the facts."""
+    facts = tuple(fact for fact, ok in zip(probe.facts, mine, strict=True) if ok)
+    ids = {fact.id for fact in facts}
+    queries = tuple(query for query in probe.queries if query.fact.id in ids)
+    shams = sum(query.fact.id in ids for query in probe.queries[len(probe.true) :])
+    return Probe(facts, queries, shams)
+
+
+def _all_folds(case: Case, ready: RelearnLevels, model: Model) -> Float[Tensor, "step kind fact"]:
     """The curve of each fact from the run in which its own fold was not taught."""
-    index, parts = torch.tensor(folds), []
-    for fold in range(case.relearn.folds):
-        taught = [fact for fact, f in zip(case.facts, folds, strict=True) if f != fold]
-        curve = relearn_curve(case, levels, model, lessons(case, taught), case.seed + fold)
-        parts.append(torch.where(index == fold, curve, 0.0))
-    return torch.stack(parts).sum(0)
+    kinds = 2 if ready.levels.probe.shams else 1
+    out = torch.zeros(len(case.relearn.steps), kinds, len(case.facts))
+    for fold, rows in enumerate(ready.lessons):
+        mine = [f == fold for f in ready.folds]
+        out[..., torch.tensor(mine)] = relearn_curve(
+            case, _part(ready.levels.probe, mine), model, rows, case.seed + fold
+        )
+    return out
 
 
 def prepare(case: Case, shared: Levels | None = None) -> RelearnLevels:
     """Relearn in each retrained model; what comes back there was injected."""
     levels = shared or make_levels(case, "test")
     folds = fold_of(case.facts, case.relearn, case.seed)
-    curves = [_all_folds(case, levels, folds, model)[:, 0] for model in case.retrained]
-    empty = torch.zeros(0, len(case.relearn.steps), len(case.facts))
-    return RelearnLevels(levels, folds, torch.stack(curves) if curves else empty)
+    taught = tuple(
+        lessons(case, [fact for fact, f in zip(case.facts, folds, strict=True) if f != fold])
+        for fold in range(case.relearn.folds)
+    )
+    ready = RelearnLevels(levels, folds, taught, torch.zeros(0, len(case.relearn.steps), len(case.facts)))
+    curves = [_all_folds(case, ready, model)[:, 0] for model in case.retrained]
+    return replace(ready, retrained=torch.stack(curves)) if curves else ready
 
 
 def log_step_area(curve: Float[Tensor, "step fact"], steps: Sequence[int]) -> Float[Tensor, " fact"]:
@@ -146,7 +166,7 @@ def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
     keep, levels, steps = case.others_than(model), ready.levels, case.relearn.steps
     before = levels.probe.margins(model)
     index = next((k for k, r in enumerate(case.retrained) if r is model), None)
-    after = _all_folds(case, levels, ready.folds, model) if index is None else ready.retrained[index][:, None]
+    after = _all_folds(case, ready, model) if index is None else ready.retrained[index][:, None]
     curve = levels.rho(before, after, ready.retrained, keep)
     axis, late = tuple(float(step) for step in steps), len(steps) // 2
     never = ready.retrained[keep] if keep else levels.never[:, None].expand(-1, len(steps), -1)

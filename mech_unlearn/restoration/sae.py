@@ -41,7 +41,8 @@ ALPHAS = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Strengths tried; 0 changes nothing. Source: grid of the release of arXiv 2602.18505, with 0.5 added."""
 MAX_ACCURACY_DROP, MAX_KL = 0.02, 0.1
 """Collateral bounds: share of other facts lost, and nats of KL on their prompts, when their own profile is written."""
-TUNE_FACTS = 60
+TUNE_FACTS = 40
+"""Facts on which the strength is chosen and the collateral damage measured, at the most; drawn with the seed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +83,14 @@ def prepare(case: Case, shared: Levels | None = None) -> SaeLevels:
         torch.stack(c) if c else torch.zeros(0, len(ALPHAS), len(levels.full))
         for c, levels in zip(curves, (tune, test), strict=True)
     ]
-    return SaeLevels(profiles, tune, test, stacked[0], stacked[1], subject_fvu(case, case.full))
+    return SaeLevels(profiles, tune, test, stacked[0], stacked[1], subject_fvu(case, test, case.full))
 
 
-def subject_fvu(case: Case, model: Model) -> float:
+def subject_fvu(case: Case, test: Levels, model: Model) -> float:
     """sum ||h - h_hat||^2 / sum ||h - mean h||^2 at the subjects' last tokens; NaN without an SAE."""
     if case.sae is None:
         return float("nan")
-    h = read_span(model, split_queries(case, "test"), case.write_site)[0][:, 0]
+    h = read_span(model, test.true, case.write_site)[0][:, 0]
     return ((h - case.sae.reconstruct(h)).square().sum() / (h - h.mean(0)).square().sum()).item()
 
 
@@ -98,7 +99,7 @@ def collateral(case: Case, profiles: Profiles, model: Model) -> list[tuple[float
     facts = contrast_facts(case)
     if not facts:
         return [(0.0, 0.0)] * len(ALPHAS)
-    queries = split_queries(case, "tune", facts, limit=1)[:: max(1, len(facts) // TUNE_FACTS)]
+    queries = split_queries(case, "tune", facts[:: max(1, len(facts) // TUNE_FACTS)], limit=1)
     probe = Probe(facts, queries, 0)
 
     def run(write: RowWrite | None) -> tuple[Tensor, Tensor]:
@@ -197,7 +198,7 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
     p_null = (1 + (nulls - before[0] >= gain).flatten(0, 1).sum(0)) / (1 + 2 * case.draws)
     rate = restored_rate(before[0], after[0], ready.test.full)
     null_rate = restored_rate(before[0], nulls.clamp(min=-1e6), ready.test.full)
-    ood = subject_fvu(case, model) > TRANSFER_BOUND * ready.fvu_full
+    ood = subject_fvu(case, ready.test, model) > TRANSFER_BOUND * ready.fvu_full
     flags = tuple(
         (
             *profiles.flags[fact.subject],

@@ -10,7 +10,7 @@ Differs:  (a) true resid_post is patched at the last layer too; the reference pa
           no answer text is in context. (f) recoverability = 1 - UDS / (mean UDS of held-out retrained models),
           because clipping makes even a retrained model score below 1 against the mean of the others. (g) without a
           retrained model the S1 source is F itself reading the prompt about an unknown subject (or, with none
-          given, about another subject with another object): grade B.
+          given, the mean state of up to eight other subjects): grade B.
 Fails:    blind to a block before the patched layer, for example in the embedding (U's states really lack the fact
           there): such a model looks deleted here, and the restoration tests must speak.
 
@@ -26,10 +26,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mech_unlearn.core import Fact, Site
+from mech_unlearn.core import Site
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query, make_query
-from mech_unlearn.restoration.case import Case, Result, mean_by_fact, split_templates
+from mech_unlearn.restoration.case import Case, Result, mean_by_fact
 from mech_unlearn.restoration.levels import Levels, make_probe
 from mech_unlearn.scoring import Batch, score
 
@@ -37,6 +37,8 @@ TAU = 0.05
 """Nats below which a layer of R does not count as lacking the fact. Source: arXiv 2605.24614, default tau."""
 RAW_RATIO_FLAG = 3.0
 """Raw D2 / D1 above which the states are broken rather than erased (RMU reaches 57 in the paper's guide)."""
+STAND_INS = 8
+"""Other subjects whose mean state stands for ignorance when neither retrained models nor unknown names are given."""
 Rows = Literal["answer", "subject"]
 
 
@@ -142,11 +144,15 @@ def _true_only(queries: Sequence[Query]) -> tuple[Query, ...]:
     return tuple(replace(query, answers=query.answers[:1]) for query in queries)
 
 
-def source_drop(case: Case, levels: UdsLevels, source: Model, queries: Sequence[Query]) -> Float[Tensor, "layer fact"]:
-    """D per layer and fact for one source model, the mean over phrasings."""
-    states, _ = read_rows(source, queries, levels.rows)
+def _drop_of(case: Case, levels: UdsLevels, states: Tensor) -> Float[Tensor, "layer fact"]:
+    """D per layer and fact for the states of one source, the mean over phrasings."""
     per_query = drops(case.full, levels.queries, levels.baseline, levels.rows, states)
     return mean_by_fact(per_query, levels.queries, case.facts)
+
+
+def source_drop(case: Case, levels: UdsLevels, source: Model) -> Float[Tensor, "layer fact"]:
+    """D per layer and fact for one source model that reads the same prompts."""
+    return _drop_of(case, levels, read_rows(source, levels.queries, levels.rows)[0])
 
 
 def prepare(case: Case, shared: Levels | None = None, *, rows: Rows = "answer") -> UdsLevels:
@@ -157,37 +163,52 @@ def prepare(case: Case, shared: Levels | None = None, *, rows: Rows = "answer") 
     empty = torch.zeros(0, case.full.n_layers, len(case.facts))
     levels = UdsLevels(queries, chosen, baseline, empty, empty[:, 0])
     if case.retrained:
-        found = [source_drop(case, levels, model, queries) for model in case.retrained]
+        found = [source_drop(case, levels, model) for model in case.retrained]
     else:
-        found = [source_drop(case, levels, case.full, _true_only(_about_others(case)))]
+        found = [_drop_of(case, levels, _ignorant_states(case, queries, chosen))]
     stacked = torch.stack(found)
     rest = [torch.cat([stacked[:k], stacked[k + 1 :]]).mean(0) for k in range(len(found))] if len(found) > 1 else []
     heldout = [uds_score(other, own).uds for other, own in zip(rest, found)]
     return replace(levels, drops=stacked, heldout=torch.stack(heldout) if heldout else levels.heldout)
 
 
-def _about_others(case: Case) -> tuple[Query, ...]:
-    """The TEST prompts with another subject in the slot: an unknown one, else that of a fact with another object."""
-    out = []
-    for i, fact in enumerate(case.facts):
-        name = case.unknown[i % len(case.unknown)].name if case.unknown else _other_subject(case.facts, fact)
-        for template in split_templates(fact, "test")[: case.prompts]:
-            out.append(make_query(case.full.tokenizer, fact, template, subject=name))
-    return tuple(out)
+def _ignorant_states(case: Case, queries: Sequence[Query], rows: Rowset) -> Tensor:
+    """F's states on the same prompts about subjects it can say nothing definite of; stands in for a retrained model.
+
+    One unknown subject per fact, or the mean state of up to eight other subjects (mean ablation): a single known
+    subject would bring its own answer along, which is more wrong than ignorance.
+    """
+    names = [_stand_ins(case, i) for i in range(len(case.facts))]
+    index = {fact.id: i for i, fact in enumerate(case.facts)}
+    total = torch.zeros(0)
+    draws = max(map(len, names))
+    for draw in range(draws):
+        asked = []
+        for query in queries:
+            mine = names[index[query.fact.id]]
+            name = mine[draw % len(mine)]
+            asked.append(make_query(case.full.tokenizer, query.fact, query.template, subject=name))
+        states = read_rows(case.full, _true_only(asked), rows)[0] / draws
+        total = states if draw == 0 else total + states
+    return total
 
 
-def _other_subject(facts: Sequence[Fact], fact: Fact) -> str:
-    for other in facts:
-        if other.relation == fact.relation and other.object != fact.object and other.subject != fact.subject:
-            return other.subject
-    raise ValueError(f"fact {fact.id!r}: without retrained models UDS needs unknown subjects (Case(unknown=...))")
+def _stand_ins(case: Case, i: int) -> tuple[str, ...]:
+    if case.unknown:
+        return (case.unknown[i % len(case.unknown)].name,)
+    fact, known = case.facts[i], (*case.facts, *case.others)
+    away = [other for other in known if other.subject != fact.subject and other.object != fact.object]
+    alike = [other for other in away if other.relation == fact.relation] or away
+    if not alike:
+        raise ValueError(f"fact {fact.id!r}: without retrained models UDS needs other subjects (Case(unknown=...))")
+    return tuple(dict.fromkeys(other.subject for other in alike))[:STAND_INS]
 
 
 def audit(case: Case, levels: UdsLevels, model: Model, name: str) -> Result:
     """Stage 2: the drops caused by the audited model's states, set against those of the retrained models."""
     keep = case.others_than(model)
     index = next((k for k, r in enumerate(case.retrained) if r is model), None)
-    found = levels.drops[index] if index is not None else source_drop(case, levels, model, levels.queries)
+    found = levels.drops[index] if index is not None else source_drop(case, levels, model)
     never = levels.drops[keep] if keep else levels.drops
     got = uds_score(never.mean(0), found)
     single = torch.stack([uds_score(d, found).uds for d in never])

@@ -6,6 +6,7 @@ from conftest import tiny_facts
 from planted import planted_case, planted_facts, planted_model
 
 from mech_unlearn.restoration import Relearn, relearn
+from mech_unlearn.restoration.levels import make_probe
 
 
 def test_folds_by_entity_keep_a_subject_together_and_folds_by_fact_do_not():
@@ -24,7 +25,7 @@ def test_one_subject_cannot_be_split_by_entity():
 
 def test_lessons_use_no_phrasing_that_is_scored():
     case = planted_case(sae=None)
-    scored = {query.prompt for query in relearn.make_levels(case, "test").probe.queries}
+    scored = {query.prompt for query in make_probe(case, "test").queries}
     taught = {row[:length] for row, length in relearn.lessons(case, case.facts)}
     assert taught and not taught & scored
 
@@ -67,6 +68,6 @@ def test_what_a_shared_write_smothered_comes_back_untaught_and_what_was_never_th
 
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another_one():
     case = planted_case(sae=None)
-    levels, rows = relearn.make_levels(case, "test"), relearn.lessons(case, case.facts[:2])
-    first, again, other = (relearn.relearn_curve(case, levels, planted_model("late"), rows, seed) for seed in (0, 0, 1))
+    probe, rows = make_probe(case, "test"), relearn.lessons(case, case.facts[:2])
+    first, again, other = (relearn.relearn_curve(case, probe, planted_model("late"), rows, seed) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)

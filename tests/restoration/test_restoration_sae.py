@@ -134,16 +134,13 @@ def test_an_sae_without_a_telling_latent_gives_way_to_the_direction():
 
 def test_an_sae_out_of_its_domain_is_flagged(world):
     case, ready = world
-    early = planted_model("early")
-    with torch.no_grad():
-        early.held["model.embed_tokens.weight"].add_(torch.randn(64, generator=torch.Generator().manual_seed(0)))
     assert "sae_ood" not in sae.audit(case, ready, planted_model("early"), "early").flags_of(0)
     noisy = planted_model("retrained", 9)
     with torch.no_grad():
         noisy.held["model.embed_tokens.weight"].add_(
             torch.randn(noisy.held["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(0))
         )
-    assert sae.subject_fvu(case, noisy) > 0.3
+    assert sae.subject_fvu(case, ready.test, noisy) > 0.3
 
 
 def test_null_rows_keep_lengths_and_leave_their_own_latent(world):

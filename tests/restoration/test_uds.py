@@ -84,9 +84,9 @@ def test_full_against_itself_is_zero_and_retrained_against_itself_is_one():
     case = tiny_case("llama", tiny_facts(["Anna Lee", "Ben Hill"]), seeds=(1,))
     for rows in ("answer", "subject"):
         levels = uds.prepare(case, rows=rows)
-        same = uds.source_drop(case, levels, case.full, levels.queries)
+        same = uds.source_drop(case, levels, case.full)
         assert same.abs().max() <= 1e-5
-        again = uds.source_drop(case, levels, case.retrained[0], levels.queries)
+        again = uds.source_drop(case, levels, case.retrained[0])
         score = uds.uds_score(levels.drops.mean(0), again)
         defined = ~score.uds.isnan()
         assert defined.any() and torch.equal(score.uds[defined], torch.ones(int(defined.sum())))
@@ -98,7 +98,7 @@ def test_layers_below_the_first_changed_one_drop_nothing():
     with torch.no_grad():
         changed.held["model.layers.2.mlp.down_proj.weight"].mul_(-1)
     levels = uds.prepare(case)
-    drop = uds.source_drop(case, levels, changed, levels.queries)
+    drop = uds.source_drop(case, levels, changed)
     assert drop[:2].abs().max() == 0 and drop[2:].abs().max() > 1e-3
 
 
@@ -121,10 +121,12 @@ def test_a_retrained_model_is_left_out_of_the_mean_when_it_is_audited():
         uds.audit(alone, uds.prepare(alone), alone.retrained[0], "R")
 
 
-def test_without_retrained_models_unknown_subjects_stand_in():
-    facts = planted_case(sae=None).facts
-    case = Case(full=planted_model(), facts=facts, unknown=tuple(Entity(name=n) for n in UNKNOWN))
+@pytest.mark.parametrize("unknown", (UNKNOWN, ()))
+def test_without_retrained_models_unknown_or_other_subjects_stand_in(unknown):
+    base = planted_case(sae=None)
+    names = tuple(Entity(name=n) for n in unknown)
+    case = Case(full=base.full, facts=base.facts, others=base.others, unknown=names)
     levels = uds.prepare(case)
     result = uds.audit(case, levels, planted_model("late"), "late")
     assert result.grade == "B" and (result.recoverability > 0.5).all()
-    assert (uds.audit(case, levels, planted_model("early"), "early").recoverability < 0.1).all()
+    assert (uds.audit(case, levels, planted_model("early"), "early").recoverability < 0.25).all()
