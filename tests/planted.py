@@ -4,6 +4,8 @@ No attention (its output matrices are zero). A name is one token: embedding b ("
 maps u_e to the output direction of the entity's object. Prompts end in the name, so the answer is read there.
 """
 
+from functools import cache
+
 import torch
 from conftest import tiny_tokenizer
 
@@ -111,7 +113,14 @@ def _unit(mlp, unit, reads, writes):
     mlp.down_proj.weight[:, unit] = writes
 
 
+@cache
 def planted_model(truth: str = "full", seed: int = 0, forgotten: int = FORGOTTEN):
+    """The model of `planted_hf`, shared between tests: never to be changed."""
+    return fresh_planted_model(truth, seed, forgotten)
+
+
+def fresh_planted_model(truth: str = "full", seed: int = 0, forgotten: int = FORGOTTEN):
+    """The same, made anew and free to be changed."""
     from mech_unlearn.model import load
 
     return load(planted_hf(truth, seed, forgotten), tokenizer=tiny_tokenizer())

@@ -65,8 +65,8 @@ def _fact_index(profiles: Profiles, probe: Probe) -> Int[Tensor, " query"]:
 def _profile_curve(case: Case, profiles: Profiles, probe: Probe, model: Model) -> Float[Tensor, "alpha kind fact"]:
     """Margins under arm B at each strength."""
     index = _fact_index(profiles, probe)
-    writes = [{case.write_site: Steer(profiles, "profile", alpha, index)} for alpha in ALPHAS]
-    return torch.stack([probe.margins(model, write) for write in writes])
+    arms = [Steer(profiles, "profile", alpha, index) for alpha in ALPHAS]
+    return torch.stack([probe.margins(model, {case.write_site: arm}) for arm in arms])
 
 
 def prepare(case: Case, shared: Levels | None = None) -> SaeLevels:
@@ -187,10 +187,8 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
         return probe.margins(model, {case.write_site: Steer(profiles, arm, strength, index, states=states)})
 
     after = run("profile", alpha)
-    rates = {
-        f"rr_{arm}": restored_rate(before[0], run(arm, strength)[0], ready.test.full)
-        for arm, strength in (("amplify", alpha), ("oracle", alpha), ("full", 1.0))
-    }
+    arms = {"rr_amplify": run("amplify", alpha), "rr_oracle": run("oracle", alpha), "rr_full": run("full", 1.0)}
+    rates = {name: restored_rate(before[0], scores[0], ready.test.full) for name, scores in arms.items()}
     found = ready.test.rho(before, after, ready.test_retrained[:, best], keep)
     gain = after[0] - before[0]
     gained = (gain >= MIN_GAP).nonzero()[:, 0].tolist()

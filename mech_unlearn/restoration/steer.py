@@ -46,8 +46,13 @@ class Steer:
         return out
 
     def _change(self, h: Tensor, query: Tensor, donor: Tensor, offset: int) -> Float[Tensor, "row d_model"]:
+        if self.arm in ("oracle", "full"):
+            assert self.states is not None, f"arm {self.arm!r} needs the full model's states"
+            theirs = self.states[query, offset]
+        else:
+            theirs = h.float()
         if self.arm == "full":
-            return self.alpha * (self.states[query, offset] - h.float())
+            return self.alpha * (theirs - h.float())
         units = self.profiles.units
         now = units.read(h)
         if self.arm == "amplify":
@@ -55,7 +60,7 @@ class Steer:
         elif self.arm == "profile":
             toward = self.profiles.target[donor, offset] - now
         else:
-            toward = units.read(self.states[query, offset]) - now
+            toward = units.read(theirs) - now
         rows = units.rows if self.rows is None else self.rows
         return (self.alpha * toward * self.profiles.chosen[donor]) @ rows
 

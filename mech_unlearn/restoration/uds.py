@@ -31,7 +31,7 @@ from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query, make_query
 from mech_unlearn.restoration.case import Case, Result, mean_by_fact
 from mech_unlearn.restoration.levels import Levels, make_probe
-from mech_unlearn.scoring import Batch, score
+from mech_unlearn.scoring import Batch, RowWrite, score
 
 TAU = 0.05
 """Nats below which a layer of R does not count as lacking the fact. Source: arXiv 2605.24614, default tau."""
@@ -102,7 +102,7 @@ def read_rows(
 
         return read
 
-    writes = {Site(layer, "resid_post"): reader(layer) for layer in range(model.n_layers)}
+    writes: dict[Site | str, RowWrite] = {Site(i, "resid_post"): reader(i) for i in range(model.n_layers)}
     return kept, score(model, queries, writes).logprob[:, 0]
 
 

@@ -9,6 +9,7 @@ from planted import FORGOTTEN, planted_case, planted_model
 from mech_unlearn.restoration import TESTS, Relearn, audit, reference
 from mech_unlearn.verdict import judge, shares
 
+TESTED = tuple(name for name in TESTS if name != "int8")  # the same code as int4
 FIELDS = set(
     json.loads(
         '["test", "version", "model_id", "fact_id", "group", "relation", "layer", "alpha", "score_raw", "score_F", '
@@ -21,7 +22,7 @@ FIELDS = set(
 def audited():
     retrained = tuple(planted_model("retrained", k) for k in (1, 2))
     case = planted_case(retrained=retrained, relearn=Relearn(steps=(1,)), draws=2)
-    ref = reference(case)
+    ref = reference(case, TESTED)
     models = {t: planted_model(t) for t in ("early", "late")}
     models |= {"full": case.full, "retrained": case.retrained[0]}
     return case, ref, {name: audit(ref, model, name) for name, model in models.items()}
@@ -48,7 +49,7 @@ def test_outputs_alone_cannot_tell_suppressed_from_deleted(audited):
 
 def test_every_record_is_json_and_has_the_promised_fields(audited):
     for results in audited[2].values():
-        assert set(results) == set(TESTS)
+        assert set(results) == set(TESTED)
         for test, result in results.items():
             records = json.loads(json.dumps(result.records(), allow_nan=False))
             assert [r["fact_id"] for r in records] == [fact.id for fact in audited[0].facts]

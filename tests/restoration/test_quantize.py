@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_hf, tiny_tokenizer
-from planted import planted_case, planted_model
+from planted import fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.model import load
 from mech_unlearn.restoration import quantize
@@ -70,7 +70,7 @@ def test_conv1d_is_rounded_along_its_columns():
 
 
 def test_codes_agree_with_themselves_and_part_with_distance():
-    a, b, c = planted_model(), planted_model(), planted_model()
+    a, b, c = planted_model(), fresh_planted_model(), fresh_planted_model()
     with torch.no_grad():
         b.held["model.layers.0.self_attn.q_proj.weight"].add_(1e-5)
         c.held["model.layers.0.self_attn.q_proj.weight"].mul_(-1)
@@ -80,7 +80,7 @@ def test_codes_agree_with_themselves_and_part_with_distance():
 
 def test_a_suppression_smaller_than_half_a_step_is_undone_by_rounding_and_the_model_is_left_alone():
     case = planted_case(sae=None)
-    masked = planted_model()
+    masked = fresh_planted_model()
     gate = masked.held["model.layers.2.mlp.gate_proj.weight"]
     with torch.no_grad():
         # The person direction closes each name's gate a little: below half a step of the row's largest entry.

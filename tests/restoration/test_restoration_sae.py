@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planted import FORGOTTEN, NAMES, planted_case, planted_model, planted_sae
+from planted import FORGOTTEN, NAMES, fresh_planted_model, planted_case, planted_model, planted_sae
 
 from mech_unlearn.core import Site
 from mech_unlearn.restoration import sae
@@ -135,7 +135,7 @@ def test_an_sae_without_a_telling_latent_gives_way_to_the_direction():
 def test_an_sae_out_of_its_domain_is_flagged(world):
     case, ready = world
     assert "sae_ood" not in sae.audit(case, ready, planted_model("early"), "early").flags_of(0)
-    noisy = planted_model("retrained", 9)
+    noisy = fresh_planted_model("retrained", 9)
     with torch.no_grad():
         noisy.held["model.embed_tokens.weight"].add_(
             torch.randn(noisy.held["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(0))
