@@ -115,7 +115,8 @@ def unspecific(
 
 @torch.no_grad()
 def generic(model: Model, sae: Sae, texts: Sequence[str]) -> Bool[Tensor, " latent"]:
-    """Latents that fire on more than 1 % of the tokens of generic text; none without texts."""
+    """Latents that fire on more than 1 % of the tokens of generic text, or more than the mean latent does where that is
+    more (a small SAE: L0 / d_sae); none without texts."""
     if not texts:
         return torch.zeros(sae.d_sae, dtype=torch.bool, device=model.device)
     count, total = torch.zeros(sae.d_sae, device=model.device), 0
@@ -126,7 +127,7 @@ def generic(model: Model, sae: Sae, texts: Sequence[str]) -> Bool[Tensor, " late
             model.logits(ids)
         count += (sae.encode(seen["x"][0]) > 0).float().sum(0)
         total += ids.shape[1]
-    return count / total > 0.01
+    return count / total > max(0.01, sae.mean_l0 / sae.d_sae)
 
 
 @torch.no_grad()
