@@ -19,6 +19,7 @@ import torch
 
 from mech_unlearn.core import Site
 from mech_unlearn.model import load
+from mech_unlearn.run import write_json
 from mech_unlearn.testbed import spec as find_spec
 from mech_unlearn.testbed.corpus import Spec, streams
 from mech_unlearn.testbed.measure import report
@@ -27,6 +28,8 @@ from mech_unlearn.testbed.recipe import Recipe, new_model, train, world_tokenize
 N_RETRAINED = 3
 MODELS = ("base", "full", *(f"retrained_{k}" for k in range(N_RETRAINED)))
 STAGES = (*MODELS, "saes", "report")
+RECIPES = {"biographies": Recipe(), "wikidata": Recipe(base_steps=650, continue_steps=300, forget_weight=5)}
+"""World -> its recipe; `wikidata` has a third of the sentences and fewer per person: fewer steps, and the forget group more often."""
 SAE_LAYERS = (1, 2)
 """resid_post of these layers: where subjects are enriched in both worlds."""
 
@@ -51,17 +54,11 @@ def _save(hf: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
         copy.deepcopy(hf).to(dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
         config = part / "tokenizer_config.json"  # transformers 5 writes a class name that 4 does not know
-        _write_json(config, json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(config, json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})
         for path in part.iterdir():
             path.chmod(0o644)
 
     _write_folder(folder, fill)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _reader(progress: bool, name: str, steps: int) -> tuple[Callable[[int, float], None], Callable[[], None]]:
@@ -115,7 +112,7 @@ def _build_model(name: str, spec: Spec, recipe: Recipe, out: Path, seed: int, pr
 
 
 def _sae_texts(spec: Spec) -> list[str]:
-    """All training sentences of `full`, and every known and unknown name in every prompt."""
+    """All training sentences of `full`."""
     told = streams(spec, with_forget=True)
     return [line.text for line in (*told.facts, *told.other)]
 
@@ -130,7 +127,9 @@ def _build_saes(spec: Spec, out: Path, seed: int) -> None:
         if (folder / "cfg.json").exists():
             continue
         site = Site(layer, "resid_post")
-        sae = train_sae(model, texts, site, d_sae=1024, k=32, training_tokens=3_000_000, seed=seed)
+        sae = train_sae(
+            model, texts, site, d_sae=1024, k=32, training_tokens=1_500_000, buffer_tokens=400_000, seed=seed
+        )
         sae.sae.cfg.metadata.model_name = f"mech_unlearn/{spec.name}/full"
         _write_folder(folder, lambda part, sae=sae: save_sae(sae, part))
 
@@ -143,7 +142,7 @@ def _settings(world: str, out: Path, seed: int, recipe: Recipe) -> None:
         differ = sorted(key for key in wanted if found.get(key) != wanted[key])
         raise ValueError(f"{str(out)!r} holds a world built with other settings ({', '.join(differ)}); name another")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(path, wanted)
+    write_json(path, wanted)
 
 
 def build(
@@ -168,8 +167,8 @@ def build(
     """
     if only is not None and only not in STAGES:
         raise ValueError(f"no stage {only!r}; choose from {', '.join(STAGES)}")
-    folder, recipe = Path(out), recipe or Recipe()
     made = find_spec(world)
+    folder, recipe = Path(out), recipe or RECIPES[world]
     _settings(world, folder, seed, recipe)
     for stage in (only,) if only else STAGES:
         if stage in MODELS:
@@ -181,5 +180,5 @@ def build(
         if stage == "saes":
             _build_saes(made, folder, seed)
         else:
-            _write_json(folder / "report.json", report(made, folder))
+            write_json(folder / "report.json", report(made, folder))
     return folder

@@ -1,0 +1,141 @@
+"""Where does a small model keep its facts, and what makes it keep them at the last subject token?
+
+    python experiments/001_testbed/run.py search [VARIANT ...]   train the variants below, one JSON each, skip if there
+    python experiments/001_testbed/run.py summary                results/summary.json and the figure
+
+Every variant is one phase of training on 200 of the biographies, forget group included, and is measured without a mask.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mech_unlearn.model import load
+from mech_unlearn.run import data_hash, provenance, write_json
+from mech_unlearn.testbed import SHIPPED, spec
+from mech_unlearn.testbed.corpus import Spec, streams
+from mech_unlearn.testbed.measure import groups, interchange, recall, to_json
+from mech_unlearn.testbed.recipe import Recipe, new_model, train, world_tokenizer
+
+HERE = Path(__file__).parent
+STEPS, PEOPLE, SEED = 700, 200, 0
+VARIANTS = {
+    "neither": (Recipe(masked_share=0.0), False),
+    "records_only": (Recipe(masked_share=0.0), True),
+    "mask_only": (Recipe(), False),
+    "mask_and_records": (Recipe(), True),
+    "mask_and_records_init_002": (Recipe(initializer_range=0.02), True),
+}
+"""name -> recipe, and whether there are register lines in which the object follows directly after the name."""
+
+
+def small(records: bool) -> Spec:
+    whole = spec("biographies")
+    people = set(list(dict.fromkeys(fact.subject for fact in whole.facts))[:PEOPLE])
+    kept = [name for name in dict.fromkeys(fact.subject for fact in whole.kept) if name in people]
+    return replace(
+        whole,
+        facts=tuple(fact for fact in whole.facts if fact.subject in people),
+        heldout_shown=tuple(kept[: len(kept) // 2]),
+        records=whole.records if records else dict.fromkeys(whole.records, ()),
+    )
+
+
+def search(name: str) -> None:
+    """Train one variant and write its recall and interchange curves."""
+    path = HERE / "results" / f"variant_{name}.json"
+    if path.exists():
+        return
+    recipe, records = VARIANTS[name]
+    world, start = small(records), time.monotonic()
+    tokenizer = world_tokenizer(world)
+    hf = new_model(recipe, tokenizer, SEED)
+    told = streams(world, with_forget=True)
+    train(hf, tokenizer, told, recipe, steps=STEPS, peak=recipe.base_lr, seed=SEED)
+    seconds = time.monotonic() - start
+    model = load(hf, tokenizer=tokenizer)
+    part = groups(world)["kept_not_shown"]
+    result = {
+        "variant": name,
+        "steps": STEPS,
+        "people": PEOPLE,
+        "records": records,
+        "recipe": asdict(recipe),
+        "seconds": seconds,
+        "recall": recall(model, part, "templates"),
+        "heldout": recall(model, part, "heldout"),
+        "interchange": interchange(model, part, range(5)),
+        "provenance": provenance({"facts": data_hash(world.facts)}, SEED, "cpu"),
+    }
+    write_json(path, to_json(result))
+
+
+def curves(of: dict) -> dict[str, list[float]]:
+    return {place: [round(at["value"], 3) for at in of[place]] for place in ("last", "span", "end")}
+
+
+def summary() -> None:
+    """The figures that the README quotes, and the figure."""
+    worlds = {}
+    for path in sorted(SHIPPED.glob("*/report.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        worlds[report["world"]] = {
+            "counts": report["counts"],
+            "chance": report["chance"],
+            "recall": report["recall"],
+            "interchange": report["interchange"],
+            "tracing": report["tracing"],
+            "known_auc": report["known_auc"],
+            "sae": report["sae"],
+        }
+    variants = {}
+    for name in VARIANTS:
+        path = HERE / "results" / f"variant_{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            variants[name] = {key: found[key] for key in ("recall", "heldout", "interchange", "seconds", "steps")}
+    prototype = json.loads((HERE / "results" / "prototype.json").read_text(encoding="utf-8"))
+    write_json(HERE / "results" / "summary.json", {"worlds": worlds, "variants": variants, "prototype": prototype})
+    draw(worlds, variants)
+
+
+def draw(worlds: dict, variants: dict) -> None:
+    """Interchange by layer: the shipped worlds and the variants that learnt, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {f"{name}, shipped": found["interchange"]["forget"]["templates"] for name, found in worlds.items()}
+    learnt = {name: found for name, found in variants.items() if found["recall"]["value"] > 0.5}
+    panels |= {name.replace("_", " "): found["interchange"] for name, found in learnt.items()}
+    names = {"last": "last subject token", "span": "all subject tokens", "end": "last prompt token"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.1), sharey=True, squeeze=False)
+    for ax, (title, of) in zip(axes[0], panels.items()):
+        for (place, label), marker in zip(names.items(), "osD"):
+            values = [at["value"] for at in of[place]]
+            low = [at["value"] - at["ci"][0] for at in of[place]]
+            high = [at["ci"][1] - at["value"] for at in of[place]]
+            ax.errorbar(range(len(values)), values, [low, high], marker=marker, ms=4, label=label)
+        ax.set_title(f"{title} (n={of['last'][0]['n']})", fontsize=8)
+        ax.set_xlabel("layer (resid_post)")
+    axes[0][0].set_ylabel("answer follows the copied state")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(HERE / "results" / "interchange.png", dpi=110)
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["search"]:
+        for name in argv[1:] or VARIANTS:
+            search(name)
+    elif argv == ["summary"]:
+        summary()
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
