@@ -35,7 +35,7 @@ def share(hits: int, n: int, unit: str) -> Measurement:
 
 def recall(model: Model, facts: Sequence[Fact], which: Literal["templates", "prompt", "heldout"]) -> Measurement:
     """Share of prompts after which greedy decoding gives the whole object; n counts facts times phrasings."""
-    queries = make_queries(model.tokenizer, [replace(fact, distractors=()) for fact in facts], which)
+    queries = make_queries(model.tokenizer, facts, which, distractors=False)
     exact = score(model, queries).exact
     return share(int(exact.sum()), len(queries), "share of prompts")
 
