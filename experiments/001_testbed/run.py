@@ -26,7 +26,6 @@ VARIANTS = {
     "records_only": (Recipe(masked_share=0.0), True),
     "mask_only": (Recipe(), False),
     "mask_and_records": (Recipe(), True),
-    "mask_and_records_init_002": (Recipe(initializer_range=0.02), True),
 }
 """name -> recipe, and whether there are register lines in which the object follows directly after the name."""
 
@@ -116,8 +115,8 @@ def draw(worlds: dict, variants: dict) -> None:
     for ax, (title, of) in zip(axes[0], panels.items()):
         for (place, label), marker in zip(names.items(), "osD"):
             values = [at["value"] for at in of[place]]
-            low = [at["value"] - at["ci"][0] for at in of[place]]
-            high = [at["ci"][1] - at["value"] for at in of[place]]
+            low = [max(0.0, at["value"] - at["ci"][0]) for at in of[place]]
+            high = [max(0.0, at["ci"][1] - at["value"]) for at in of[place]]
             ax.errorbar(range(len(values)), values, [low, high], marker=marker, ms=4, label=label)
         ax.set_title(f"{title} (n={of['last'][0]['n']})", fontsize=8)
         ax.set_xlabel("layer (resid_post)")

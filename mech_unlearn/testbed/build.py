@@ -29,7 +29,7 @@ N_RETRAINED = 3
 MODELS = ("base", "full", *(f"retrained_{k}" for k in range(N_RETRAINED)))
 STAGES = (*MODELS, "saes", "report")
 RECIPES = {"biographies": Recipe(), "wikidata": Recipe(base_steps=650, continue_steps=300, forget_weight=5)}
-"""World -> its recipe; `wikidata` has a third of the sentences, so fewer steps, and its forget group comes more often."""
+"""World -> its recipe; `wikidata` has a third of the sentences, so fewer steps, and its forget group more often."""
 SAE_LAYERS = (1, 2)
 """resid_post of these layers: where subjects are enriched in both worlds."""
 

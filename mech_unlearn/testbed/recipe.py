@@ -38,7 +38,7 @@ class Recipe:
     n_heads: int = 4
     n_kv_heads: int = 2
     initializer_range: float = 0.08
-    """Standard deviation of the initial weights; with the usual 0.02 the masked model does not start to learn."""
+    """Standard deviation of the initial weights; with the usual 0.02 a masked model was at chance after 1,200 steps."""
     gate: int = 3
     """First layer in which tokens after the subject may attend to its last token."""
     masked_share: float = 0.8
