@@ -125,10 +125,14 @@ def audit(
     unlearned: Annotated[str, typer.Option(help="model after unlearning: hub id or folder")],
     facts: Annotated[Path, typer.Option(help="the facts that were to be forgotten")],
     out: Annotated[Path, typer.Option(help="run directory")] = Path("runs/audit"),
-    retrained: Annotated[list[str] | None, typer.Option(help="model trained without the facts; repeat for more")] = None,
+    retrained: Annotated[
+        list[str] | None, typer.Option(help="model trained without the facts; repeat for more")
+    ] = None,
     retain: Annotated[Path | None, typer.Option(help="facts that were to stay: health of the model")] = None,
     sae: Annotated[str | None, typer.Option(help="SAE of the full model: folder or release/id")] = None,
-    tests: Annotated[str, typer.Option(help="core, all, or names from `mech-unlearn list tests`, comma-separated")] = "core",
+    tests: Annotated[
+        str, typer.Option(help="core, all, or names from `mech-unlearn list tests`, comma-separated")
+    ] = "core",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: Seed = 0,
@@ -204,6 +208,7 @@ def _show(summary: dict[str, Any], out: Path, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends with status 2 and one line, without a traceback."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads make small models crawl
     try:
         sys.exit(app(standalone_mode=False))
     except KeyboardInterrupt:

@@ -1,95 +1,16 @@
 """What the commands on a user's own models and files do, without the printing: locate, unlearn, audit, list."""
 
-import ast
-import difflib
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn.core import Attribution, Entity, Fact, ForgetSet, RetainSet, Site
+from mech_unlearn.core import Attribution, Entity, Fact, ForgetSet, RetainSet
 from mech_unlearn.data.jsonl import load_facts
+from mech_unlearn.inputs import choose, entities, make_method, mentions, open_model, open_sae, prompts_about, read_lines
 from mech_unlearn.run import data_hash, open_run, provenance, write_json
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def open_model(source: str, device: str, dtype: str) -> Any:
-    """The model of a hub id or folder on a named device and dtype.
-
-    Raises:
-        ValueError: an unknown dtype, a device this machine lacks, or what `load` refuses.
-    """
-    import torch
-
-    from mech_unlearn.model import load
-
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return load(source, device=device, dtype=getattr(torch, dtype))
-
-
-def read_lines(path: Path | None) -> tuple[str, ...]:
-    """The non-empty lines of a text file; none without a file.
-
-    Raises:
-        ValueError: a file that is not there or empty.
-    """
-    if path is None:
-        return ()
-    if not path.is_file():
-        raise ValueError(f"file {str(path)!r} does not exist")
-    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not lines:
-        raise ValueError(f"file {str(path)!r} is empty")
-    return lines
-
-
-def choose(name: str, options: Mapping[str, Any], what: str) -> Any:
-    """The option of that name.
-
-    Raises:
-        ValueError: there is none; the message lists the nearest, or all.
-    """
-    if name not in options:
-        near = difflib.get_close_matches(name, options, n=3) or list(options)
-        raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(near)}")
-    return options[name]
-
-
-def make_method(name: str, settings: Sequence[str], seed: int, **given: Any) -> Any:
-    """A removal method from `key=value` settings, each parsed as the type its field has.
-
-    Raises:
-        ValueError: unknown method or setting, or a value of another type.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    from mech_unlearn.methods import METHODS
-
-    kind = choose(name, METHODS, "method")
-    types = {f.name: f.type for f in fields(kind)}
-    values = {key: value for key, value in {"seed": seed, **given}.items() if key in types}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"setting {setting!r} is not of the form key=value")
-        wanted = choose(key, {k: t for k, t in types.items() if k not in given}, f"setting of {name}")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        try:
-            values[key] = TypeAdapter(wanted).validate_python(value)
-        except ValidationError as error:
-            raise ValueError(f"setting {setting!r} of {name}: {error.errors()[0]['msg']}") from error
-    return kind(**values)
 
 
 def summary_of(thing: Any) -> tuple[str, str]:
@@ -121,41 +42,6 @@ def listing(kind: str) -> list[dict[str, str]]:
     return rows
 
 
-def default_site(model: Any) -> Site:
-    """Where an SAE is trained when none is given: a third of the way up, where subjects are enriched.
-
-    Source: arXiv 2304.14767 (early to middle layers); any layer can be had by training one and passing it.
-    """
-    return Site(max(1, round(model.n_layers / 3) - 1), "resid_post")
-
-
-def open_sae(source: str | None, model: Any, texts: Sequence[str], seed: int) -> Any:
-    """The SAE at that place, or one trained on the texts when none is given.
-
-    Raises:
-        ValueError: none given and fewer than 50 texts to train on.
-    """
-    from mech_unlearn.latents import load_sae, train_sae
-
-    if source is not None:
-        return load_sae(source, model)
-    if len(texts) < 50:
-        raise ValueError(f"no SAE given and only {len(texts)} texts to train one on; pass --sae or more --texts")
-    width = model.d_model
-    d_sae = 16 * width if width <= 256 else 8 * width
-    return train_sae(model, texts, default_site(model), d_sae=d_sae, k=min(32, width // 2), seed=seed)
-
-
-def mentions(facts: Sequence[Fact]) -> tuple[str, ...]:
-    """The facts written out as sentences: text to train an SAE on."""
-    return tuple(dict.fromkeys(f"{t.replace('{}', f.subject)} {f.object}" for f in facts for t in f.templates))
-
-
-def entities(path: Path | None, kind: str | None) -> tuple[Entity, ...]:
-    """Entities from a file of names, one per line."""
-    return tuple(Entity(name=name, kind=kind) for name in read_lines(path))
-
-
 def run_locate(
     model: str,
     facts: Path,
@@ -183,7 +69,7 @@ def run_locate(
     loaded = open_model(model, device, dtype)
     if how == "known_unknown":
         kinds = tuple(Entity(name=e.name, kind=known[0].kind) for e in names)
-        opened = open_sae(sae, loaded, (*mentions(known), *_named(kinds, known)), seed)
+        opened = open_sae(sae, loaded, (*mentions(known), *prompts_about(kinds, known)), seed)
         result = locator(loaded, known, saes=(opened,), unknown=kinds, seed=seed)
     elif how == "causal_trace":
         result = locator(loaded, known, seed=seed)
@@ -195,12 +81,6 @@ def run_locate(
     draw = plots.heatmap if len(result.axes) == 2 else plots.curve
     plots.save(run.folder / "figures" / f"{how}.png", lambda ax: draw(result, ax))
     return result
-
-
-def _named(names: Sequence[Entity], facts: Sequence[Fact]) -> tuple[str, ...]:
-    """The facts' prompts with other names in the slot, without an answer."""
-    templates = dict.fromkeys(t for fact in facts for t in fact.templates)
-    return tuple(t.replace("{}", e.name) for e in names for t in templates)
 
 
 def _hashes(facts: Sequence[Fact], **models: Any) -> dict[str, str]:
@@ -248,21 +128,16 @@ def run_unlearn(
     loaded = open_model(model, device, dtype)
     given: dict[str, Any] = {}
     if needs_sae:
-        corpus = (*mentions((*forgotten, *kept)), *_named(retain_set.unknown, forgotten), *retain_set.texts)
+        corpus = (*mentions((*forgotten, *kept)), *prompts_about(retain_set.unknown, forgotten), *retain_set.texts)
         given = {"sae": open_sae(sae, loaded, corpus, seed)}
     edit = make_method(method, settings, seed, **given).fit(loaded, forget_set, retain_set)
 
-    def outputs() -> dict[str, Any]:
-        plain = read_lines(texts)
-        return measure_outputs(loaded, loaded, forgotten, retain_set.neighbors, plain, seed).to_json()
+    def outputs(of: Any) -> dict[str, Any]:
+        return measure_outputs(loaded, of, forgotten, retain_set.neighbors, retain_set.texts, seed).to_json()
 
-    before = outputs()
-    with ExitStack() as stack:
-        twin = stack.enter_context(_twin(loaded, edit))
-        after = measure_outputs(
-            loaded, twin, forgotten, retain_set.neighbors, retain_set.texts, seed
-        ).to_json()
-    before["general_kl"] = after["general_kl"] and after["general_kl"] | {"value": 0.0, "ci": [0.0, 0.0]}
+    before = outputs(loaded)
+    with _twin(loaded, edit) as twin:
+        after = outputs(twin)
     result: dict[str, Any] = {"method": method, "recipe": dict(edit.recipe), "before": before, "after": after}
     hashes = _hashes((*forgotten, *kept), model=loaded)
     out.mkdir(parents=True, exist_ok=True)
@@ -280,18 +155,13 @@ def run_unlearn(
     return result
 
 
-def _twin(model: Any, edit: Any) -> Any:
+@contextmanager
+def _twin(model: Any, edit: Any) -> Iterator[Any]:
     """A second model with the edit in force, beside the untouched one."""
-    from contextlib import contextmanager
-
     from mech_unlearn.edit import clone
 
-    @contextmanager
-    def both():
-        with clone(model) as copy, edit.on(copy):
-            yield copy
-
-    return both()
+    with clone(model) as copy, edit.on(copy):
+        yield copy
 
 
 def run_audit(

@@ -202,7 +202,7 @@ class Attribution:
         return pd.DataFrame(columns, index=index).reset_index()
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict; `from_json` gives the same Attribution back."""
+        """A plain dict of JSON values (NaN may be written as null); `from_json` gives the same Attribution back."""
         tensors = {
             key: None if (value := getattr(self, key)) is None else value.tolist() for key in ("values", "low", "high")
         }
@@ -218,7 +218,12 @@ class Attribution:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Attribution":
-        tensors = {k: None if data[k] is None else torch.tensor(data[k]) for k in ("values", "low", "high")}
+        import numpy as np  # reads null as NaN
+
+        tensors = {
+            k: None if data[k] is None else torch.from_numpy(np.array(data[k], dtype=np.float32))
+            for k in ("values", "low", "high")
+        }
         labels = {axis: tuple(values) for axis, values in data["labels"].items()}
         return cls(**{**data, **tensors, "axes": tuple(data["axes"]), "labels": labels})
 

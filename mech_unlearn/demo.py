@@ -1,4 +1,4 @@
-"""The main job, end to end: take facts a model knows, find where they live, remove them, and prove what each removal did.
+"""The main job, end to end: take facts a model knows, find where they live, remove them, prove what each removal did.
 
 Runs on an embedded world where the truth is known: `retrained` never saw the facts, `last_layer_ascent` is a planted
 suppressor (every tensor below the last layer stays bit-identical), `full` knows all. The other removals are judged.
@@ -25,7 +25,7 @@ from mech_unlearn.verdict import Thresholds
 
 TRUTH = {"full": "intact", "retrained": "deleted", "last_layer_ascent": "suppressed"}
 """Rows whose truth is known by construction."""
-ROWS = ("full", "retrained", "last_layer_ascent", "rocr", "sae_shift", "sae_shift_hook", "npo")
+ROWS = ("full", "retrained", "last_layer_ascent", "rocr", "sae_shift", "npo")
 
 
 @dataclass
@@ -57,11 +57,12 @@ class Bench:
         from mech_unlearn.methods import LastLayerAscent, Npo, Rocr, SaeShift
 
         return {
-            "last_layer_ascent": LastLayerAscent(seed=self.seed),
+            "last_layer_ascent": LastLayerAscent(
+                lr=4e-3, epochs=5, batch_size=64, max_nll=8.0, retain_weight=2.0, stop_recall=0.03, seed=self.seed
+            ),
             "rocr": Rocr(seed=self.seed),
             "sae_shift": SaeShift(sae=self.sae, mode="weights", seed=self.seed),
-            "sae_shift_hook": SaeShift(sae=self.sae, mode="hook", seed=self.seed),
-            "npo": Npo(seed=self.seed),
+            "npo": Npo(lr=5e-4, epochs=4, batch_size=64, beta=1.0, retain_weight=5.0, stop_recall=0.06, seed=self.seed),
         }
 
     def edit(self, name: str) -> Edit:
@@ -129,10 +130,13 @@ class Bench:
         from mech_unlearn.locate import LOCATORS
 
         self.log("locate: where does the full model keep these facts?")
-        facts = self.world.forget.facts
+        facts, retain = self.world.forget.facts, self.world.retain
         found = {
             "logit_lens": LOCATORS["logit_lens"](self.full, facts),
-            "causal_trace": LOCATORS["causal_trace"](self.full, facts, seed=self.seed),
+            "causal_trace": LOCATORS["causal_trace"](self.full, facts[::6], seed=self.seed),
+            "known_unknown": LOCATORS["known_unknown"](
+                self.full, retain.neighbors, retain.unknown, [self.sae], texts=retain.texts, seed=self.seed
+            ),
         }
         return {name: result.to_json() for name, result in found.items()}
 
@@ -183,10 +187,10 @@ def captions(guess: float, world: Any) -> dict[str, Any]:
         "chance": guess,
         "note": f"Site: the subject's last token. Chance recall {guess:.2f} (always the relation's commonest object). "
         + Thresholds().describe(),
-        "1_causal_trace": "What restoring one clean state gives back of the answer's probability when all subject tokens "
-        "are corrupted: the facts sit at the subject's last token in early layers and move to the end of the prompt.",
-        "2_restoration_by_layer": "The unlearned model's states, patched into the full model at the rows that predict the "
-        "answer: near 0 the full model still reads the fact in them, near 1 they are as empty as a retrained model's.",
+        "1_causal_trace": "What restoring one clean state gives back of the answer's probability when all subject "
+        "tokens are corrupted: facts sit at the subject's last token in early layers and then move to the prompt's end.",
+        "2_restoration_by_layer": "The unlearned model's states, patched into the full model at the rows that predict "
+        "the answer: near 0 the full model still reads the fact there, near 1 they are as empty as a retrained model's.",
         "3_recall": "Recall of the forget set right after unlearning, and after the stronger of relearning and 4-bit "
         "rounding, each minus what it teaches retrained models.",
         "4_verdicts": "Share of testable facts by provisional verdict.",

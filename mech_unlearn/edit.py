@@ -185,11 +185,11 @@ class Edit:
             for i, p in enumerate(json.loads(header["interventions"]))
         )
         recipe = json.loads(header["recipe"])
-        return cls(
-            name=header["name"], base=header["base"], deltas=deltas, interventions=interventions, recipe=recipe
-        )
+        return cls(name=header["name"], base=header["base"], deltas=deltas, interventions=interventions, recipe=recipe)
 
-    def export(self, model: Model, path: str | os.PathLike, card: Mapping[str, Any] | None = None) -> tuple[float, float]:
+    def export(
+        self, model: Model, path: str | os.PathLike, card: Mapping[str, Any] | None = None
+    ) -> tuple[float, float]:
         """Write the edited model as a Hugging Face folder and prove that plain transformers gives the same logits.
 
         Args:
@@ -277,7 +277,9 @@ def require_empty(path: str | os.PathLike) -> Path:
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent))
     except OSError as error:
-        raise ValueError(f"output folder {str(folder)!r} cannot be written: {error.strerror} in {str(parent)!r}") from error
+        raise ValueError(
+            f"output folder {str(folder)!r} cannot be written: {error.strerror} in {str(parent)!r}"
+        ) from error
     return folder
 
 

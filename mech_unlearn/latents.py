@@ -19,7 +19,7 @@ from torch import Tensor
 from mech_unlearn.capture import stream
 from mech_unlearn.core import Entity, Site
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode
+from mech_unlearn.prompts import encode_all
 
 TRANSFER_BOUND = 1.5
 """An SAE whose FVU on another model exceeds this multiple of its FVU on its own model is out of its domain there."""
@@ -158,7 +158,8 @@ def save_sae(sae: Sae, folder: str | os.PathLike) -> None:
 
 def token_rows(model: Model, texts: Sequence[str], context: int = 512) -> list[tuple[int, ...]]:
     """Token ids of texts, with special tokens, in pieces of at most `context` tokens."""
-    ids = [encode(model.tokenizer, text).ids for text in texts]
+    known = encode_all(model.tokenizer, texts)
+    ids = [known[text].ids for text in texts]
     return [row[i : i + context] for row in ids for i in range(0, len(row), context)]
 
 
@@ -340,7 +341,9 @@ def entity_states(
     prefixes = list(dict.fromkeys(template.split("{}")[0] for template in templates))
     if not prefixes or not entities:
         raise ValueError(f"{len(entities)} entities and {len(templates)} templates: give at least one of each")
-    rows = [encode(model.tokenizer, prefix + entity.name).ids for entity in entities for prefix in prefixes]
+    texts = [prefix + entity.name for entity in entities for prefix in prefixes]
+    known = encode_all(model.tokenizer, texts)
+    rows = [known[text].ids for text in texts]
     return last_states(model, rows, site).unflatten(0, (len(entities), len(prefixes)))
 
 

@@ -21,17 +21,30 @@ class Encoding:
     offsets: tuple[tuple[int, int], ...]
 
 
-def encode(tokenizer: Any, text: str) -> Encoding:
-    """Tokenize one text with the special tokens the HF tokenizer puts in front, and none behind it.
+def encode_all(tokenizer: Any, texts: Sequence[str]) -> dict[str, Encoding]:
+    """Tokenize texts with the special tokens the HF tokenizer puts in front, and none behind; text -> encoding.
 
     An EOS or SEP that the tokenizer appends is dropped: the text is a prompt that goes on.
     """
-    out = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, offsets, special = out["input_ids"], out["offset_mapping"], out["special_tokens_mask"]
+    unique = list(dict.fromkeys(texts))
+    if not unique:
+        return {}
+    out = tokenizer(unique, return_offsets_mapping=True, return_special_tokens_mask=True)
+    rows = zip(out["input_ids"], out["offset_mapping"], out["special_tokens_mask"], strict=True)
+    return {text: _trimmed(*row) for text, row in zip(unique, rows, strict=True)}
+
+
+def _trimmed(ids: list[int], offsets: list[tuple[int, int]], special: list[int]) -> Encoding:
     end = len(ids)
     while end and special[end - 1] and any(not s for s in special[: end - 1]):
         end -= 1
-    return Encoding(tuple(ids[:end]), tuple((0, 0) if s else tuple(o) for o, s in zip(offsets, special))[:end])
+    covered = ((0, 0) if s else tuple(o) for o, s in zip(offsets[:end], special[:end], strict=True))
+    return Encoding(tuple(ids[:end]), tuple(covered))
+
+
+def encode(tokenizer: Any, text: str) -> Encoding:
+    """The encoding of one text; see `encode_all`."""
+    return encode_all(tokenizer, [text])[text]
 
 
 def token_span(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
@@ -83,42 +96,74 @@ class Query:
         return self.prompt + self.answers[0]
 
 
-def make_query(tokenizer: Any, fact: Fact, template: str, subject: str | None = None) -> Query:
-    """Tokenize a fact's prompt and candidates jointly, so that token merges across the border are those of the text.
+@dataclass(frozen=True)
+class Ask:
+    """A fact to be asked for in one phrasing, if wanted about another subject than its own."""
+
+    fact: Fact
+    template: str
+    subject: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        return self.template.replace("{}", self.subject or self.fact.subject)
+
+
+def tokenize(tokenizer: Any, asks: Sequence[Ask], distractors: bool = True) -> tuple[Query, ...]:
+    """The queries of some asks, from one call of the tokenizer.
+
+    Prompt and candidate are tokenized jointly, so that token merges across the border are those of the text.
 
     Args:
-        subject: put this name in the slot instead of the fact's own subject.
+        distractors: whether the fact's distractors are candidates too; recall needs the true answer only.
 
     Raises:
         ValueError: a candidate's first token also covers the end of the prompt, or a word without tokens.
     """
-    name = fact.subject if subject is None else subject
-    slot = template.index("{}")
-    text = template.replace("{}", name)
-    encoding = encode(tokenizer, text)
-    prompt = encoding.ids
-    joint = text if text.endswith((" ", "\n")) else text + " "
-    answers = []
-    for answer in (fact.object, *fact.distractors):
-        both = encode(tokenizer, joint + answer)
-        if both.ids[: len(prompt)] != prompt or len(both.ids) == len(prompt):
+    texts, wanted = [], []
+    for ask in asks:
+        prompt = ask.prompt
+        joint = prompt if prompt.endswith((" ", "\n")) else prompt + " "
+        answers = (ask.fact.object, *(ask.fact.distractors if distractors else ()))
+        wanted.append([joint + answer for answer in answers])
+        texts += [prompt, *wanted[-1]]
+    known = encode_all(tokenizer, texts)
+    unknown = tokenizer.unk_token_id
+    return tuple(
+        _query(ask, known[ask.prompt], [known[text] for text in both], unknown)
+        for ask, both in zip(asks, wanted, strict=True)
+    )
+
+
+def _query(ask: Ask, encoding: Encoding, both: Sequence[Encoding], unknown: int | None) -> Query:
+    prompt, fact = encoding.ids, ask.fact
+    for candidate in both:
+        if candidate.ids[: len(prompt)] != prompt or len(candidate.ids) == len(prompt):
             raise ValueError(
-                f"fact {fact.id!r}: the tokens of {answer!r} merge with the end of the prompt {text!r}; "
+                f"fact {fact.id!r}: the tokens of an answer merge with the end of the prompt {ask.prompt!r}; "
                 "end the prompt in a full word"
             )
-        answers.append(both.ids[len(prompt) :])
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and any(unknown in tokens for tokens in (prompt, *answers)):
-        raise ValueError(f"fact {fact.id!r}: the tokenizer has no tokens for part of {text!r} or its answers")
-    return Query(prompt, token_span(encoding, slot, slot + len(name)), tuple(answers), fact, template)
+        if unknown is not None and unknown in candidate.ids:
+            raise ValueError(f"fact {fact.id!r}: the tokenizer has no tokens for part of {ask.prompt!r} or its answers")
+    slot = ask.template.index("{}")
+    span = token_span(encoding, slot, slot + len(ask.subject or fact.subject))
+    return Query(prompt, span, tuple(c.ids[len(prompt) :] for c in both), fact, ask.template)
+
+
+def make_query(tokenizer: Any, fact: Fact, template: str, subject: str | None = None) -> Query:
+    """The query of one fact and phrasing; see `tokenize`."""
+    return tokenize(tokenizer, [Ask(fact, template, subject)])[0]
 
 
 def make_queries(
-    tokenizer: Any, facts: Sequence[Fact], which: Literal["templates", "prompt", "heldout"] = "templates"
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    which: Literal["templates", "prompt", "heldout"] = "templates",
+    distractors: bool = True,
 ) -> tuple[Query, ...]:
     """One query per fact and phrasing: all that a method may see, the main prompt only, or the held-out ones."""
     choose = {"templates": lambda f: f.templates, "prompt": lambda f: (f.prompt,), "heldout": lambda f: f.heldout}
-    return tuple(make_query(tokenizer, fact, template) for fact in facts for template in choose[which](fact))
+    return tokenize(tokenizer, [Ask(fact, t) for fact in facts for t in choose[which](fact)], distractors)
 
 
 def pad(

@@ -58,7 +58,9 @@ def print_table(rows: Sequence[Mapping[str, Any]], note: str) -> None:
     for name in ("model", *COLUMNS.values(), "verdict", "truth"):
         grid.add_column(name, overflow="fold")
     for row in rows:
-        values = ("–" if row[key] is None or row[key]["value"] is None else f"{row[key]['value']:.2f}" for key in COLUMNS)
+        values = (
+            "–" if row[key] is None or row[key]["value"] is None else f"{row[key]['value']:.2f}" for key in COLUMNS
+        )
         grid.add_row(row["name"], *values, verdict_text(row["verdicts"]), row["truth"] or "–")
     console = Console()
     if not console.is_terminal:

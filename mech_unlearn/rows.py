@@ -1,6 +1,6 @@
 """One audited model as one row: measure its outputs, run the restoration tests, judge each fact."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,11 +1,11 @@
 """A run directory: what was asked, what it ran on, and each result as soon as it exists.
 
-    spec.yaml        what was asked; the same command on the same folder goes on where it stopped
-    provenance.json  versions, git commit, model and data hashes, seed, device
-    cells/*.json     one finished audit each (row, records, verdicts); never computed twice
-    results.jsonl    one record per model x test x fact
-    summary.json     the table; verdicts.json: one entry per fact and model
-    figures/*.png    report.html
+spec.yaml        what was asked; the same command on the same folder goes on where it stopped
+provenance.json  versions, git commit, model and data hashes, seed, device
+cells/*.json     one finished audit each (row, records, verdicts); never computed twice
+results.jsonl    one record per model x test x fact
+summary.json     the table; verdicts.json: one entry per fact and model
+figures/*.png    report.html
 """
 
 import hashlib

@@ -1,13 +1,62 @@
 """Tiny random models from config, and a few facts: no network, no downloads, no mocks."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads make small models crawl
+
 import pytest
 import torch
 
-WORDS = (
-    "Anna Ben Cara Dan Eva Finn Gina Hugo Lee Hill Moss Park Reed Stone Vale West "
-    "Paris Rome Oslo Bern Acme Globex Initech Umbrella The birthplace of is was born in works for employer "
-    "Rivers run to the sea and rain falls on hills . , : ?"
-).split()
+WORDS = [
+    "Anna",
+    "Ben",
+    "Cara",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gina",
+    "Hugo",
+    "Lee",
+    "Hill",
+    "Moss",
+    "Park",
+    "Reed",
+    "Stone",
+    "Vale",
+    "West",
+    "Paris",
+    "Rome",
+    "Oslo",
+    "Bern",
+    "Acme",
+    "Globex",
+    "Initech",
+    "Umbrella",
+    "The",
+    "birthplace",
+    "of",
+    "is",
+    "was",
+    "born",
+    "in",
+    "works",
+    "for",
+    "employer",
+    "Rivers",
+    "run",
+    "to",
+    "the",
+    "sea",
+    "and",
+    "rain",
+    "falls",
+    "on",
+    "hills",
+    ".",
+    ",",
+    ":",
+    "?",
+]
 
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2", "qwen3", "olmo2")
 

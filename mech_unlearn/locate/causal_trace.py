@@ -254,7 +254,7 @@ def causal_trace_per_fact(
     Raises:
         ValueError: no facts, settings out of range, or activation interventions in force.
     """
-    queries = make_queries(model.tokenizer, facts, "prompt")
+    queries = make_queries(model.tokenizer, facts, "prompt", distractors=False)
     setting, note = _setting(model, queries, kind, window, samples, noise, sigma, seed, max_tokens)
     effects, clean, corrupted = _trace(model, queries, setting)
     table = torch.full((len(facts), len(CLASSES), model.n_layers), float("nan"))
@@ -283,7 +283,7 @@ def causal_trace_tokens(model: Model, fact: Fact, **settings: Any) -> Attributio
 
     Takes the settings of `causal_trace_per_fact`; the noise is that of the same fact there if `sigma` is given.
     """
-    queries = make_queries(model.tokenizer, [fact], "prompt")
+    queries = make_queries(model.tokenizer, [fact], "prompt", distractors=False)
     setting, note = _setting(model, queries, **settings)
     (effect,), clean, corrupted = _trace(model, queries, setting)
     words = model.tokenizer.convert_ids_to_tokens(list(queries[0].prompt))

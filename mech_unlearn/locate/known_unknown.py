@@ -22,7 +22,7 @@ from mech_unlearn.capture import stream
 from mech_unlearn.core import Attribution, Entity, Fact, Site
 from mech_unlearn.latents import Sae, entity_states
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode
+from mech_unlearn.prompts import encode_all
 
 MIN_BACKGROUND = 1000
 """Generic tokens below which a firing frequency of 2 % (20 firings) cannot be told from chance."""
@@ -132,8 +132,7 @@ def _generic_tokens(
     """Rows of token ids, and the positions in each that hold neither a special token nor a part of a name."""
     pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
     rows, positions = [], []
-    for text in texts:
-        encoding = encode(model.tokenizer, text)
+    for text, encoding in encode_all(model.tokenizer, texts).items():
         spans = [match.span() for match in pattern.finditer(text)]
         for start in range(0, len(encoding.ids), context):
             piece = list(enumerate(encoding.offsets[start : start + context]))

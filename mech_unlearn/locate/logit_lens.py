@@ -59,7 +59,7 @@ def logit_lens_per_fact(
         raise ValueError(
             f"decoder {reader.name!r} reads {reader.d_model} dimensions, {model.name!r} has {model.d_model}"
         )
-    queries = make_queries(model.tokenizer, facts)
+    queries = make_queries(model.tokenizer, facts, distractors=False)
     answers = [query.answers[0] for query in queries]
     places = [[len(q.prompt) - 1 + t for t in range(len(a))] for q, a in zip(queries, answers, strict=True)]
     sites = [Site(layer, "resid_post") for layer in range(model.n_layers)]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact
-from mech_unlearn.prompts import encode, make_queries, pad
+from mech_unlearn.prompts import encode_all, make_queries, pad
 
 Row = tuple[tuple[int, ...], int]
 """Token ids and the position where the answer begins."""
@@ -43,12 +43,12 @@ class AnswerScores:
 
 def answer_rows(tokenizer: Any, facts: Sequence[Fact]) -> list[Row]:
     """Prompt and true answer of each fact in each phrasing that a method may see."""
-    return [(query.full, len(query.prompt)) for query in make_queries(tokenizer, facts)]
+    return [(query.full, len(query.prompt)) for query in make_queries(tokenizer, facts, distractors=False)]
 
 
 def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[Row]:
     """Running texts; every token but the first is predicted."""
-    return [(ids, 1) for text in texts if len(ids := encode(tokenizer, text).ids) > 1]
+    return [(row.ids, 1) for row in encode_all(tokenizer, texts).values() if len(row.ids) > 1]
 
 
 def collate(rows: Sequence[Row], members: Sequence[int], fill: int, device: torch.device) -> Batch:

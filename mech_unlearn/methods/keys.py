@@ -16,7 +16,7 @@ from mech_unlearn.capture import Place, stream
 from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, Site
 from mech_unlearn.edit import Edit, LowRank
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode, token_span
+from mech_unlearn.prompts import encode_all, token_span
 
 POST_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 """Names of an RMSNorm between the MLP and the residual stream (Gemma 2 and 3, OLMo 2; GLM 4)."""
@@ -64,15 +64,22 @@ def contexts_of(facts: Sequence[Fact]) -> tuple[str, ...]:
 
 def mention(tokenizer: Any, template: str, name: str) -> tuple[Row, Row]:
     """(Tokens up to and with the last token of the name, tokens of the name) in the template's full text."""
-    encoding = encode(tokenizer, template.replace("{}", name))
-    start = template.index("{}")
-    a, b = token_span(encoding, start, start + len(name))
-    return encoding.ids[:b], encoding.ids[a:b]
+    return _mentions(tokenizer, [(template, name)])[0]
+
+
+def _mentions(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[Row, Row]]:
+    known = encode_all(tokenizer, [template.replace("{}", name) for template, name in asked])
+    out = []
+    for template, name in asked:
+        encoding, start = known[template.replace("{}", name)], template.index("{}")
+        a, b = token_span(encoding, start, start + len(name))
+        out.append((encoding.ids[:b], encoding.ids[a:b]))
+    return out
 
 
 def mentions(tokenizer: Any, names: Sequence[str], contexts: Sequence[str]) -> list[Row]:
     """The mention of each name in each context, names outermost."""
-    return [mention(tokenizer, context, name)[0] for name in names for context in contexts]
+    return [row for row, _ in _mentions(tokenizer, [(context, name) for name in names for context in contexts])]
 
 
 def spellings(tokenizer: Any, name: str, contexts: Sequence[str]) -> tuple[Row, ...]:

@@ -12,7 +12,7 @@ from mech_unlearn.capture import At, stream
 from mech_unlearn.core import RetainSet, Site
 from mech_unlearn.methods.keys import Row, mentions, names_of
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode, make_queries
+from mech_unlearn.prompts import encode_all, make_queries
 
 Part = Literal["entities", "prompts", "texts"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -73,9 +73,9 @@ def protected_bases(
     names = mentions(tokenizer, names_of(retain.entities), contexts) if "entities" in parts else []
     running: list[Row] = []
     if "prompts" in parts:
-        running += [query.full for query in make_queries(tokenizer, retain.facts)]
+        running += [query.full for query in make_queries(tokenizer, retain.facts, distractors=False)]
     if "texts" in parts:
-        running += [encode(tokenizer, text).ids for text in retain.texts]
+        running += [row.ids for row in encode_all(tokenizer, retain.texts).values()]
     groups: list[tuple[list[Row], At]] = [(rows, at) for rows, at in ((names, "last"), (running, "all")) if rows]
     if not groups:
         raise ValueError(f"the retain set has none of {', '.join(parts)}: give some, or protect=() to protect nothing")

@@ -25,7 +25,7 @@ def recall(
     """
     if not facts:
         raise ValueError("recall needs at least one fact")
-    queries = make_queries(model.tokenizer, facts, which)
+    queries = make_queries(model.tokenizer, facts, which, distractors=False)
     if not queries:
         raise ValueError(f"none of the {len(facts)} facts has a phrasing of kind {which!r}")
     hits = score(model, queries).exact.float()

@@ -12,7 +12,7 @@ from torch import Tensor
 from mech_unlearn.core import Entity, Fact, Site
 from mech_unlearn.latents import Sae
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Query, make_query
+from mech_unlearn.prompts import Ask, Query, tokenize
 
 Split = Literal["select", "tune", "test"]
 Grade = Literal["A", "B", "C"]
@@ -149,11 +149,9 @@ def split_queries(
 ) -> tuple[Query, ...]:
     """Queries of one split, at most `limit` per fact (default: `case.prompts`)."""
     most = case.prompts if limit is None else limit
-    return tuple(
-        make_query(case.full.tokenizer, fact, template)
-        for fact in (case.facts if facts is None else facts)
-        for template in split_templates(fact, split)[:most]
-    )
+    chosen = case.facts if facts is None else facts
+    asks = [Ask(fact, template) for fact in chosen for template in split_templates(fact, split)[:most]]
+    return tokenize(case.full.tokenizer, asks)
 
 
 def _number(x: float) -> float | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Query, make_query
-from mech_unlearn.restoration.case import Case, Split, mean_by_fact, split_templates
+from mech_unlearn.prompts import Query
+from mech_unlearn.restoration.case import Case, Split, mean_by_fact, split_queries
 from mech_unlearn.restoration.normalise import gains, relation_mean, rho, sham_facts
 from mech_unlearn.scoring import RowWrite, score
 
@@ -47,15 +47,8 @@ def make_probe(case: Case, split: Split, facts: Sequence[Fact] | None = None) ->
     """The questions about some facts (default: all of the case), at most `case.prompts` phrasings each."""
     chosen = tuple(case.facts if facts is None else facts)
 
-    def ask(some: Sequence[Fact]) -> list[Query]:
-        return [
-            make_query(case.full.tokenizer, fact, template)
-            for fact in some
-            for template in split_templates(fact, split)[: case.prompts]
-        ]
-
-    shams = [] if case.retrained else ask(sham_facts(chosen, case.seed))
-    return Probe(chosen, tuple(ask(chosen) + shams), len(shams))
+    shams = () if case.retrained else split_queries(case, split, sham_facts(chosen, case.seed))
+    return Probe(chosen, split_queries(case, split, chosen) + shams, len(shams))
 
 
 @dataclass(frozen=True, eq=False)

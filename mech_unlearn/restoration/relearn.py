@@ -24,7 +24,7 @@ from torch import Tensor
 from mech_unlearn.core import Fact
 from mech_unlearn.edit import clone
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import make_query, pad
+from mech_unlearn.prompts import Ask, pad, tokenize
 from mech_unlearn.restoration.case import Case, Relearn, Result, split_templates
 from mech_unlearn.restoration.levels import Levels, Probe, make_levels
 
@@ -59,12 +59,10 @@ def fold_of(facts: Sequence[Fact], settings: Relearn, seed: int) -> tuple[int, .
 
 def lessons(case: Case, facts: Sequence[Fact]) -> list[Lesson]:
     """(token ids of prompt and answer, length of the prompt) for each SELECT and TUNE phrasing."""
-    out = []
-    for fact in facts:
-        for template in dict.fromkeys((*split_templates(fact, "select"), *split_templates(fact, "tune"))):
-            query = make_query(case.full.tokenizer, replace(fact, distractors=()), template)
-            out.append((query.full, len(query.prompt)))
-    return out
+    taught = {fact.id: (*split_templates(fact, "select"), *split_templates(fact, "tune")) for fact in facts}
+    asks = [Ask(fact, template) for fact in facts for template in dict.fromkeys(taught[fact.id])]
+    queries = tokenize(case.full.tokenizer, asks, distractors=False)
+    return [(query.full, len(query.prompt)) for query in queries]
 
 
 def answer_loss(

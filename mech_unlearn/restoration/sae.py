@@ -42,6 +42,8 @@ ALPHAS = (0.5, 1.0, 2.0, 5.0, 10.0)
 MAX_ACCURACY_DROP, MAX_KL = 0.02, 0.1
 """Collateral bounds: share of other facts lost, and nats of KL on their prompts, when their own profile is written."""
 TUNE_FACTS = 40
+MIN_RHO = 0.1
+"""Below this rho, or half a nat of gain, nothing was restored: no nulls are drawn and p_null is 1."""
 """Facts on which the strength is chosen and the collateral damage measured, at the most; drawn with the seed."""
 
 
@@ -191,7 +193,8 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
     rates = {name: restored_rate(before[0], scores[0], ready.test.full) for name, scores in arms.items()}
     found = ready.test.rho(before, after, ready.test_retrained[:, best], keep)
     gain = after[0] - before[0]
-    gained = (gain >= MIN_GAP).nonzero()[:, 0].tolist()
+    restored = (gain >= MIN_GAP) & (found >= MIN_RHO)
+    gained = restored.nonzero()[:, 0].tolist()
     nulls = _nulls(case, ready, model, alpha, gained)
     p_null = (1 + (nulls - before[0] >= gain).flatten(0, 1).sum(0)) / (1 + 2 * case.draws)
     rate = restored_rate(before[0], after[0], ready.test.full)
@@ -216,7 +219,7 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
         score_retrained=ready.test_retrained[keep][:, best] if keep else ready.test.never,
         null=ready.test.null(ready.test_retrained[:, best]),
         rho=found,
-        p_null=torch.where(gain >= MIN_GAP, p_null, torch.ones_like(p_null)),
+        p_null=torch.where(restored, p_null, torch.ones_like(p_null)),
         grade=case.grade,
         n_paraphrases=case.prompts,
         seed=case.seed,

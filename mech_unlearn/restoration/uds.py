@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mech_unlearn.core import Site
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Query, make_query
+from mech_unlearn.prompts import Ask, Query, tokenize
 from mech_unlearn.restoration.case import Case, Result, mean_by_fact
 from mech_unlearn.restoration.levels import Levels, make_probe
 from mech_unlearn.scoring import Batch, RowWrite, score
@@ -183,12 +183,12 @@ def _ignorant_states(case: Case, queries: Sequence[Query], rows: Rowset) -> Tens
     total = torch.zeros(0)
     draws = max(map(len, names))
     for draw in range(draws):
-        asked = []
+        asks = []
         for query in queries:
             mine = names[index[query.fact.id]]
-            name = mine[draw % len(mine)]
-            asked.append(make_query(case.full.tokenizer, query.fact, query.template, subject=name))
-        states = read_rows(case.full, _true_only(asked), rows)[0] / draws
+            asks.append(Ask(query.fact, query.template, mine[draw % len(mine)]))
+        asked = tokenize(case.full.tokenizer, asks, distractors=False)
+        states = read_rows(case.full, asked, rows)[0] / draws
         total = states if draw == 0 else total + states
     return total
 

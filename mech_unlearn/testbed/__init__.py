@@ -40,14 +40,14 @@ class World:
 
     @property
     def sae(self) -> Path:
-        """The SAE of the lowest layer.
+        """The SAE of the highest layer, the last before the facts leave the subject.
 
         Raises:
             ValueError: the world has no SAE.
         """
         if self.saes is None:
             raise ValueError(f"world {self.name!r} in {str(self.folder)!r} has no SAE; build its stage `saes`")
-        return min(path for path in self.saes.iterdir() if path.name.startswith("L"))
+        return max(path for path in self.saes.iterdir() if path.name.startswith("L"))
 
 
 def spec(name: str) -> Spec:

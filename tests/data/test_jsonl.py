@@ -63,7 +63,9 @@ def test_a_bad_line_is_refused_with_file_line_and_reason(tmp_path, bad, reason):
     assert f"{path}:2: " in str(error.value) and reason in str(error.value)
 
 
-@pytest.mark.parametrize(("content", "reason"), [(None, "does not exist"), ("", "holds no facts"), ("\n\n", "holds no")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "does not exist"), ("", "holds no facts"), ("\n\n", "holds no")]
+)
 def test_a_missing_or_empty_file_is_refused(tmp_path, content, reason):
     path = tmp_path / "facts.jsonl"
     if content is not None:
@@ -78,11 +80,15 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
         load_facts(tmp_path / "facts.jsonl")
 
 
-values = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=8), st.lists(st.text(max_size=4), max_size=3))
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.text(max_size=8), st.lists(st.text(max_size=4), max_size=3)
+)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from([*GOOD, "aliases", "paraphrases", "heldout", "distractors", "kind", "x"]), values))
+@given(
+    st.dictionaries(st.sampled_from([*GOOD, "aliases", "paraphrases", "heldout", "distractors", "kind", "x"]), values)
+)
 def test_any_row_is_either_parsed_whole_or_refused_with_a_reason(changes):
     row = GOOD | changes
     try:

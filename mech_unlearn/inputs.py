@@ -1,0 +1,129 @@
+"""What a user hands to the command line, read and checked: models, settings, SAEs, names, text."""
+
+import ast
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mech_unlearn.core import Entity, Fact, Site
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def open_model(source: str, device: str, dtype: str) -> Any:
+    """The model of a hub id or folder on a named device and dtype.
+
+    Raises:
+        ValueError: an unknown dtype, a device this machine lacks, or what `load` refuses.
+    """
+    import torch
+
+    from mech_unlearn.model import load
+
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return load(source, device=device, dtype=getattr(torch, dtype))
+
+
+def read_lines(path: Path | None) -> tuple[str, ...]:
+    """The non-empty lines of a text file; none without a file.
+
+    Raises:
+        ValueError: a file that is not there or empty.
+    """
+    if path is None:
+        return ()
+    if not path.is_file():
+        raise ValueError(f"file {str(path)!r} does not exist")
+    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not lines:
+        raise ValueError(f"file {str(path)!r} is empty")
+    return lines
+
+
+def choose(name: str, options: Mapping[str, Any], what: str) -> Any:
+    """The option of that name.
+
+    Raises:
+        ValueError: there is none; the message lists the nearest, or all.
+    """
+    if name not in options:
+        near = difflib.get_close_matches(name, options, n=3) or list(options)
+        raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(near)}")
+    return options[name]
+
+
+def make_method(name: str, settings: Sequence[str], seed: int, **given: Any) -> Any:
+    """A removal method from `key=value` settings, each parsed as the type its field has.
+
+    Raises:
+        ValueError: unknown method or setting, or a value of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from mech_unlearn.methods import METHODS
+
+    kind = choose(name, METHODS, "method")
+    types = {f.name: f.type for f in fields(kind)}
+    values = {key: value for key, value in {"seed": seed, **given}.items() if key in types}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"setting {setting!r} is not of the form key=value")
+        wanted = choose(key, {k: t for k, t in types.items() if k not in given}, f"setting of {name}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        try:
+            values[key] = TypeAdapter(wanted).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"setting {setting!r} of {name}: {error.errors()[0]['msg']}") from error
+    return kind(**values)
+
+
+def default_site(model: Any) -> Site:
+    """Where an SAE is trained when none is given: a third of the way up, where subjects are enriched.
+
+    Source: arXiv 2304.14767 (early to middle layers); any layer can be had by training one and passing it.
+    """
+    return Site(max(1, round(model.n_layers / 3) - 1), "resid_post")
+
+
+def open_sae(source: str | None, model: Any, texts: Sequence[str], seed: int) -> Any:
+    """The SAE at that place, or one trained on the texts when none is given.
+
+    Raises:
+        ValueError: none given and fewer than 50 texts to train on.
+    """
+    from mech_unlearn.latents import load_sae, train_sae
+
+    if source is not None:
+        return load_sae(source, model)
+    if len(texts) < 50:
+        raise ValueError(f"no SAE given and only {len(texts)} texts to train one on; pass --sae or more --texts")
+    width = model.d_model
+    d_sae = 16 * width if width <= 256 else 8 * width
+    return train_sae(model, texts, default_site(model), d_sae=d_sae, k=min(32, width // 2), seed=seed)
+
+
+def mentions(facts: Sequence[Fact]) -> tuple[str, ...]:
+    """The facts written out as sentences: text to train an SAE on."""
+    return tuple(dict.fromkeys(f"{t.replace('{}', f.subject)} {f.object}" for f in facts for t in f.templates))
+
+
+def entities(path: Path | None, kind: str | None) -> tuple[Entity, ...]:
+    """Entities from a file of names, one per line."""
+    return tuple(Entity(name=name, kind=kind) for name in read_lines(path))
+
+
+def prompts_about(names: Sequence[Entity], facts: Sequence[Fact]) -> tuple[str, ...]:
+    """The facts' prompts with other names in the slot, without an answer."""
+    templates = dict.fromkeys(t for fact in facts for t in fact.templates)
+    return tuple(t.replace("{}", e.name) for e in names for t in templates)
