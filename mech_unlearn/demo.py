@@ -5,8 +5,11 @@ suppressor (every tensor below the last layer stays bit-identical), `full` knows
 """
 
 import json
+import multiprocessing
+import multiprocessing.connection
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +19,7 @@ from typing import Any
 from mech_unlearn import plots
 from mech_unlearn.core import Attribution
 from mech_unlearn.edit import Edit
-from mech_unlearn.metrics import chance, recall
+from mech_unlearn.metrics import recall
 from mech_unlearn.model import Model, load
 from mech_unlearn.report import write_report
 from mech_unlearn.rows import audit_row
@@ -25,6 +28,8 @@ from mech_unlearn.verdict import Thresholds
 
 TRUTH = {"full": "intact", "retrained": "deleted", "last_layer_ascent": "suppressed"}
 """Rows whose truth is known by construction."""
+SLOWEST = ("npo", "last_layer_ascent", "sae_shift", "rocr", "full", "retrained")
+"""The rows, longest work first, so that two processes end at about the same time."""
 ROWS = ("full", "retrained", "last_layer_ascent", "rocr", "sae_shift", "npo")
 
 
@@ -58,11 +63,11 @@ class Bench:
 
         return {
             "last_layer_ascent": LastLayerAscent(
-                lr=4e-3, epochs=5, batch_size=64, max_nll=8.0, retain_weight=2.0, stop_recall=0.03, seed=self.seed
+                lr=4e-3, epochs=12, batch_size=48, max_nll=12.0, retain_weight=2.0, stop_recall=0.005, seed=self.seed
             ),
             "rocr": Rocr(seed=self.seed),
             "sae_shift": SaeShift(sae=self.sae, mode="weights", seed=self.seed),
-            "npo": Npo(lr=5e-4, epochs=4, batch_size=64, beta=1.0, retain_weight=5.0, stop_recall=0.06, seed=self.seed),
+            "npo": Npo(lr=7e-4, epochs=4, batch_size=48, beta=1.0, retain_weight=5.0, stop_recall=0.06, seed=self.seed),
         }
 
     def edit(self, name: str) -> Edit:
@@ -146,6 +151,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr; calling it names the step under way and moves the bar on."""
     from tqdm.auto import tqdm
 
+    tqdm.monitor_interval = 0  # no watching thread, which a fork would not survive
     with tqdm(total=total, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed} {desc}", leave=False) as bar:
 
         def log(message: str) -> None:
@@ -172,25 +178,67 @@ def run_demo(world_name: str, out: Path, *, seed: int = 0) -> dict[str, Any]:
         located = run.folder / "locate.json"
         if not located.exists():
             write_json(located, bench.locate())
+        audit_rows(bench, [name for name in ROWS if not run.has(name)])
         cells = [run.cell(name, lambda name=name: bench.audit(name)) for name in ROWS]
-    guess = chance(world.forget.facts, world.retain.neighbors, seed)
-    write_json(run.folder / "captions.json", captions(guess.value, world))
+    write_json(run.folder / "captions.json", captions(world))
     summary = run.finish("demo", world_name, cells)
     draw_figures(run.folder)
     write_report(run.folder)
     return summary
 
 
-def captions(guess: float, world: Any) -> dict[str, Any]:
+def audit_rows(bench: Bench, names: Sequence[str], workers: int = 2) -> None:
+    """Audit rows side by side in forked processes, one thread each: small models gain little from threads.
+
+    The children inherit the prepared tests and write their cells themselves. Where processes cannot be forked
+    (no Linux, one core) nothing is done and the caller audits one row after the other.
+
+    Raises:
+        RuntimeError: a child failed; its own error is on stderr.
+    """
+    if sys.platform != "linux" or (os.cpu_count() or 1) < 2 or len(names) < 2:
+        return
+    _ = bench.reference, bench.full_neighbor_recall, bench.methods  # made before forking, so that children share them
+    context = multiprocessing.get_context("fork")
+    said, waiting, running = context.SimpleQueue(), sorted(names, key=SLOWEST.index), {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            name = waiting.pop(0)
+            child = context.Process(target=_audit_in_child, args=(bench, name, said), name=name)
+            child.start()
+            running[child.sentinel] = child
+        for sentinel in multiprocessing.connection.wait(list(running), timeout=0.2):
+            child = running.pop(sentinel)
+            child.join()
+            if child.exitcode:
+                raise RuntimeError(f"the audit of {child.name!r} failed with status {child.exitcode}")
+        while not said.empty():
+            bench.log(said.get())
+
+
+def _audit_in_child(bench: Bench, name: str, said: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    bench.log = said.put
+    object.__setattr__(bench.reference.case, "log", said.put)
+    bench.run.cell(name, lambda: bench.audit(name))
+
+
+def captions(world: Any) -> dict[str, Any]:
     """What is written under the table and the figures."""
+    facts = world.forget.facts
+    guess = sum(world.chance[fact.relation] for fact in facts) / len(facts)
     return {
         "chance": guess,
-        "note": f"Site: the subject's last token. Chance recall {guess:.2f} (always the relation's commonest object). "
-        + Thresholds().describe(),
-        "1_causal_trace": "What restoring one clean state gives back of the answer's probability when all subject "
-        "tokens are corrupted: facts sit at the subject's last token in early layers and then move to the prompt's end.",
-        "2_restoration_by_layer": "The unlearned model's states, patched into the full model at the rows that predict "
-        "the answer: near 0 the full model still reads the fact there, near 1 they are as empty as a retrained model's.",
+        "note": f"Site: the subject's last token. Chance recall {guess:.3f} (each relation's commonest object). "
+        "Rocr and SaeShift aim at the same unknown entities: with all latents moved and the reference's SAE error the "
+        f"target is the reference's own state, so their rows agree. {Thresholds().describe()}",
+        "1_causal_trace": "What restoring one clean state gives back of the answer's probability when the whole "
+        "subject is corrupted: facts sit at the subject's last token in early layers, then move to the prompt's end.",
+        "2_restoration_by_layer": "The unlearned model's states, patched into the full model: near 0 the full model "
+        "still reads the fact there, near 1 they are as empty as a retrained model's. Above 1.5 is drawn at 1.5.",
         "3_recall": "Recall of the forget set right after unlearning, and after the stronger of relearning and 4-bit "
         "rounding, each minus what it teaches retrained models.",
         "4_verdicts": "Share of testable facts by provisional verdict.",
@@ -208,12 +256,9 @@ def draw_figures(folder: Path) -> None:
     if (folder / "locate.json").is_file():
         trace = Attribution.from_json(read("locate.json")["causal_trace"])
         plots.save(figures / "1_causal_trace.png", lambda ax: plots.heatmap(trace, ax))
-    curves = {row["name"]: read(f"cells/{row['name']}.json")["curves"].get("uds") for row in rows}
-    curves = {name: values for name, values in curves.items() if values}
-    if curves:
-        label = "erased share (D of U / D of retrained)"
-        draw = lambda ax: plots.restoration_by_layer(curves, ax, label)  # noqa: E731
-        plots.save(figures / "2_restoration_by_layer.png", draw)
+    curves = {row["name"]: read(f"cells/{row['name']}.json")["curves"] for row in rows}
+    if any(curves.values()):
+        plots.save(figures / "2_restoration_by_layer.png", lambda ax: plots.restoration_by_layer(curves, ax))
     guess = read("captions.json").get("chance") if (folder / "captions.json").is_file() else None
     plots.save(figures / "3_recall.png", lambda ax: plots.recall_bars(rows, ax, guess))
     plots.save(figures / "4_verdicts.png", lambda ax: plots.verdict_bars(rows, ax), size=(7.5, 3.4))

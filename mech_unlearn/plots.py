@@ -19,11 +19,13 @@ CYCLE = ("#4a6fa5", "#c8553d", "#3b7a57", "#8e6c8a", "#d19a2a", "#5b8e9c", "#7f7
 
 
 def heatmap(result: Attribution, ax: Any) -> Any:
-    """A two-axis Attribution, first axis downwards, with its unit on the colour bar."""
+    """A two-axis Attribution, first axis downwards, unit on the colour bar; rows without a value are left out."""
     rows, columns = result.axes
-    low = min(0.0, result.values.nan_to_num().min().item())
-    image = ax.imshow(result.values.numpy(), aspect="auto", cmap="magma", vmin=low)
-    ax.set_yticks(range(len(result.labels[rows])), [str(x) for x in result.labels[rows]])
+    kept = (~result.values.isnan().all(1)).nonzero()[:, 0].tolist()
+    values = result.values[kept]
+    low = min(0.0, values.nan_to_num().min().item())
+    image = ax.imshow(values.numpy(), aspect="auto", cmap="magma", vmin=low)
+    ax.set_yticks(range(len(kept)), [str(result.labels[rows][i]) for i in kept])
     ax.set_xticks(range(len(result.labels[columns])), [str(x) for x in result.labels[columns]])
     ax.set_xlabel(columns)
     ax.set_title(f"{result.name} (n = {result.n})", loc="left")
@@ -45,42 +47,53 @@ def curve(result: Attribution, ax: Any, label: str | None = None) -> Any:
     return ax
 
 
-def restoration_by_layer(curves: Mapping[str, Sequence[float | None]], ax: Any, ylabel: str) -> Any:
-    """One line per model over the layers; 0 is as in the full model, 1 as in a retrained one."""
-    for (name, values), color in zip(curves.items(), CYCLE * 2):
-        points = [float("nan") if v is None else v for v in values]
-        ax.plot(range(len(points)), points, marker="o", label=name, color=color)
-    ax.axhline(0, color="#999999", lw=0.8, ls=":")
-    ax.axhline(1, color="#999999", lw=0.8, ls=":")
-    ax.set_xlabel("layer whose residual stream is patched into the full model")
-    ax.set_ylabel(ylabel)
-    ax.set_ylim(-0.1, 1.15)
-    ax.legend(frameon=False, fontsize=8, ncols=2)
+def restoration_by_layer(curves: Mapping[str, Mapping[str, Sequence[float | None]]], ax: Any, cap: float = 1.5) -> Any:
+    """Erased share by layer: model -> {"uds_subject": ..., "uds": ...}; 0 is as in full, 1 as in a retrained model.
+
+    The subject's last token is drawn as a line, the rows that predict the answer dashed; None where retrained states
+    cost nothing. Shares above `cap` (states that break the full model) are drawn at `cap`.
+    """
+    styles = {"uds_subject": ("-", "o"), "uds": ("--", "s")}
+    for (name, variants), color in zip(curves.items(), CYCLE * 2):
+        for variant, (line, marker) in styles.items():
+            values = variants.get(variant, [])
+            points = [float("nan") if v is None else min(v, cap) for v in values]
+            label = name if variant == "uds" else None
+            ax.plot(range(len(points)), points, ls=line, marker=marker, ms=5, color=color, label=label, alpha=0.85)
+            ax.set_xticks(range(len(points)))
+    for level in (0, 1):
+        ax.axhline(level, color="#999999", lw=0.8, ls=":")
+    ax.set_xlabel("layer patched into the full model (line: subject's last token, dashed: answer rows)")
+    ax.set_ylabel("erased share (D of U / D of retrained)")
+    ax.set_ylim(-0.1, cap + 0.1)
+    ax.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
     return ax
 
 
 def recall_bars(rows: Sequence[Mapping[str, Any]], ax: Any, chance: float | None = None) -> Any:
-    """Forget recall after the edit, and what the strongest weight attack gets back, with 95 % intervals.
+    """Forget recall before the edit, after it, and after the stronger weight attack, with 95 % intervals.
 
-    The attack's bar is the recovered share of what was lost: recall + recovery x (1 - recall).
+    The attack's bar is the recovered share of what was lost: recall + recovery x (before - recall).
     """
-    shown = [row for row in rows if row["forget_recall"]]
+    before = next((row["forget_recall"]["value"] for row in rows if row["name"] == "full"), 1.0)
+    shown = [row for row in rows if row["forget_recall"] and row["name"] != "full"]
     for i, row in enumerate(shown):
         recall = row["forget_recall"]
         low, high = recall["ci"]
         value = recall["value"]
-        ax.bar(i - 0.2, value, 0.38, color=CYCLE[0], label="after unlearning" if i == 0 else None)
-        ax.errorbar(i - 0.2, value, [[value - low], [high - value]], color="#222222", capsize=2, lw=1)
+        ax.bar(i - 0.27, before, 0.25, color="#d8d4cb", label="before" if i == 0 else None)
+        ax.bar(i, value, 0.25, color=CYCLE[0], label="after unlearning" if i == 0 else None)
+        ax.errorbar(i, value, [[value - low], [high - value]], color="#222222", capsize=2, lw=1)
         attacks = [row[key]["value"] for key in ("relearn_recovery", "int4_recovery") if row[key]]
         if attacks:
-            back = value + max(attacks) * (1 - value)
-            ax.bar(i + 0.2, back, 0.38, color=CYCLE[1], label="after the stronger attack" if i == 0 else None)
+            back = value + max(attacks) * max(before - value, 0.0)
+            ax.bar(i + 0.27, back, 0.25, color=CYCLE[1], label="after the stronger attack" if i == 0 else None)
     if chance is not None:
         ax.axhline(chance, color="#555555", lw=1, ls="--", label=f"chance {chance:.2f}")
-    ax.set_xticks(range(len(shown)), [row["name"] for row in shown], rotation=20, ha="right")
+    ax.set_xticks(range(len(shown)), [row["name"] for row in shown], rotation=15, ha="right")
     ax.set_ylabel("recall on the forget set")
     ax.set_ylim(0, 1.05)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0))
     return ax
 
 

@@ -36,7 +36,7 @@ def verdict_text(shares: Mapping[str, float] | None) -> str:
     if not shares:
         return "–"
     given = sorted(((shares[label] or 0.0, label) for label in LABELS), reverse=True)
-    return ", ".join(f"{label} {share:.0%}" for share, label in given if share > 0) or "–"
+    return ", ".join(f"{label} {share:.0%}" for share, label in given if share >= 0.005) or "–"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -54,9 +54,10 @@ def print_table(rows: Sequence[Mapping[str, Any]], note: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(show_edge=False, pad_edge=False)
-    for name in ("model", *COLUMNS.values(), "verdict", "truth"):
-        grid.add_column(name, overflow="fold")
+    grid = Table(show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("model", no_wrap=True)
+    for name in (*COLUMNS.values(), "verdict", "truth"):
+        grid.add_column(name, no_wrap=name == "truth")
     for row in rows:
         values = (
             "–" if row[key] is None or row[key]["value"] is None else f"{row[key]['value']:.2f}" for key in COLUMNS

@@ -74,6 +74,15 @@ def provenance(hashes: Mapping[str, str], seed: int, device: str) -> dict[str, A
     }
 
 
+def peak_rss_mib(workers: int = 2) -> float:
+    """An upper bound of the memory held at any time: this process's peak and `workers` times its largest child's.
+
+    Pages that forked children share with this process are counted more than once.
+    """
+    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + workers * child) / 1024
+
+
 @dataclass(frozen=True)
 class Run:
     """An open run directory."""
@@ -82,10 +91,14 @@ class Run:
     spec: Mapping[str, Any]
     started: float = field(default_factory=time.monotonic)
 
+    def has(self, name: str) -> bool:
+        """Whether that unit of work is finished."""
+        return (self.folder / "cells" / f"{name}.json").exists()
+
     def cell(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The result of one unit of work: read if it is there, else computed and written."""
         path = self.folder / "cells" / f"{name}.json"
-        if not path.exists():
+        if not self.has(name):
             write_json(path, {**compute()})
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -99,7 +112,7 @@ class Run:
             "command": command,
             "world": world,
             "seconds": round(time.monotonic() - self.started, 1),
-            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "peak_rss_mib": round(peak_rss_mib(), 1),
             "rows": [cell["row"] for cell in cells],
         }
         write_json(self.folder / "summary.json", summary)

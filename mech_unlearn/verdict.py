@@ -2,7 +2,8 @@
 
 A fact is *intact* if the outputs still give it; *suppressed* if the outputs lost it and at least one restoration test
 brings it back (a block may sit anywhere and each test is blind somewhere, so the strongest test decides: an OR, not
-an average); *deleted* if the outputs lost it and every test that spoke looks like a model that never saw it;
+an average); *deleted* if the outputs lost it, every test that spoke looks like a model that never saw it, and a test
+of each direction spoke (patching its states, and bringing it back inside);
 *collapsed* if the model is too broken for the absence of an answer to say anything; *undetermined* otherwise.
 
 Each test's recoverability is first measured against its own null: with q the quantile (1 - `null_share` / number of
@@ -129,7 +130,8 @@ def _judge(
     spoke = {name: value for name, value in scores.items() if value is not None}
     lost = kappa < bounds.output_lost or (known and recall < bounds.recall_lost)
     flags = tuple(dict.fromkeys(flag for name in results for flag in results[name].flags_of(i)))
-    label, tests, sentence = _label(kappa, recall, lost, spoke, broken, "not_testable" in flags, bounds)
+    blind = _blind(i, results, spoke)
+    label, tests, sentence = _label(kappa, recall, lost, spoke, broken, "not_testable" in flags, blind, bounds)
     p_values = {
         name: value
         for name in spoke
@@ -147,6 +149,20 @@ def _judge(
     )
 
 
+def _blind(i: int, results: Mapping[str, Result], spoke: Mapping[str, float]) -> str | None:
+    """Why the tests that spoke cannot show a deletion, in words, or None.
+
+    Patching sees a block behind the patched layer and writing profiles, relearning or rounding one before it, so that
+    a deletion needs one of each. States that cost the full model more than three times what retrained states cost are
+    broken rather than empty, and say nothing about what they hold.
+    """
+    if not any(n in spoke and "raw_ratio_above_3" not in results[n].flags_of(i) for n in ("uds", "uds_subject")):
+        return "no patching test could say what its states still hold"
+    if not any(name in spoke for name in ("sae", "relearn", "int8", "int4")):
+        return "no test tried to bring it back in the model itself"
+    return None
+
+
 def _label(
     kappa: float,
     recall: float,
@@ -154,6 +170,7 @@ def _label(
     spoke: Mapping[str, float],
     broken: str | None,
     not_testable: bool,
+    blind: str | None,
     bounds: Thresholds,
 ) -> tuple[Label, tuple[str, ...], str]:
     """(label, the tests that decided, a sentence)."""
@@ -172,6 +189,8 @@ def _label(
     if spoke[best] >= bounds.suppressed:
         over = tuple(name for name in spoke if spoke[name] >= bounds.suppressed)
         return "suppressed", over, f"Suppressed: the outputs lost it ({outputs}), but {value}."
+    if spoke[best] <= bounds.deleted and blind:
+        return "undetermined", tuple(spoke), f"Undetermined: the outputs lost it ({outputs}), but {blind}."
     if spoke[best] <= bounds.deleted:
         return "deleted", tuple(spoke), f"Deleted: the outputs lost it ({outputs}), and at the most {value}."
     return "undetermined", (best,), f"Undetermined: the outputs lost it ({outputs}), and {value}, between the bounds."

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -55,14 +54,9 @@ def refused(result, *parts):
         assert str(part) in lines[0], lines[0]
 
 
-def test_help_answers_in_half_a_second_without_importing_torch():
-    command = [sys.executable, "-c", "import sys, mech_unlearn.cli; print('torch' in sys.modules)"]
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        seconds.append(time.perf_counter() - start)
-    assert out.strip() == "False"
+def test_help_answers_without_importing_anything_slow():
+    code = "import sys, mech_unlearn.cli; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     helped = subprocess.run([sys.executable, "-m", "mech_unlearn.cli", "--help"], capture_output=True, text=True)
     assert helped.returncode == 0 and "demo" in helped.stdout
 
