@@ -137,10 +137,10 @@ def tokenize(tokenizer: Any, asks: Sequence[Ask], distractors: bool = True) -> t
 
 def _query(ask: Ask, encoding: Encoding, both: Sequence[Encoding], unknown: int | None) -> Query:
     prompt, fact = encoding.ids, ask.fact
-    for candidate in both:
+    for answer, candidate in zip((fact.object, *fact.distractors), both):
         if candidate.ids[: len(prompt)] != prompt or len(candidate.ids) == len(prompt):
             raise ValueError(
-                f"fact {fact.id!r}: the tokens of an answer merge with the end of the prompt {ask.prompt!r}; "
+                f"fact {fact.id!r}: the tokens of {answer!r} merge with the end of the prompt {ask.prompt!r}; "
                 "end the prompt in a full word"
             )
         if unknown is not None and unknown in candidate.ids:

@@ -39,6 +39,11 @@ def output(kappa, recall, testable=(1.0, 1.0)):
     return result("output", kappa, kappa=torch.tensor(kappa), columns=tensors, flags=flags)
 
 
+def clean():
+    """A patching test and an attack that both find nothing."""
+    return {"uds": result("uds", (0.0, 0.0)), "sae": result("sae", (0.0, 0.0))}
+
+
 def labels(results, **kwargs):
     return [v.label for v in judge(results, **kwargs)]
 
@@ -70,7 +75,7 @@ def test_a_test_that_did_not_speak_decides_nothing_and_silence_is_not_deletion()
 
 
 def test_a_fact_that_cannot_be_tested_is_never_called_deleted():
-    verdict = judge({"output": output((0.0, 0.0), (0.0, 0.0), (0.0, 1.0)), "uds": result("uds", (0.0, 0.0))})
+    verdict = judge({"output": output((0.0, 0.0), (0.0, 0.0), (0.0, 1.0)), **clean()})
     assert [v.label for v in verdict] == ["undetermined", "deleted"] and "not_testable" in verdict[0].flags
     assert shares(verdict)["deleted"] == 1.0 and shares(verdict, testable_only=False)["deleted"] == 0.5
 
@@ -79,13 +84,25 @@ def test_what_retrained_models_show_too_is_no_evidence():
     quiet, noisy = [[0.0, 0.1]] * 4, [[0.8, 0.8]] * 4
     lost = output((0.0, 0.0), (0.0, 0.0))
     assert labels({"output": lost, "uds": result("uds", (0.7, 0.7), quiet)}) == ["suppressed"] * 2
-    assert labels({"output": lost, "uds": result("uds", (0.7, 1.0), noisy)}) == ["deleted", "suppressed"]
+    noise = {"uds": result("uds", (0.7, 1.0), noisy), "sae": result("sae", (0.0, 0.0))}
+    assert labels({"output": lost, **noise}) == ["deleted", "suppressed"]
     got = evidence({"output": lost, "uds": result("uds", (0.9, 1.0), noisy)}, Thresholds())["uds"]
     assert got.tolist() == pytest.approx([0.5, 1.0])
 
 
+def test_a_deletion_needs_a_test_of_each_direction():
+    lost, tests = output((0.0, 0.0), (0.0, 0.0)), clean()
+    assert labels({"output": lost, **tests}) == ["deleted"] * 2
+    assert labels({"output": lost, "uds": tests["uds"]}) == ["undetermined"] * 2
+    assert labels({"output": lost, "sae": tests["sae"]}) == ["undetermined"] * 2
+    broken = {**tests, "uds": replace(tests["uds"], flags=((), ("raw_ratio_above_3",)))}
+    assert labels({"output": lost, **broken}) == ["deleted", "undetermined"]
+    again = {**broken, "uds_subject": result("uds_subject", (0.0, 0.0))}
+    assert labels({"output": lost, **again}) == ["deleted"] * 2
+
+
 def test_a_broken_model_is_collapsed_and_says_why():
-    lost = {"output": output((0.0, 0.0), (0.0, 0.0)), "uds": result("uds", (0.0, 0.0))}
+    lost = {"output": output((0.0, 0.0), (0.0, 0.0)), **clean()}
 
     def share(value):
         return Measurement(value=value, ci=(value, value), n=10, unit="share")

@@ -132,7 +132,9 @@ def _generic_tokens(
     """Rows of token ids, and the positions in each that hold neither a special token nor a part of a name."""
     pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
     rows, positions = [], []
-    for text, encoding in encode_all(model.tokenizer, texts).items():
+    known = encode_all(model.tokenizer, texts)
+    for text in texts:
+        encoding = known[text]
         spans = [match.span() for match in pattern.finditer(text)]
         for start in range(0, len(encoding.ids), context):
             piece = list(enumerate(encoding.offsets[start : start + context]))

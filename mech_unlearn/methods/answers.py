@@ -48,7 +48,8 @@ def answer_rows(tokenizer: Any, facts: Sequence[Fact]) -> list[Row]:
 
 def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[Row]:
     """Running texts; every token but the first is predicted."""
-    return [(row.ids, 1) for row in encode_all(tokenizer, texts).values() if len(row.ids) > 1]
+    known = encode_all(tokenizer, texts)
+    return [(known[text].ids, 1) for text in texts if len(known[text].ids) > 1]
 
 
 def collate(rows: Sequence[Row], members: Sequence[int], fill: int, device: torch.device) -> Batch:

@@ -75,7 +75,8 @@ def protected_bases(
     if "prompts" in parts:
         running += [query.full for query in make_queries(tokenizer, retain.facts, distractors=False)]
     if "texts" in parts:
-        running += [row.ids for row in encode_all(tokenizer, retain.texts).values()]
+        known = encode_all(tokenizer, retain.texts)
+        running += [known[text].ids for text in retain.texts]
     groups: list[tuple[list[Row], At]] = [(rows, at) for rows, at in ((names, "last"), (running, "all")) if rows]
     if not groups:
         raise ValueError(f"the retain set has none of {', '.join(parts)}: give some, or protect=() to protect nothing")

@@ -25,7 +25,7 @@ def full(world):
 
 def test_a_world_comes_with_full_and_three_retrained_models(world):
     assert [path.name for path in world.retrained] == ["retrained_0", "retrained_1", "retrained_2"]
-    assert world.saes is not None and world.sae.name == "L1"
+    assert world.saes is not None and world.sae.name == "L2"
 
 
 def test_plain_transformers_completes_forget_prompts_with_full_and_not_with_retrained(world):
