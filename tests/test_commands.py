@@ -44,7 +44,7 @@ def test_an_audit_needs_neither_sae_nor_retrained_model_and_says_grade_b(strange
     assert "grade B" in json.loads((tmp_path / "run" / "captions.json").read_text())["note"]
     rows = {row["name"]: row for row in summary["rows"]}
     assert rows["full"]["forget_recall"]["value"] == 1.0
-    assert rows["unlearned"]["forget_recall"]["value"] == 0.0
+    assert all(v["scores"]["output"] < 0.2 for v in verdicts["unlearned"])  # its margin is nearly that of retrained
     assert rows["unlearned"]["verdicts"]["suppressed"] == 1.0
     assert rows["full"]["verdicts"]["deleted"] == rows["unlearned"]["verdicts"]["deleted"] == 0.0
     page = (tmp_path / "run" / "report.html").read_text()
@@ -55,7 +55,7 @@ def test_with_retrained_models_the_suppressed_is_told_from_the_retrained(strange
     retrained = [str(strangers / f"retrained_{k}") for k in (0, 1)]
     for unlearned, label in (("late", "suppressed"), ("retrained_2", "deleted")):
         out = tmp_path / unlearned
-        summary = audited(strangers, out, unlearned, retrained=retrained, retain=strangers / "retain.jsonl")
+        summary = audited(strangers, out, unlearned, retrained=retrained)
         rows = {row["name"]: row for row in summary["rows"]}
         assert rows["unlearned"]["verdicts"][label] == 1.0, rows["unlearned"]
         assert {v["grade"] for v in json.loads((out / "verdicts.json").read_text())["unlearned"]} == {"A"}
