@@ -216,7 +216,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own usage errors; their class moved between versions
-            _fail(error.format_message())
+            _fail(error.format_message())  # pyright: ignore[reportAttributeAccessIssue]
         if not isinstance(error, ValueError | KeyError) or os.environ.get("MECH_UNLEARN_DEBUG"):
             raise
         _fail(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))

@@ -63,7 +63,7 @@ class Bench:
 
         return {
             "last_layer_ascent": LastLayerAscent(
-                lr=4e-3, epochs=12, batch_size=48, max_nll=12.0, retain_weight=2.0, stop_recall=0.005, seed=self.seed
+                lr=4e-3, epochs=25, batch_size=48, max_nll=12.0, retain_weight=2.0, stop_recall=0.005, seed=self.seed
             ),
             "rocr": Rocr(seed=self.seed),
             "sae_shift": SaeShift(sae=self.sae, mode="weights", seed=self.seed),

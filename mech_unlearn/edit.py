@@ -293,7 +293,7 @@ def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> tu
     try:
         model.hf.save_pretrained(part, state_dict={k: v.detach() for k, v in model.held.items()})
         model.tokenizer.save_pretrained(part)
-        plain = AutoModelForCausalLM.from_pretrained(part, dtype=model.dtype, attn_implementation="eager")
+        plain: Any = AutoModelForCausalLM.from_pretrained(part, dtype=model.dtype, attn_implementation="eager")
         plain = plain.to(model.device).eval()
         generator = torch.Generator().manual_seed(0)
         probe = torch.randint(0, model.hf.config.vocab_size, (4, 12), generator=generator).to(model.device)

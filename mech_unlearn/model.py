@@ -142,7 +142,7 @@ class Model:
                     f"weight {name!r} of {self.name!r} is a copy, not the live weight; load the model anew"
                 )
         for block in self.bridge.blocks:
-            attention = getattr(block, "attn", None)
+            attention: Any = getattr(block, "attn", None)
             split = getattr(attention, "split_qkv_matrix", None)
             path = self.hf_paths.get(id(getattr(attention, "original_component", None)))
             if split is None or path is None or not any(name.startswith(f"{path}.") for name in names):
@@ -206,7 +206,7 @@ def _boot(name: str, hf: Any, tokenizer: Any, device: torch.device) -> Any:
         # Rotary angles are float32 in OLMo 2: HF casts rotated queries and keys back, the bridge (3.9) does not.
         for point in (getattr(getattr(block, "attn", None), key, None) for key in ("hook_rot_q", "hook_rot_k")):
             if isinstance(point, nn.Module):
-                point.register_forward_hook(lambda _, __, rotated, dtype=hf.dtype: rotated.to(dtype))
+                point.register_forward_hook(lambda _, __, rotated, dtype=hf.dtype: rotated.to(dtype))  # pyright: ignore
     return bridge
 
 
@@ -240,7 +240,7 @@ def _read_checkpoint(source: str, device: torch.device, dtype: torch.dtype, trus
     remote = trust_remote_code and hasattr(config, "auto_map")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise ValueError(f"model {source!r} is a {config.model_type!r} model, not a causal language model")
-    hf, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
         dtype=dtype,
@@ -248,6 +248,7 @@ def _read_checkpoint(source: str, device: torch.device, dtype: torch.dtype, trus
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
     )
+    hf, report = loaded
     if report["missing_keys"]:
         raise ValueError(f"model {source!r}: weights missing from the checkpoint: {sorted(report['missing_keys'])[:5]}")
     return hf.to(device)

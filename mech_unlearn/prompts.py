@@ -38,7 +38,7 @@ def _trimmed(ids: list[int], offsets: list[tuple[int, int]], special: list[int])
     end = len(ids)
     while end and special[end - 1] and any(not s for s in special[: end - 1]):
         end -= 1
-    covered = ((0, 0) if s else tuple(o) for o, s in zip(offsets[:end], special[:end], strict=True))
+    covered = ((0, 0) if s else (o[0], o[1]) for o, s in zip(offsets[:end], special[:end], strict=True))
     return Encoding(tuple(ids[:end]), tuple(covered))
 
 

@@ -28,7 +28,7 @@ def fact_from_json(row: Any, default_id: str) -> Fact:
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
     if missing := [key for key in ("subject", "relation", "object", "prompt") if key not in row]:
         raise ValueError(f"missing field {missing[0]!r}")
-    known = {"id": default_id} | {key: row[key] for key in _FIELDS if key in row}
+    known: dict[str, Any] = {"id": default_id} | {key: row[key] for key in _FIELDS if key in row}
     for key in _LISTS:
         value = known.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.core import Attribution, Fact, Site
+from mech_unlearn.core import Attribution, Fact, Site, SiteKind
 from mech_unlearn.locate.average import over_facts
 from mech_unlearn.locate.logit_lens import answer_logprobs
 from mech_unlearn.locate.token_classes import CLASSES, token_classes
@@ -30,7 +30,7 @@ from mech_unlearn.prompts import Query, make_queries
 
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
-    kind: str
+    kind: SiteKind
     window: int
     samples: int
     scale: float  # standard deviation of the noise

@@ -263,7 +263,7 @@ def write_states(
     """
     deltas: dict[str, LowRank] = {}
     gains, ranks = {}, {}
-    before = None
+    before: Tensor | None = None
     for i, layer in enumerate(layers):
         norm = post_norm(model, layer)
         places = [Site(layer, "mlp_post"), site, *((norm[0], Site(layer, "mlp_out")) if norm else ())]
@@ -292,7 +292,7 @@ def write_states(
         "layers": list(layers),
         "free_rank": [ranks[layer] for layer in layers],
         "gain": [gains[layer] for layer in layers],
-        "distance_before": before.item(),
+        "distance_before": None if before is None else before.item(),
         "distance_after": after.item(),
         "delta_norm": {name: delta.dense().norm().item() for name, delta in deltas.items()},
     }
