@@ -41,9 +41,9 @@ def verdict_text(shares: Mapping[str, float] | None) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the result table."""
-    header = ["model", *COLUMNS.values(), "verdict", "truth"]
+    header = ["model", "verdict", "truth", *COLUMNS.values()]
     body = [
-        [row["name"], *(cell_text(row[key]) for key in COLUMNS), verdict_text(row["verdicts"]), row["truth"] or "–"]
+        [row["name"], verdict_text(row["verdicts"]), row["truth"] or "–", *(cell_text(row[key]) for key in COLUMNS)]
         for row in rows
     ]
     return header, body
