@@ -3,6 +3,8 @@
 Computing an edit and applying it are different acts: a `Method` returns an `Edit` and leaves the model
 bit-identical; `with edit.on(model)` is the only apply in the package. Leaving it copies the saved tensors back,
 because adding a delta and subtracting it again is not the identity in floating point.
+
+Over 300 lines because applying, saving and exporting one format belong together.
 """
 
 import difflib

@@ -1,6 +1,6 @@
 """A language model, ready to be looked into: the HF model, its TransformerBridge and its tokenizer.
 
-The only file that knows the quirks of TransformerBridge:
+The only file that knows the quirks of TransformerBridge, which is why it is a little over 300 lines:
 
 * the HF parameters are held before the bridge is booted, because booting renames them; train through
   `held`, edit through `held`, export from `held`;

@@ -34,7 +34,7 @@ RowWrite = Callable[[Tensor, Batch], Tensor | None]
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a list of queries. Source of the definitions: restoration scores 0.2 of the README."""
+    """Scores of a list of queries; the margin and the choice are definitions of this package."""
 
     logprob: Float[Tensor, "query candidate"]
     """Mean log-probability per answer token, in nats; candidate 0 is the true answer; NaN where there is none."""
