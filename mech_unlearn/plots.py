@@ -71,9 +71,10 @@ def restoration_by_layer(curves: Mapping[str, Mapping[str, Sequence[float | None
 
 
 def recall_bars(rows: Sequence[Mapping[str, Any]], ax: Any, chance: float | None = None) -> Any:
-    """Forget recall before the edit, after it, and after the stronger weight attack, with 95 % intervals.
+    """Forget recall before the edit and after it (95 % intervals), and what the stronger weight attack adds.
 
-    The attack's bar is the recovered share of what was lost: recall + recovery x (before - recall).
+    The third bar is no measured recall: it is recall + recovery x (before - recall), where recovery is the share of
+    the lost margin (nats) that relearning or 4-bit rounding gives back beyond what it gives retrained models.
     """
     before = next((row["forget_recall"]["value"] for row in rows if row["name"] == "full"), 1.0)
     shown = [row for row in rows if row["forget_recall"] and row["name"] != "full"]
@@ -87,7 +88,13 @@ def recall_bars(rows: Sequence[Mapping[str, Any]], ax: Any, chance: float | None
         attacks = [row[key]["value"] for key in ("relearn_recovery", "int4_recovery") if row[key]]
         if attacks:
             back = value + max(attacks) * max(before - value, 0.0)
-            ax.bar(i + 0.27, back, 0.25, color=CYCLE[1], label="after the stronger attack" if i == 0 else None)
+            ax.bar(
+                i + 0.27,
+                back,
+                0.25,
+                color=CYCLE[1],
+                label="plus the margin that an attack recovers" if i == 0 else None,
+            )
     if chance is not None:
         ax.axhline(chance, color="#555555", lw=1, ls="--", label=f"chance {chance:.2f}")
     ax.set_xticks(range(len(shown)), [row["name"] for row in shown], rotation=15, ha="right")
