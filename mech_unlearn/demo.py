@@ -239,8 +239,9 @@ def captions(world: Any) -> dict[str, Any]:
         "subject is corrupted: facts sit at the subject's last token in early layers, then move to the prompt's end.",
         "2_restoration_by_layer": "The unlearned model's states, patched into the full model: near 0 the full model "
         "still reads the fact there, near 1 they are as empty as a retrained model's. Above 1.5 is drawn at 1.5.",
-        "3_recall": "Recall of the forget set before and after unlearning. The third bar is not a measured recall: it "
-        "adds the share of the lost margin that relearning or 4-bit rounding recovers beyond what retrained models gain.",
+        "3_recall": "Recall of the forget set before and after unlearning. The third bar is not a measured recall: "
+        "it adds the share of the lost margin that relearning or 4-bit rounding recovers, beyond what it gives to "
+        "retrained models.",
         "4_verdicts": "Share of testable facts by provisional verdict.",
     }
 
