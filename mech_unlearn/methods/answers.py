@@ -1,7 +1,7 @@
 """Batches of answers and their log-probabilities, for losses that train: rows, masks, NLL."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,21 @@ NO_TOKENS = AnswerTokens(torch.zeros(0, 0), torch.zeros(0).long(), torch.zeros(0
 
 
 @dataclass(frozen=True, eq=False)
+class States:
+    """resid_post after one layer at every token of a batch's rows, prompt and answer; no pad is among them."""
+
+    now: Float[Tensor, "token d_model"]
+    """Float32, with gradient."""
+    at: Int[Tensor, " token"]
+    """Which row of the batch each belongs to."""
+    ids: Int[Tensor, " token"]
+    answer: Bool[Tensor, " token"]
+    """Whether it is a token of the answer."""
+    before: Float[Tensor, "token d_model"] | None = None
+    """The untrained model's, where it was asked."""
+
+
+@dataclass(frozen=True, eq=False)
 class AnswerScores:
     """What a forward pass says about the answers of a batch."""
 
@@ -66,6 +81,8 @@ class AnswerScores:
     row: Int[Tensor, " batch"]
     each: AnswerTokens = NO_TOKENS
     """Token by token; left out where only the sums are wanted."""
+    states: States | None = None
+    """Where an objective names a layer."""
 
 
 def answer_rows(tokenizer: Any, facts: Sequence[Fact]) -> list[Row]:
@@ -114,14 +131,6 @@ def collate(rows: Sequence[Row], members: Sequence[int], fill: int, device: torc
     starts = torch.tensor([rows[i][1] for i in members])
     answer = (torch.arange(ids.shape[1]) >= starts[:, None]) & mask.bool()
     return Batch(ids.to(device), mask.to(device), answer.to(device), torch.tensor(list(members), device=device))
-
-
-def shuffled(n: int, size: int, order: random.Random) -> Iterator[list[int]]:
-    """Endless batches of at most `size` of n indices: each index once per pass, every pass in a new order."""
-    while True:
-        members = list(range(n))
-        order.shuffle(members)
-        yield from (members[i : i + size] for i in range(0, n, size))
 
 
 def answer_tokens(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> AnswerTokens:

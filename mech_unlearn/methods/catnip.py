@@ -19,7 +19,8 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods.answers import AnswerScores
 from mech_unlearn.methods.losses import catnip_loss
-from mech_unlearn.methods.training import Objective, require_positive, trained_edit
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.training import require_positive, trained_edit
 from mech_unlearn.model import Model
 
 
@@ -48,7 +49,7 @@ class Catnip:
     seed: int = 0
     """Draws the order of the rows."""
 
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """The change that training makes.
 
         Raises:
@@ -58,7 +59,7 @@ class Catnip:
         if not self.kappa >= 0:
             raise ValueError(f"kappa must not be negative, got {self.kappa}")
         objective = Objective(lambda _: self._loss, retain_weight=0.0)
-        return trained_edit("catnip", self, model, forget, retain, objective, self.trainable)
+        return trained_edit("catnip", self, model, forget, retain, objective, self.trainable, around=around)
 
     def _loss(self, now: AnswerScores) -> Tensor:
         return catnip_loss(now.each.logits, now.each.wanted, self.beta, self.kappa)

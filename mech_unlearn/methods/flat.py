@@ -20,7 +20,8 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods.answers import REFUSALS, AnswerScores, refusal_rows
 from mech_unlearn.methods.losses import Divergence, flat_loss, mean_probs
-from mech_unlearn.methods.training import Objective, trained_edit
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.training import trained_edit
 from mech_unlearn.model import Model
 
 
@@ -49,7 +50,7 @@ class Flat:
     seed: int = 0
     """Draws the template answers and the order of the rows."""
 
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """The change that training makes.
 
         Raises:
@@ -59,7 +60,7 @@ class Flat:
             raise ValueError(f"no divergence {self.divergence!r}; choose from {', '.join(get_args(Divergence))}")
         templates = refusal_rows(model.tokenizer, forget.facts, self.refusals, random.Random(self.seed))
         objective = Objective(lambda _: self._loss, retain_weight=0.0, others=templates)
-        return trained_edit("flat", self, model, forget, retain, objective, self.trainable)
+        return trained_edit("flat", self, model, forget, retain, objective, self.trainable, around=around)
 
     def _loss(self, now: AnswerScores) -> Tensor:
         answers, templates = mean_probs(now.each.logits, now.each.wanted, now.each.at).chunk(2)

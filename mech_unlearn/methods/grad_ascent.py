@@ -20,7 +20,8 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods.answers import AnswerScores
 from mech_unlearn.methods.losses import gradient_ascent_loss
-from mech_unlearn.methods.training import Objective, trained_edit
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.training import trained_edit
 from mech_unlearn.model import Model
 
 
@@ -45,7 +46,7 @@ class GradAscent:
     seed: int = 0
     """Draws the order of the rows."""
 
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """The change that training makes.
 
         Raises:
@@ -55,7 +56,7 @@ class GradAscent:
             raise ValueError(f"only must be 'embeddings' or None, got {self.only!r}")
         trainable = f"^{re.escape(embeddings(model))}$" if self.only else ""
         objective = Objective(lambda _: _loss, retain_weight=0.0)
-        return trained_edit("grad_ascent", self, model, forget, retain, objective, trainable)
+        return trained_edit("grad_ascent", self, model, forget, retain, objective, trainable, around=around)
 
 
 def _loss(now: AnswerScores) -> Tensor:

@@ -21,7 +21,8 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods.answers import REFUSALS, AnswerScores, refusal_rows
 from mech_unlearn.methods.losses import dpo_loss
-from mech_unlearn.methods.training import Objective, RetainSampling, require_positive, trained_edit
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
 from mech_unlearn.model import Model
 
 
@@ -50,13 +51,13 @@ class IdkDpo:
     stop_recall: float | None = None
     """Stop once at most this share of the forget rows is answered; None trains all epochs."""
     retain_sampling: RetainSampling = "cyclic"
-    """"cyclic": all retain rows, one pass after the other; "1:1": as many as forget rows, drawn once."""
+    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
     """Draws the refusals and the order of the rows."""
 
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """The change that training makes.
 
         Raises:
@@ -66,7 +67,7 @@ class IdkDpo:
         require_positive(self, "beta")
         refused = refusal_rows(model.tokenizer, forget.facts, self.refusals, random.Random(self.seed))
         objective = Objective(self._loss, self.retain_weight, self.forget_weight, others=refused)
-        return trained_edit("idk_dpo", self, model, forget, retain, objective, self.trainable)
+        return trained_edit("idk_dpo", self, model, forget, retain, objective, self.trainable, around=around)
 
     def _loss(self, before: AnswerScores) -> Callable[[AnswerScores], Tensor]:
         def loss(now: AnswerScores) -> Tensor:

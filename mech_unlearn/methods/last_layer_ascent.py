@@ -14,7 +14,7 @@ Fails:    always, as a way to delete: it hides. That is what it is for.
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
@@ -22,7 +22,8 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods.answers import AnswerScores
-from mech_unlearn.methods.training import Objective, Schedule, train
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.training import require_positive, trained_edit
 from mech_unlearn.model import Model
 
 
@@ -45,27 +46,16 @@ class LastLayerAscent:
     """An answer whose NLL per token (nats) exceeds this gets no more gradient; infinite is plain ascent."""
     seed: int = 0
 
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """The change that training makes to the last layer.
 
         Raises:
             ValueError: nothing retained, a setting out of range, or a loss that is not finite.
         """
-        if not self.max_nll > 0:
-            raise ValueError(f"max_nll must be positive, got {self.max_nll}")
-        schedule = Schedule(
-            lr=self.lr,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            stop_recall=self.stop_recall,
-        )
+        require_positive(self, "max_nll")
         objective = Objective(self._loss, self.retain_weight, self.forget_weight)
-        layer = re.escape(last_layer(model))
-        deltas, report = train(model, forget, retain, objective, schedule, trainable=f"^{layer}", seed=self.seed)
-        recipe = {"method": "last_layer_ascent", "settings": asdict(self), "seed": self.seed, "report": report}
-        return Edit(name="last_layer_ascent", base=model.hash(), deltas=deltas, recipe=recipe)
+        layer = f"^{re.escape(last_layer(model))}"
+        return trained_edit("last_layer_ascent", self, model, forget, retain, objective, layer, around=around)
 
     def _loss(self, _: AnswerScores) -> Callable[[AnswerScores], Tensor]:
         return lambda now: ascent_loss(now, self.max_nll)

@@ -10,7 +10,7 @@ Fails:    output-level: on one phrasing only it forgets that phrasing; relearnin
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,8 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods.answers import AnswerScores
-from mech_unlearn.methods.training import Objective, Schedule, train
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
 from mech_unlearn.model import Model
 
 
@@ -30,39 +31,37 @@ class Npo:
     beta: float = 0.1
     """Inverse temperature; towards 0 the loss becomes gradient ascent."""
     forget_weight: float = 1.0
+    """Weight of the preference loss; 1 in open-unlearning."""
     retain_weight: float = 1.0
     """Weight of the NLL per token on retained answers and texts; 0 is plain NPO."""
     lr: float = 1e-5
+    """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
     epochs: int = 10
+    """Passes over the forget rows (facts x phrasings); at the most, where `stop_recall` is set."""
     batch_size: int = 32
+    """Forget rows per step; as many retain rows go with them."""
     weight_decay: float = 0.01
+    """Decoupled, as in AdamW."""
     clip: float = 1.0
+    """Bound of the gradient's norm over all trained tensors."""
     stop_recall: float | None = None
     """Stop once at most this share of the forget rows is answered; None trains all epochs."""
+    retain_sampling: RetainSampling = "cyclic"
+    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
+    """Draws the order of the rows."""
 
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """The change that training makes.
 
         Raises:
             ValueError: nothing retained, nothing to train, a setting out of range, or a loss that is not finite.
         """
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
-        schedule = Schedule(
-            lr=self.lr,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            stop_recall=self.stop_recall,
-        )
+        require_positive(self, "beta")
         objective = Objective(self._loss, self.retain_weight, self.forget_weight)
-        deltas, report = train(model, forget, retain, objective, schedule, trainable=self.trainable, seed=self.seed)
-        recipe = {"method": "npo", "settings": asdict(self), "seed": self.seed, "report": report}
-        return Edit(name="npo", base=model.hash(), deltas=deltas, recipe=recipe)
+        return trained_edit("npo", self, model, forget, retain, objective, self.trainable, around=around)
 
     def _loss(self, before: AnswerScores) -> Callable[[AnswerScores], Tensor]:
         return lambda now: npo_loss(now.logprob, before.logprob[now.row], self.beta)

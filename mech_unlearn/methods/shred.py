@@ -20,7 +20,8 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods.answers import AnswerScores
 from mech_unlearn.methods.losses import shred_loss
-from mech_unlearn.methods.training import Objective, trained_edit
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.training import trained_edit
 from mech_unlearn.model import Model
 
 
@@ -53,7 +54,7 @@ class Shred:
     seed: int = 0
     """Draws the order of the rows."""
 
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """The change that training makes.
 
         Raises:
@@ -64,7 +65,7 @@ class Shred:
         if self.top < 2:
             raise ValueError(f"top must be at least 2, got {self.top}")
         objective = Objective(lambda _: self._loss, retain_weight=0.0, teacher=True)
-        return trained_edit("shred", self, model, forget, retain, objective, self.trainable)
+        return trained_edit("shred", self, model, forget, retain, objective, self.trainable, around=around)
 
     def _loss(self, now: AnswerScores) -> Tensor:
         each = now.each

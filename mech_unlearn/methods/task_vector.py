@@ -19,7 +19,8 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods.answers import EVAL_BATCH, answer_rows, nll, score_rows
-from mech_unlearn.methods.training import Objective, require_positive, trained_edit
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.training import require_positive, trained_edit
 from mech_unlearn.model import Model
 
 
@@ -44,7 +45,7 @@ class TaskVector:
     seed: int = 0
     """Draws the order of the rows."""
 
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """Minus the change that memorising makes.
 
         Raises:
@@ -52,7 +53,7 @@ class TaskVector:
         """
         require_positive(self, "scale")
         objective = Objective(lambda _: nll, retain_weight=0.0)
-        learned = trained_edit("task_vector", self, model, forget, retain, objective, self.trainable)
+        learned = trained_edit("task_vector", self, model, forget, retain, objective, self.trainable, around=around)
         deltas = {name: negated(delta, self.scale) for name, delta in learned.deltas.items()}
         edit = replace(learned, deltas=deltas)
         rows = answer_rows(model.tokenizer, forget.facts)

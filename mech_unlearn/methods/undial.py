@@ -19,7 +19,8 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods.answers import AnswerScores
 from mech_unlearn.methods.losses import undial_loss
-from mech_unlearn.methods.training import Objective, RetainSampling, require_positive, trained_edit
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
 from mech_unlearn.model import Model
 
 
@@ -46,13 +47,13 @@ class Undial:
     stop_recall: float | None = None
     """Stop once at most this share of the forget rows is answered; None trains all epochs."""
     retain_sampling: RetainSampling = "cyclic"
-    """"cyclic": all retain rows, one pass after the other; "1:1": as many as forget rows, drawn once."""
+    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
     """Draws the order of the rows."""
 
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """The change that training makes.
 
         Raises:
@@ -60,7 +61,7 @@ class Undial:
         """
         require_positive(self, "strength")
         objective = Objective(lambda _: self._loss, self.retain_weight, self.forget_weight, teacher=True)
-        return trained_edit("undial", self, model, forget, retain, objective, self.trainable)
+        return trained_edit("undial", self, model, forget, retain, objective, self.trainable, around=around)
 
     def _loss(self, now: AnswerScores) -> Tensor:
         each = now.each

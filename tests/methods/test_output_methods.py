@@ -18,10 +18,11 @@ from mech_unlearn.methods.grad_diff import GradDiff
 from mech_unlearn.methods.idk_dpo import IdkDpo
 from mech_unlearn.methods.kl_min import KlMin
 from mech_unlearn.methods.npo import Npo
+from mech_unlearn.methods.objective import Objective
 from mech_unlearn.methods.shred import Shred
 from mech_unlearn.methods.sim_npo import SimNpo
 from mech_unlearn.methods.task_vector import TaskVector
-from mech_unlearn.methods.training import Objective, Schedule, train
+from mech_unlearn.methods.training import Schedule, train
 from mech_unlearn.methods.undial import Undial
 from mech_unlearn.model import load
 

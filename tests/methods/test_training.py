@@ -1,7 +1,7 @@
 """The shared training loop and its losses: masks, references, stopping, and what may be trained."""
 
+import json
 import random
-from itertools import islice
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ from mech_unlearn.methods.answers import (
     forward,
     nll,
     score_rows,
-    shuffled,
     text_rows,
 )
+from mech_unlearn.methods.feed import Feed, by_entity
 from mech_unlearn.methods.last_layer_ascent import ascent_loss
 from mech_unlearn.methods.npo import npo_loss
 from mech_unlearn.model import load
@@ -84,9 +84,30 @@ def test_texts_predict_every_token_but_the_first(tiny_model):
 
 
 def test_each_pass_gives_every_row_once_in_a_new_order():
-    passes = [sum(islice(it, 3), []) for it in [shuffled(8, 3, random.Random(0))] for _ in range(2)]
+    feed = Feed(random.Random(0), 3, 8)
+    passes = [sum((feed.take() for _ in range(3)), []) for _ in range(2)]
     assert [sorted(p) for p in passes] == [list(range(8))] * 2
     assert passes[0] != passes[1]
+
+
+def test_a_feed_goes_on_where_its_state_was_taken():
+    feed = Feed(random.Random(0), 3, 8)
+    feed.take()
+    state = json.loads(json.dumps(feed.state))
+    wanted = [feed.take() for _ in range(5)]
+    again = Feed(random.Random(7), 3, 8)
+    again.restore(state)
+    assert [again.take() for _ in range(5)] == wanted
+
+
+def test_by_entity_a_batch_holds_as_many_entities_as_it_can_and_a_pass_every_row_once():
+    owners = ["a"] * 5 + ["b"] * 2 + ["c"] * 3 + ["", ""]
+    feed = Feed(random.Random(0), 4, 12, by_entity(owners))
+    first = feed.take()
+    assert {owners[i] for i in first} - {""} <= {"a", "b", "c"} and len({owners[i] or i for i in first}) == 4
+    rest = feed.take() + feed.take()
+    assert sorted(first + rest) == list(range(12))
+    assert rest[-2:] and {owners[i] for i in rest[-2:]} == {"a"}
 
 
 @pytest.mark.parametrize("beta", (0.05, 0.1, 1.0))

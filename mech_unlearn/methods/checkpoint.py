@@ -1,0 +1,107 @@
+"""The state of a training run in one file, so that an interrupted run goes on bit by bit as if it had not been."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mech_unlearn.methods.answers import Row
+from mech_unlearn.methods.feed import Feed
+from mech_unlearn.methods.objective import Around
+from mech_unlearn.methods.trainee import Trainee
+
+FORMAT = "mech_unlearn.training/1"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training run has come."""
+
+    step: int = 0
+    epoch: int = 0
+    stopped: str = "epochs"
+    """The rule that ended it."""
+
+
+def fingerprint(model_hash: str, label: str, around: Around, rows: Sequence[Row], kept: Sequence[Row]) -> str:
+    """What a checkpoint has to share with the run that goes on from it."""
+    said = json.dumps([model_hash, label, around.label, around.trainable, list(rows), list(kept)])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+class Saver:
+    """Writes the state of a run to a file now and then, atomically; does nothing without a file."""
+
+    def __init__(self, path: Path | None, seconds: float, mark: str) -> None:
+        self.path, self.seconds, self.mark = path, seconds, mark
+        self.last = time.perf_counter()
+
+    def save(self, run: Trainee, optimizer: torch.optim.Optimizer, feeds: Sequence[Feed], progress: Progress) -> None:
+        """Write the state, unless it was written less than `seconds` ago."""
+        from safetensors.torch import save_file
+
+        if self.path is None or time.perf_counter() - self.last < self.seconds:
+            return
+        tensors = {f"weight/{name}": weight.detach() for name, weight in run.weights.items()}
+        for name, weight in run.weights.items():
+            tensors |= {f"{key}/{name}": torch.as_tensor(x) for key, x in optimizer.state[weight].items()}
+        state: dict[str, Any] = {
+            "progress": asdict(progress),
+            "feeds": [feed.state for feed in feeds],
+            "last": run.last,
+            "passes": [run.n_forward, run.n_backward],
+            "noise": None if run.noise_state is None else run.noise_state.tolist(),
+        }
+        header = {"format": FORMAT, "mark": self.mark, "state": json.dumps(state)}
+        partial = f"{self.path}.partial"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
+        os.replace(partial, self.path)
+        self.last = time.perf_counter()
+
+    def restore(self, run: Trainee, optimizer: torch.optim.Optimizer, feeds: Sequence[Feed]) -> Progress | None:
+        """Put a saved state in place; None where there is none.
+
+        Raises:
+            ValueError: the file is of another training run, or is no checkpoint.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} cannot be read ({error}); delete it to begin anew"
+            ) from error
+        if header.get("format") != FORMAT or header.get("mark") != self.mark:
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} is of another model, data set or settings; delete it or name another"
+            )
+        with torch.no_grad():
+            for name, weight in run.weights.items():
+                weight.copy_(tensors[f"weight/{name}"])
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    kept = tensors[f"{key}/{name}"]
+                    optimizer.state[weight][key] = kept if key == "step" else kept.to(weight.device)
+        state = json.loads(header["state"])
+        for feed, kept in zip(feeds, state["feeds"], strict=True):
+            feed.restore(kept)
+        run.last = state["last"]
+        run.n_forward, run.n_backward = state["passes"]
+        run.noise_state = state["noise"]
+        return Progress(**state["progress"])
+
+    def done(self) -> None:
+        """Remove the file: the run is over."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
