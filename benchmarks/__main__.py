@@ -27,10 +27,11 @@ CASES = {
     "uds": Case(
         reference="27 forward passes per example, as the paper's code, both stages (HF)",
         plain=partial(uds.plain, sources=(1, 2)), ours=partial(uds.ours, sources=(1, 2)), bar=6.0,
+        frugal=partial(uds.one_at_a_time, sources=(1, 2)),
     ),
     "uds_one_source": Case(
         reference="14 forward passes per example, as the paper's code, one source (HF)",
-        plain=uds.plain, ours=uds.ours,
+        plain=uds.plain, ours=uds.ours, frugal=uds.one_at_a_time,
     ),
     "activation_patching": Case(
         reference="transformer_lens.patching on a TransformerBridge",

@@ -7,6 +7,7 @@ unlearned) these are 27 forward passes per example on twelve layers. True resid_
 restoration/uds.py).
 """
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -81,5 +82,24 @@ def ours(shape: Shape, sources: Sequence[int] = (1,)) -> Way:
 
     def run() -> Tensor:
         return drops(full, queries, rows, torch.stack([read_rows(other, queries, rows) for other in others]))
+
+    return run
+
+
+def one_at_a_time(shape: Shape, sources: Sequence[int] = (1,)) -> Way:
+    """Ours where no two models are held at once: a source's rows are read and the source is dropped, the full model
+    comes last."""
+    queries = examples(shape)
+    rows = rowset(queries, "answer")
+
+    def read(seed: int) -> Tensor:
+        states = read_rows(shape.model(seed), queries, rows)
+        gc.collect()
+        return states
+
+    def run() -> Tensor:
+        states = torch.stack([read(seed) for seed in sources])
+        gc.collect()
+        return drops(shape.model(), queries, rows, states)
 
     return run

@@ -32,6 +32,12 @@ def test_ours_gives_what_the_reference_gives(name, shape):
     assert expected.abs().max() > 1e-6 and expected.std() > 0
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.frugal])
+def test_memory_is_measured_on_something_that_gives_the_same(name):
+    shape = SMALL["llama_gqa"]
+    assert error(CASES[name].frugal(shape)(), CASES[name].ours(shape)()) <= 1e-6
+
+
 @pytest.mark.parametrize("name", ["causal_tracing", "knowledge_neurons", "uds_one_source", "capture"])
 def test_the_comparison_notices_a_model_with_other_weights(name, monkeypatch):
     shape = SMALL["llama_gqa"]
