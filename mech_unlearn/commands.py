@@ -210,11 +210,12 @@ def run_audit(
     from mech_unlearn.edit import Edit
     from mech_unlearn.metrics import recall
     from mech_unlearn.report import write_report
-    from mech_unlearn.restoration import TESTS, Case, reference
+    from mech_unlearn.restoration import CORE, TESTS, Case, reference
     from mech_unlearn.rows import audit_row
     from mech_unlearn.verdict import Thresholds
 
-    wanted = tuple(TESTS) if tests in ("core", "all") else tuple(name.strip() for name in tests.split(","))
+    named = {"core": CORE, "all": tuple(TESTS)}
+    wanted = named.get(tests) or tuple(name.strip() for name in tests.split(","))
     for name in wanted:
         choose(name, TESTS, "restoration test")
     if "output" not in wanted:

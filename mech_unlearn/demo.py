@@ -168,13 +168,13 @@ def run_demo(world_name: str, out: Path, *, seed: int = 0) -> dict[str, Any]:
     Raises:
         KeyError: no such world. ValueError: the output folder holds something else.
     """
-    from mech_unlearn.restoration import TESTS
+    from mech_unlearn.restoration import CORE
     from mech_unlearn.testbed import open_world
 
     world = open_world(world_name)
     run = open_run(out, {"command": "demo", "world": world_name, "seed": seed})
-    fits, prepared = len(ROWS) - 2, len(TESTS)
-    with progress(total=fits + 1 + prepared + len(ROWS) * (1 + len(TESTS))) as log:
+    fits, prepared = len(ROWS) - 2, len(CORE)
+    with progress(total=fits + 1 + prepared + len(ROWS) * (1 + len(CORE))) as log:
         bench = Bench(world, run, seed, log)
         hashes = {"facts": data_hash(world.forget.facts), "full": bench.full.hash()}
         write_json(run.folder / "provenance.json", provenance(hashes, seed, str(bench.full.device)))

@@ -14,7 +14,7 @@ from mech_unlearn.restoration import output, quantize, relearn, sae, uds
 from mech_unlearn.restoration.case import Case, Relearn, Result, require_same_shape
 from mech_unlearn.restoration.levels import Levels, make_levels
 
-__all__ = ["TESTS", "Case", "Reference", "Relearn", "Result", "Entry", "audit", "reference"]
+__all__ = ["CORE", "TESTS", "Case", "Reference", "Relearn", "Result", "Entry", "audit", "reference"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ TESTS: dict[str, Entry] = {
     "int4": Entry(partial(quantize.prepare, bits=4), quantize.audit, "arXiv 2410.16454", "rounded to 4 bits"),
 }
 
+CORE = ("output", "uds", "uds_subject", "sae", "relearn", "int8", "int4")
+"""The tests an audit runs by default: cheap, and between them not blind anywhere."""
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -49,7 +52,7 @@ class Reference:
     ready: Mapping[str, Any]
 
 
-def reference(case: Case, tests: Sequence[str] = tuple(TESTS)) -> Reference:
+def reference(case: Case, tests: Sequence[str] = CORE) -> Reference:
     """Prepare the tests of an audit on the full and the retrained models.
 
     Raises:

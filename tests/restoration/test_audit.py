@@ -6,10 +6,10 @@ import pytest
 import torch
 from planted import FORGOTTEN, planted_case, planted_model
 
-from mech_unlearn.restoration import TESTS, Relearn, audit, reference
+from mech_unlearn.restoration import CORE, Relearn, audit, reference
 from mech_unlearn.verdict import judge, shares
 
-TESTED = tuple(name for name in TESTS if name != "int8")  # the same code as int4
+TESTED = tuple(name for name in CORE if name != "int8")  # the same code as int4
 FIELDS = set(
     json.loads(
         '["test", "version", "model_id", "fact_id", "group", "relation", "layer", "alpha", "score_raw", "score_F", '
