@@ -1,7 +1,7 @@
 """Does acting where a locator points hurt the fact more than acting elsewhere, and does editing there work best?
 
-    python experiments/002_acting/run.py [WORLD ...]   ablations, agreement and edits by layer (minutes per world)
-    python experiments/002_acting/run.py planted       share of planted facts found at the layer they were written into
+    python experiments/006_acting/run.py [WORLD ...]   ablations, agreement and edits by layer (minutes per world)
+    python experiments/006_acting/run.py planted       share of planted facts found at the layer they were written into
 
 Both write their part of results/summary.json. Locators see the main prompt only; paraphrases are what is acted on.
 """
