@@ -11,7 +11,17 @@ from functools import partial
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads make small models crawl
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import activation_patching, capturing, causal_tracing, knowledge_neurons, sae, uds  # noqa: E402
+from benchmarks import (  # noqa: E402
+    activation_patching,
+    capturing,
+    causal_tracing,
+    key_statistics,
+    knowledge_neurons,
+    rocr,
+    sae,
+    training_loop,
+    uds,
+)
 from benchmarks.run import Case, Row, measure, peak_here  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 
@@ -41,6 +51,25 @@ CASES = {
         reference="the limit: the needed layers alone, bare (HF blocks)",
         plain=capturing.plain, ours=capturing.ours, bar=1 / 1.05,
     ),
+    "rocr_edit": Case(
+        reference="15 bare forward passes over the edit's own mentions (HF)",
+        plain=rocr.plain, ours=rocr.ours, bar=1.0,
+    ),
+    "key_statistics": Case(
+        reference="bare forward passes over the same texts (HF)",
+        plain=key_statistics.whole, ours=key_statistics.ours, bar=0.8, finish=key_statistics.moments,
+    ),
+    "key_statistics_limit": Case(
+        reference="the limit: the needed layers alone, bare, no products (HF blocks)",
+        plain=key_statistics.limit, ours=key_statistics.ours, finish=key_statistics.moments,
+    ),
+    **{
+        f"training_loop_{loss}": Case(
+            reference="a bare torch loop with the same losses, batches, optimiser and clipping (HF)",
+            plain=partial(training_loop.plain, loss=loss), ours=partial(training_loop.ours, loss=loss), bar=1 / 1.15,
+        )
+        for loss in ("grad_diff", "npo")
+    },
     **{
         f"sae_encode_{kind}": Case(
             reference="the limit: one dense matmul with bias",

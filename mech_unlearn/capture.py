@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mech_unlearn.attach import require_positions
 from mech_unlearn.core import Site
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import buckets
@@ -59,6 +60,7 @@ def _positions(prompts: Sequence[Sequence[int]], at: At) -> list[tuple[int, ...]
 
 
 def _check(model: Model, prompts: Sequence[Sequence[int]], sites: Sequence[Place]) -> None:
+    require_positions(model)
     if not sites:
         raise ValueError("no site to capture: name at least one")
     for site in sites:
@@ -249,7 +251,7 @@ def _manifest(
     rows = json.dumps([[list(row), list(at)] for row, at in zip(prompts, positions, strict=True)])
     edits = hashlib.sha256()
     for shift in model.active:
-        edits.update(f"{shift.site} {shift.subjects}".encode())
+        edits.update(repr(shift.settings).encode())
         for tensor in shift.tensors.values():
             edits.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return {

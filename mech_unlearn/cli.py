@@ -109,6 +109,9 @@ def unlearn(
     unknown: Annotated[Path | None, typer.Option(help="names of unknown entities, one per line")] = None,
     texts: Annotated[Path | None, typer.Option(help="retain text, one passage per line")] = None,
     sae: Annotated[str | None, typer.Option(help="SAE folder or release/id; one is trained when needed")] = None,
+    sequential: Annotated[
+        int | None, typer.Option(min=1, help="forget so many entities at a time, one request after another")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: Seed = 0,
@@ -123,6 +126,7 @@ def unlearn(
         retain,
         method,
         out,
+        sequential=sequential,
         settings=setting or [],
         unknown=unknown,
         texts=texts,

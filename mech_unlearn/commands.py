@@ -121,18 +121,29 @@ def run_unlearn(
     device: str,
     dtype: str,
     seed: int,
+    sequential: int | None = None,
 ) -> dict[str, Any]:
     """Fit one method, save its edit and, where weights can hold it, export the edited model with a parity proof.
+
+    A method that trains keeps a checkpoint in `out` while it does; the same call goes on from it.
+
+    Args:
+        sequential: entities per request, fitted one request after another; None fits all at once.
 
     Raises:
         ValueError: bad input; nothing is written before all of it was read.
     """
     from mech_unlearn.edit import require_empty
     from mech_unlearn.methods import METHODS
+    from mech_unlearn.methods.objective import Around
+    from mech_unlearn.methods.sequential import fit_sequence, requests
+    from mech_unlearn.methods.wrapping import trains
     from mech_unlearn.rows import measure_outputs
 
     kind = choose(method, METHODS, "method")
-    require_empty(out)
+    checkpoint = out / "checkpoint.safetensors"
+    if sequential or not out.is_dir() or {path.name for path in out.iterdir()} != {checkpoint.name}:
+        require_empty(out)
     forgotten, kept = load_facts(forget), load_facts(retain)
     subjects = {fact.subject for fact in forgotten}
     retain_set = RetainSet(
@@ -142,6 +153,7 @@ def run_unlearn(
         unknown=entities(unknown, forgotten[0].kind),
     )
     forget_set = ForgetSet(facts=forgotten)
+    parts = () if sequential is None else requests(forget_set, sequential)
     needs_sae = "sae" in {f.name for f in fields(kind)}
     if not needs_sae:
         make_method(method, settings, seed)  # a misspelt setting is refused before the model is loaded
@@ -150,7 +162,13 @@ def run_unlearn(
     if needs_sae:
         corpus = (*mentions((*forgotten, *kept)), *prompts_about(retain_set.unknown, forgotten), *retain_set.texts)
         given = {"sae": open_sae(sae, loaded, corpus, seed)}
-    edit = make_method(method, settings, seed, **given).fit(loaded, forget_set, retain_set)
+    made = make_method(method, settings, seed, **given)
+    if parts:
+        edit = fit_sequence(made, loaded, parts, retain_set)
+    elif trains(made):
+        edit = made.fit(loaded, forget_set, retain_set, around=Around(checkpoint=checkpoint))
+    else:
+        edit = made.fit(loaded, forget_set, retain_set)
 
     def outputs(of: Any) -> dict[str, Any]:
         return measure_outputs(loaded, of, forgotten, retain_set.neighbors, retain_set.texts, seed).to_json()

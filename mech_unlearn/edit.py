@@ -3,8 +3,6 @@
 Computing an edit and applying it are different acts: a `Method` returns an `Edit` and leaves the model
 bit-identical; `with edit.on(model)` is the only apply in the package. Leaving it copies the saved tensors back,
 because adding a delta and subtracting it again is not the identity in floating point.
-
-Over 300 lines because applying, saving and exporting one format belong together.
 """
 
 import difflib
@@ -12,18 +10,25 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.core import ForgetSet, RetainSet, Site
+from mech_unlearn.attach import attached
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.interventions import Intervention, kind_of, restored
+from mech_unlearn.interventions import Shift as Shift
 from mech_unlearn.model import Model, load
+
+FORMAT = "mech_unlearn.edit/3"
+FORMAT_2 = "mech_unlearn.edit/2"
+"""Held shifts only; still read."""
 
 
 class Method(Protocol):
@@ -48,57 +53,6 @@ class LowRank:
         return torch.Size((self.left.shape[0], self.right.shape[1]))
 
 
-SHIFT = ("vectors", "centers", "kept")
-"""Tensors of a `Shift`, as they are named in a file."""
-
-
-@dataclass(frozen=True, eq=False)
-class Shift:
-    """An activation intervention at the last token of each occurrence of a subject: add a vector.
-
-    With `centers`, first take out of the state's deviation from the subject's centre all that lies outside of `kept`:
-    the part of a context's effect that is the subject's own.
-    """
-
-    site: Site
-    subjects: tuple[tuple[int, ...], ...]
-    """Token ids of each subject, as they occur inside a prompt."""
-    vectors: Float[Tensor, "subject d_model"]
-    centers: Float[Tensor, "subject d_model"] | None = None
-    kept: Float[Tensor, "direction d_model"] | None = None
-    """Orthonormal directions; given with `centers`."""
-
-    def __post_init__(self) -> None:
-        if (self.centers is None) != (self.kept is None):
-            raise ValueError("a shift takes centers and kept directions together, or neither")
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """What has to be stored: name -> tensor."""
-        return {name: tensor for name in SHIFT if (tensor := getattr(self, name)) is not None}
-
-    def _moved(self, state: Float[Tensor, "row d_model"], subject: int) -> Float[Tensor, "row d_model"]:
-        vector = self.vectors[subject].to(state)
-        if self.centers is None or self.kept is None:
-            return state + vector
-        deviation, kept = state - self.centers[subject].to(state), self.kept.to(state)
-        return state - deviation + deviation @ kept.T @ kept + vector
-
-    def __call__(self, x: Float[Tensor, "batch pos d_model"], ids: Int[Tensor, "batch pos"]) -> Tensor:
-        out = x
-        for subject, tokens in enumerate(self.subjects):
-            width = len(tokens)
-            if ids.shape[1] < width:
-                continue
-            hit = (ids.unfold(1, width, 1) == torch.tensor(tokens, device=ids.device)).all(-1)
-            rows, starts = hit.nonzero(as_tuple=True)
-            if len(rows):
-                out = out.clone() if out is x else out
-                at = (rows, starts + width - 1)
-                out[at] = self._moved(out[at], subject)
-        return out
-
-
 Delta = Tensor | LowRank
 
 
@@ -118,7 +72,7 @@ class Edit:
     """`Model.hash()` of the model the edit was computed on."""
     deltas: Mapping[str, Delta] = field(default_factory=dict)
     """HF parameter name -> what is added."""
-    interventions: tuple[Shift, ...] = ()
+    interventions: tuple[Intervention, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Method settings, seed and report; plain JSON values."""
 
@@ -135,7 +89,8 @@ class Edit:
                     f"the delta {tuple(delta.shape)}"
                 )
         for intervention in self.interventions:
-            model.resolve(intervention.site)
+            if intervention.site is not None:
+                model.resolve(intervention.site)
 
     @contextmanager
     def on(self, model: Model) -> Iterator[Model]:
@@ -153,7 +108,7 @@ class Edit:
                     wanted = (saved[name].float() + _dense(delta).to(saved[name].device)).to(saved[name].dtype)
                     model.held[name].copy_(wanted)
             model.require_live(self.deltas)
-            with _attached(self.interventions, model):
+            with attached(self.interventions, model):
                 yield model
         finally:
             with torch.no_grad():
@@ -171,12 +126,12 @@ class Edit:
                 tensors |= {f"left/{name}": delta.left, f"right/{name}": delta.right}
             else:
                 tensors[f"dense/{name}"] = delta
-        places = []
-        for i, shift in enumerate(self.interventions):
-            tensors |= {f"shift/{i}/{key}": tensor for key, tensor in shift.tensors.items()}
-            places.append({"layer": shift.site.layer, "kind": shift.site.kind, "subjects": shift.subjects})
-        header = {"format": "mech_unlearn.edit/2", "name": self.name, "base": self.base}
-        header |= {"interventions": json.dumps(places), "recipe": json.dumps(dict(self.recipe))}
+        kept = []
+        for i, intervention in enumerate(self.interventions):
+            tensors |= {f"intervention/{i}/{key}": tensor.clone() for key, tensor in intervention.tensors.items()}
+            kept.append({"type": kind_of(intervention), **intervention.settings})
+        header = {"format": FORMAT, "name": self.name, "base": self.base}
+        header |= {"interventions": json.dumps(kept), "recipe": json.dumps(dict(self.recipe))}
         partial = f"{os.fspath(path)}.partial"
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
         os.replace(partial, path)
@@ -196,7 +151,7 @@ class Edit:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError) as error:
             raise ValueError(f"edit {os.fspath(path)!r} cannot be read: {error}") from error
-        if header.get("format") != "mech_unlearn.edit/2":
+        if header.get("format") not in (FORMAT, FORMAT_2):
             raise ValueError(f"{os.fspath(path)!r} is a safetensors file but not an edit")
         if model is not None and model.hash() != header["base"]:
             raise ValueError(
@@ -211,12 +166,8 @@ class Edit:
             elif kind == "left":
                 deltas[name] = LowRank(tensor, tensors[f"right/{name}"])
         interventions = tuple(
-            Shift(
-                Site(p["layer"], p["kind"]),
-                tuple(tuple(s) for s in p["subjects"]),
-                **{key: tensors[f"shift/{i}/{key}"] for key in SHIFT if f"shift/{i}/{key}" in tensors},
-            )
-            for i, p in enumerate(json.loads(header["interventions"]))
+            _intervention(header["format"], i, kept, tensors)
+            for i, kept in enumerate(json.loads(header["interventions"]))
         )
         recipe = json.loads(header["recipe"])
         return cls(name=header["name"], base=header["base"], deltas=deltas, interventions=interventions, recipe=recipe)
@@ -242,27 +193,13 @@ class Edit:
             return export(model, path, {"edit": self.name, "base": self.base, "recipe": self.recipe, **(card or {})})
 
 
-@contextmanager
-def _attached(interventions: Sequence[Shift], model: Model) -> Iterator[None]:
-    """Interventions in force: each sees the activation and the token ids of the running forward pass."""
-    if not interventions:
-        yield
-        return
-    seen: dict[str, Tensor] = {}
-
-    def remember(module: Any, args: tuple, kwargs: dict) -> None:
-        seen["ids"] = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-
-    writes = [(i.site, lambda x, i=i: i(x, seen["ids"])) for i in interventions]
-    handle = model.hf.register_forward_pre_hook(remember, with_kwargs=True)
-    model.active.extend(interventions)
-    try:
-        with model.hooks(*writes):
-            yield
-    finally:
-        handle.remove()
-        for intervention in interventions:
-            model.active.remove(intervention)
+def _intervention(form: str, i: int, kept: dict[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
+    """The i-th intervention of a file."""
+    if form == FORMAT_2:
+        kept = {"site": {"layer": kept["layer"], "kind": kept["kind"]}, "subjects": kept["subjects"], "type": "shift"}
+    prefix = f"{'shift' if form == FORMAT_2 else 'intervention'}/{i}/"
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return restored(kept["type"], {name: x for name, x in kept.items() if name != "type"}, own)
 
 
 @contextmanager
@@ -273,7 +210,7 @@ def clone(model: Model) -> Iterator[Model]:
     `clone.hf` and `clone.held`.
     """
     copy = load(model.plain_copy(), tokenizer=model.tokenizer)
-    with _attached(tuple(model.active), copy):
+    with attached(tuple(model.active), copy):
         yield copy
 
 

@@ -3,7 +3,7 @@
 import ast
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,23 +80,74 @@ def key_values(settings: Sequence[str]) -> dict[str, Any]:
 def make_method(name: str, settings: Sequence[str], seed: int, **given: Any) -> Any:
     """A removal method from `key=value` settings, each parsed as the type its field has.
 
+    Dots reach into a field that has settings of its own: base.lr=1e-3, base.base.epochs=2, optimize.steps=20. The base
+    of a method that wraps another is named, base=npo, and takes the same seed.
+
     Raises:
         ValueError: unknown method or setting, or a value of another type.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     from mech_unlearn.methods import METHODS
 
-    kind = choose(name, METHODS, "method")
+    return _made(choose(name, METHODS, "method"), name, key_values(settings), seed, given)
+
+
+def _made(
+    kind: Any, name: str, values: Mapping[str, Any], seed: int, given: Mapping[str, Any], prefix: str = ""
+) -> Any:
+    """A method from its settings; keys in messages carry the prefix that leads to them."""
     types = {f.name: f.type for f in fields(kind)}
-    values = {key: value for key, value in {"seed": seed, **given}.items() if key in types}
-    for key, value in key_values(settings).items():
-        wanted = choose(key, {k: t for k, t in types.items() if k not in given}, f"setting of {name}")
-        try:
-            values[key] = TypeAdapter(wanted).validate_python(value)
-        except ValidationError as error:
-            raise ValueError(f"setting {key}={value} of {name}: {error.errors()[0]['msg']}") from error
-    return kind(**values)
+    made = {key: value for key, value in {"seed": seed, **given}.items() if key in types}
+    inner: dict[str, dict[str, Any]] = {"base": {}} if "base" in types else {}
+    open_to = {prefix + k: k for k in types if k not in given}
+    for key, value in values.items():
+        head, dot, rest = key.partition(".")
+        here = choose(prefix + (head if open_to.get(prefix + head) else key), open_to, f"setting of {name}")
+        if dot or here == "base":
+            inner.setdefault(here, {})[rest] = value
+        else:
+            made[here] = _parsed(types[here], value, f"{prefix}{key}", name)
+    for head, some in inner.items():
+        made[head] = _inner(kind, name, head, some, seed, f"{prefix}{head}.")
+    return kind(**made)
+
+
+def _inner(kind: Any, name: str, head: str, values: dict[str, Any], seed: int, prefix: str) -> Any:
+    """The value of a field that has settings of its own: a wrapped method, or a dataclass."""
+    from mech_unlearn.methods import METHODS
+    from mech_unlearn.methods.wrapping import trains
+
+    default = next(
+        f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
+        for f in fields(kind)
+        if f.name == head
+    )
+    if head == "base":
+        usual = next(key for key, method in METHODS.items() if type(default) is method)
+        chosen = str(values.pop("", usual))
+        wrapped = choose(chosen, {k: m for k, m in METHODS.items() if trains(m) and not _needs(m)}, f"base of {name}")
+        return _made(wrapped, chosen, values, seed, {}, prefix)
+    if not is_dataclass(default):
+        raise ValueError(f"setting {prefix}{next(iter(values))} of {name}: {head} has no settings of its own")
+    types = {prefix + f.name: f.type for f in fields(default)}
+    parsed = {}
+    for key, value in values.items():
+        wanted = choose(prefix + key, types, f"setting of {name}")
+        parsed[key] = _parsed(wanted, value, prefix + key, name)
+    return replace(default, **parsed)  # pyright: ignore[reportArgumentType]
+
+
+def _needs(kind: Any) -> list[str]:
+    """Fields without a default, which no setting can give."""
+    return [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def _parsed(kind: Any, value: Any, key: str, name: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"setting {key}={value} of {name}: {error.errors()[0]['msg']}") from error
 
 
 def default_site(model: Any) -> Site:

@@ -176,3 +176,50 @@ def test_an_edit_for_another_base_model_is_refused(call, files, tmp_path, tiny_f
     words = ["audit", "--full", tiny_folder("qwen3"), "--unlearned", edit, "--facts", files["forget"]]
     refused(call(*words, "--out", tmp_path / "audit"), "another base model")
     assert not (tmp_path / "audit").exists()
+
+
+def trained_words(files, *settings, **changes):
+    words = unlearn_words(files, method="gu", **changes)
+    settings = ("base=npo", "base.epochs=2", "base.lr=1e-3", "base.batch_size=4", *settings)
+    return [*words, *(part for setting in settings for part in ("--set", setting)), "--json"]
+
+
+def test_training_that_was_cut_goes_on_from_the_checkpoint_in_its_folder(call, files, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    from mech_unlearn.methods import checkpoint
+
+    status, _, err = call(*trained_words(files, out=tmp_path / "whole"))
+    assert status == 0, err
+    save, step, steps = checkpoint.Saver.save, torch.optim.AdamW.step, []
+
+    def at_once(self, *args):
+        self.seconds = 0.0
+        save(self, *args)
+
+    def counted(self, *args, **settings):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **settings)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", at_once)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    assert call(*trained_words(files))[0] == 130
+    assert [path.name for path in files["out"].iterdir()] == ["checkpoint.safetensors"]
+    refused(call(*trained_words(files, "base.lr=1e-2")), "checkpoint.safetensors", "settings differ")
+    refused(call(*trained_words(files), "--sequential", 1), "not empty")
+    status, _, err = call(*trained_words(files))
+    assert status == 0, err
+    assert not (files["out"] / "checkpoint.safetensors").exists()
+    whole, again = (load_file(folder / "edit.safetensors") for folder in (tmp_path / "whole", files["out"]))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    refused(call(*trained_words(files)), "not empty")
+
+
+def test_entities_can_be_forgotten_one_request_after_another(call, files):
+    status, out, err = call(*unlearn_words(files), "--sequential", 1, "--json")
+    assert status == 0, err
+    recipe = json.loads(out)["recipe"]
+    assert recipe["report"]["requests"] == len(recipe["composed_of"]) == 2
+    refused(call(*unlearn_words(files, out=files["out"] / "other"), "--sequential", 0), "sequential")

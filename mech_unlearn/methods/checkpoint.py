@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mech_unlearn.methods.feed import Feed
 from mech_unlearn.methods.objective import Around
 from mech_unlearn.methods.trainee import Trainee
 
-FORMAT = "mech_unlearn.training/1"
+FORMAT = "mech_unlearn.training/2"
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,22 @@ class Progress:
     """The rule that ended it."""
 
 
-def fingerprint(model_hash: str, label: str, around: Around, rows: Sequence[Row], kept: Sequence[Row]) -> str:
-    """What a checkpoint has to share with the run that goes on from it."""
-    said = json.dumps([model_hash, label, around.label, around.trainable, list(rows), list(kept)])
-    return hashlib.sha256(said.encode()).hexdigest()
+def fingerprint(model_hash: str, label: str, around: Around, rows: Sequence[Sequence[Row]]) -> dict[str, str]:
+    """What a checkpoint has to share with the run that goes on from it; part -> digest."""
+    noise = asdict(around.noise) if around.noise else None
+    said = {
+        "model": model_hash,
+        "data set": [list(some) for some in rows],
+        "settings": [label, around.label, around.trainable, around.retain, noise],
+    }
+    return {part: hashlib.sha256(json.dumps(value).encode()).hexdigest() for part, value in said.items()}
 
 
 class Saver:
     """Writes the state of a run to a file now and then, atomically; does nothing without a file."""
 
-    def __init__(self, path: Path | None, seconds: float, mark: str) -> None:
-        self.path, self.seconds, self.mark = path, seconds, mark
+    def __init__(self, path: Path | None, seconds: float, marks: Mapping[str, str]) -> None:
+        self.path, self.seconds, self.marks = path, seconds, dict(marks)
         self.last = time.perf_counter()
 
     def save(self, run: Trainee, optimizer: torch.optim.Optimizer, feeds: Sequence[Feed], progress: Progress) -> None:
@@ -58,7 +63,7 @@ class Saver:
             "passes": [run.n_forward, run.n_backward],
             "noise": None if run.noise_state is None else run.noise_state.tolist(),
         }
-        header = {"format": FORMAT, "mark": self.mark, "state": json.dumps(state)}
+        header = {"format": FORMAT, "marks": json.dumps(self.marks), "state": json.dumps(state)}
         partial = f"{self.path}.partial"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
@@ -83,15 +88,20 @@ class Saver:
             raise ValueError(
                 f"checkpoint {str(self.path)!r} cannot be read ({error}); delete it to begin anew"
             ) from error
-        if header.get("format") != FORMAT or header.get("mark") != self.mark:
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{str(self.path)!r} is a safetensors file but not a checkpoint; name another")
+        theirs = json.loads(header["marks"])
+        if differ := [part for part, digest in self.marks.items() if theirs.get(part) != digest]:
             raise ValueError(
-                f"checkpoint {str(self.path)!r} is of another model, data set or settings; delete it or name another"
+                f"checkpoint {str(self.path)!r} is of another training: {' and '.join(differ)} differ; "
+                "delete it or name another"
             )
         with torch.no_grad():
             for name, weight in run.weights.items():
                 weight.copy_(tensors[f"weight/{name}"])
                 for key in ("step", "exp_avg", "exp_avg_sq"):
-                    kept = tensors[f"{key}/{name}"]
+                    if (kept := tensors.get(f"{key}/{name}")) is None:
+                        continue  # a weight that has had no gradient
                     optimizer.state[weight][key] = kept if key == "step" else kept.to(weight.device)
         state = json.loads(header["state"])
         for feed, kept in zip(feeds, state["feeds"], strict=True):

@@ -1,7 +1,8 @@
 """GradAscent: gradient ascent on the forgotten answers, and nothing else.
 
 Paper:    Jang et al. 2022, Knowledge Unlearning, arXiv 2210.01504. The loss is minus the NLL of the forgotten answers.
-Changes:  every weight, full rank; with `only="embeddings"` the input embeddings alone, everything above bit-identical.
+Changes:  every weight, full rank; with `only="embeddings"` the input embeddings alone, everything above bit-identical;
+          `first_epoch` ends after one pass over the forget rows.
 Needs:    nothing beforehand; the retain set is not read.
 Differs:  dropout is off, the learning rate constant without a warm-up epoch, the trained copy float32;
           answers are pushed, not whole texts; the NLL is a mean over each answer's tokens, then over rows;
@@ -11,7 +12,7 @@ Fails:    unbounded: run for long it takes everything along, and retained facts 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -31,6 +32,8 @@ class GradAscent:
 
     only: Literal["embeddings"] | None = None
     """"embeddings": train the input embeddings alone; None trains every weight."""
+    first_epoch: bool = False
+    """End after one pass over the forget rows, whatever `epochs` says: a model that has hardly been pushed."""
     lr: float = 1e-5
     """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
     epochs: int = 10
@@ -56,7 +59,8 @@ class GradAscent:
             raise ValueError(f"only must be 'embeddings' or None, got {self.only!r}")
         trainable = f"^{re.escape(embeddings(model))}$" if self.only else ""
         objective = Objective(lambda _: _loss, retain_weight=0.0)
-        return trained_edit("grad_ascent", self, model, forget, retain, objective, trainable, around=around)
+        settings = replace(self, epochs=1) if self.first_epoch else self
+        return trained_edit("grad_ascent", settings, model, forget, retain, objective, trainable, around=around)
 
 
 def _loss(now: AnswerScores) -> Tensor:

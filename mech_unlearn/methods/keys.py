@@ -7,6 +7,7 @@ a key is and how it is written share their definitions of names, contexts and me
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -204,22 +205,41 @@ def closed_form(
     basis: Float[Tensor, "d_mlp kept"] | None,
     ridge: float,
     earlier: Float[Tensor, "d_mlp t"] | None = None,
+    moment: Float[Tensor, "d_mlp d_mlp"] | None = None,
 ) -> tuple[Float[Tensor, "d_mlp m"], Float[Tensor, "m d_model"]]:
-    """(P A, (ridge I + A^T P A)^-1 E R^T) with A = [keys, earlier]; their product is the delta of W_out.
+    """(M A, (ridge I + A^T M A)^-1 E R^T) with A = [keys, earlier]; their product is the delta of W_out.
 
-    It solves (P (K K^T + C) + ridge I) X = P K R^T with C = earlier earlier^T, by the push-through identity and with
-    one n x n system where the original solves one of d_mlp x d_mlp. `earlier` are keys that must keep their output.
+    With M = P it solves (P (K K^T + T) + ridge I) X = P K R^T with T = earlier earlier^T, with M = C^-1 for a `moment`
+    C it solves (K K^T + T + ridge C) X = K R^T: by the push-through identity, with one system of as many unknowns as
+    there are keys where the originals solve one of d_mlp x d_mlp. `earlier` are keys that must keep their output.
 
-    Source: the normal equations are those of AlphaEdit (2410.02355, eq. 9 with the ridge of its code) that
-    2506.07795 uses.
+    Source: the normal equations with P are those of AlphaEdit (2410.02355, eq. 9 with the ridge of its code) that
+    2506.07795 uses; those with C are eq. 14 of MEMIT (2210.07229), lambda as `ridge`.
+
+    Raises:
+        ValueError: a basis and a moment together.
     """
+    if basis is not None and moment is not None:
+        raise ValueError("a write is either confined to a basis or weighed by a moment, not both")
     joint = keys if earlier is None else torch.cat([keys, earlier], 1)
     wanted = torch.zeros(joint.shape[1], residuals.shape[0], dtype=joint.dtype, device=joint.device)
     wanted[: keys.shape[1]] = residuals.T
-    projected = project(basis, joint)
+    projected = project(basis, joint) if moment is None else solve_moment(moment, joint)
     gram = joint.T @ projected
     gram.diagonal().add_(ridge)
     return projected, torch.linalg.solve(gram, wanted)
+
+
+def solve_moment(moment: Float[Tensor, "d_mlp d_mlp"], keys: Float[Tensor, "d_mlp n"]) -> Float[Tensor, "d_mlp n"]:
+    """C^-1 k, by Cholesky.
+
+    Raises:
+        ValueError: C is not positive definite.
+    """
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    if failed.item():
+        raise ValueError("the key statistics C have no inverse: give more retained text, or raise damping=")
+    return torch.cholesky_solve(keys, factor)
 
 
 def low_rank(left: Float[Tensor, "d_mlp m"], right: Float[Tensor, "m d_model"], stored_in_first: bool) -> LowRank:
@@ -230,6 +250,12 @@ def low_rank(left: Float[Tensor, "d_mlp m"], right: Float[Tensor, "m d_model"], 
     q, r = torch.linalg.qr(left)
     a, b = q.float().cpu(), (r @ right).float().cpu()
     return LowRank(a, b) if stored_in_first else LowRank(b.T.contiguous(), a.T.contiguous())
+
+
+def delta_norm(delta: LowRank) -> float:
+    """Frobenius norm of a low-rank delta, without making it dense."""
+    left, right = delta.left.double(), delta.right.double()
+    return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt().item()
 
 
 def rms_pre_image(
@@ -270,6 +296,9 @@ def write_states(
     bases: Mapping[int, Float[Tensor, "d_mlp kept"]],
     ridge: float,
     own: Bool[Tensor, "name context"],
+    moments: Mapping[int, Float[Tensor, "d_mlp d_mlp"]] = MappingProxyType({}),
+    weight: float | None = None,
+    earlier: Sequence[Row] = (),
 ) -> tuple[dict[str, LowRank], dict[str, Any]]:
     """(Deltas, report) that move the state at the last token of each row to its target, by closed-form writes into
     the MLP output matrices of some layers.
@@ -281,7 +310,13 @@ def write_states(
         site: where the states and targets are taken; at or above the last layer.
         bases: layer -> directions the write may use; a layer without one is written without protection.
         own: the contexts that count for each name.
-        ridge: lambda as a share of the mean ||P k||^2.
+        ridge: lambda as a share of the mean k^T M k, which is ||P k||^2 or k^T C^-1 k.
+        moments: layer -> C, for a layer without a basis: average keys weigh against the write.
+        weight: lambda itself; `ridge` then counts for nothing.
+        earlier: mentions whose keys must keep their output (those of names written before).
+
+    Raises:
+        ValueError: a layer whose keys lie wholly in what is protected, or a C that has no inverse.
     """
     deltas: dict[str, LowRank] = {}
     gains, ranks = {}, {}
@@ -291,6 +326,7 @@ def write_states(
         places = [Site(layer, "mlp_post"), site, *((norm[0], Site(layer, "mlp_out")) if norm else ())]
         with Edit(name="partial", base="", deltas=deltas).on(model):
             states = last_states(model, rows, places)
+            fixed = last_states(model, earlier, places[:1])[places[0]].T if earlier else None
         missing = targets.to(states[site]) - states[site]
         before = missing.norm(dim=-1)[own.flatten()].mean() if before is None else before
         step = missing / (len(layers) - i)
@@ -298,15 +334,15 @@ def write_states(
             x = states[norm[0]]
             step = rms_pre_image(x, states[Site(layer, "mlp_out")] + step, norm[1]) - x
         keys, residuals = (mean_over(t.unflatten(0, own.shape), own).T for t in (states[Site(layer, "mlp_post")], step))
-        basis = bases.get(layer)
-        projected = project(basis, keys)
-        scale = projected.square().sum(0).mean()
-        if not scale > 0:
+        basis, moment = bases.get(layer), moments.get(layer)
+        squared = (keys * (project(basis, keys) if moment is None else solve_moment(moment, keys))).sum(0)
+        if not squared.mean() > 0:
             raise ValueError(f"layer {layer}: the keys to be rewritten lie wholly in the protected span; raise energy=")
-        left, right = closed_form(keys, residuals, basis, (ridge * scale).item())
+        strength = (ridge * squared.mean()).item() if weight is None else weight
+        left, right = closed_form(keys, residuals, basis, strength, fixed, moment)
         name, stored_in_first = model.w_out(layer)
         deltas[name] = low_rank(left, right, stored_in_first)
-        gains[layer] = (projected.square().sum(0) / (ridge * scale + projected.square().sum(0))).mean().item()
+        gains[layer] = (squared / (strength + squared)).mean().item()
         ranks[layer] = None if basis is None else basis.shape[1]
     with Edit(name="partial", base="", deltas=deltas).on(model):
         after = (targets.to(missing) - last_states(model, rows, [site])[site]).norm(dim=-1)[own.flatten()].mean()
@@ -316,6 +352,6 @@ def write_states(
         "gain": [gains[layer] for layer in layers],
         "distance_before": None if before is None else before.item(),
         "distance_after": after.item(),
-        "delta_norm": {name: delta.dense().norm().item() for name, delta in deltas.items()},
+        "delta_norm": {name: delta_norm(delta) for name, delta in deltas.items()},
     }
     return deltas, report

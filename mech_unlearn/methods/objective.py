@@ -1,6 +1,6 @@
 """What training minimises, and what a wrapper may change about the training of the method it wraps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
+from mech_unlearn.edit import Edit, LowRank
 from mech_unlearn.methods.answers import AnswerScores, Row
 from mech_unlearn.model import Model
 
@@ -37,6 +37,8 @@ class Objective:
     teacher: bool = False
     """Whether the forget loss needs the untrained model: `scores.each.before` and `scores.states.before`, one forward
     pass more."""
+    rows: Sequence[Row] = ()
+    """Forget rows in place of the facts' prompts and answers; a loss on states needs no answer in them."""
     others: Sequence[Row] = ()
     """One other answer per forget row. A batch then holds b forget rows and, in the same order, their b others."""
     layer: int | None = None
@@ -55,12 +57,16 @@ class Objective:
 class Adapter(Protocol):
     """Trains something else in place of the weights, for example low-rank factors."""
 
-    def attach(self, hf: Any, trainable: str) -> Any:
-        """The model with what is to be trained, in which nothing else requires a gradient."""
+    def attach(self, hf: Any) -> Any:
+        """The model with what is to be trained in place of the weights that require a gradient; nothing else does."""
         ...
 
     def merge(self, hf: Any) -> Any:
         """The plain model with its own parameter names, the trained change added to its weights."""
+        ...
+
+    def factors(self) -> Mapping[str, LowRank]:
+        """What was merged, by the weight's name, where it is known exactly; empty before."""
         ...
 
 
@@ -83,8 +89,13 @@ class Around:
     masks: tuple[Callable[["Trainee"], Mapping[str, Tensor]], ...] = ()
     """From the state before the first step to 0/1 per entry of trained tensors (all of a tensor left out). An entry
     that is 0 in any mask keeps its value bit by bit."""
-    direct: Callable[["Trainee", Sequence[Tensor], torch.optim.Optimizer], Sequence[Tensor]] | None = None
-    """From the gradients of the forget term to those used in their place; the retain term's are added afterwards."""
+    direct: (
+        Callable[["Trainee", Sequence[Tensor], torch.optim.Optimizer, Mapping[str, Tensor]], Sequence[Tensor]] | None
+    ) = None
+    """From the gradients of the forget term, already masked, to those used in their place; the retain term's are added
+    afterwards. The last argument is the masks of the tensors that have one."""
+    retained: bool = False
+    """Whether retained rows are needed although the method gives them no weight."""
     adapter: Adapter | None = None
     retain: RetainLoss | None = None
     """The retain loss in place of the method's own, where that is "nll"."""
@@ -105,3 +116,8 @@ class Trains(Protocol):
     """A method that trains and may therefore be wrapped."""
 
     def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit: ...
+
+
+def masked_gradients(names: Iterable[str], gradients: Sequence[Tensor], masks: Mapping[str, Tensor]) -> list[Tensor]:
+    """Gradients of the tensors of these names, zero where a mask is."""
+    return [g * masks[name] if name in masks else g for name, g in zip(names, gradients, strict=True)]

@@ -1,5 +1,7 @@
 """What a closed-form write must leave alone: the second moment of retained keys and the directions they hardly use."""
 
+import hashlib
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -8,33 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.capture import At, stream
-from mech_unlearn.core import RetainSet, Site
+from mech_unlearn.capture import At
+from mech_unlearn.core import RetainSet
+from mech_unlearn.methods.key_statistics import cached, data_hash, second_moments, state_hash
 from mech_unlearn.methods.keys import Row, mentions, names_of
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import encode_all, make_queries
 
 Part = Literal["entities", "prompts", "texts"]
 PARTS: tuple[Part, ...] = get_args(Part)
-
-
-def second_moments(
-    model: Model, rows: Sequence[Row], layers: Sequence[int], at: At = "all"
-) -> dict[int, Float[Tensor, "d_mlp d_mlp"]]:
-    """Uncentred second moment E[k k^T] of the MLP keys of each layer, streamed over batches in float64.
-
-    Args:
-        at: "all" tokens of each row, or only the "last".
-    """
-    sums: dict[int, Tensor] = {}
-    count = 0
-    for part in stream(model, rows, [Site(layer, "mlp_post") for layer in layers], at):
-        count += len(part.index)
-        for layer in layers:
-            keys = part.at[Site(layer, "mlp_post")].to(model.device).double()
-            moment = keys.T @ keys
-            sums[layer] = sums[layer] + moment if layer in sums else moment
-    return {layer: total / count for layer, total in sums.items()}
 
 
 def null_basis(moment: Float[Tensor, "d_mlp d_mlp"], energy: float) -> Float[Tensor, "d_mlp kept"]:
@@ -56,19 +40,67 @@ def protected_bases(
     layers: Sequence[int],
     parts: Sequence[str],
     energy: float,
+    cache_dir: str | os.PathLike | None = None,
 ) -> dict[int, Float[Tensor, "d_mlp kept"]]:
     """Layer -> directions that a write may use; no layer at all where `parts` is empty (P = I).
 
     The moment of the retained names and that of all other tokens count one half each: names are few, and a mean over
     all tokens would drown them.
 
+    Args:
+        cache_dir: folder in which moments and bases are kept for the next time; None: no disk.
+
     Raises:
         ValueError: `parts` names something else, the retain set has nothing of what it names, or no direction is left.
     """
-    if unknown := set(parts) - set(PARTS):
-        raise ValueError(f"protect names {sorted(unknown)}; choose from {', '.join(PARTS)}")
     if not parts:
         return {}
+    groups = protected_rows(model, retain, contexts, parts)
+
+    def compute(missing: Sequence[int]) -> dict[int, Tensor]:
+        moments = _mean_moments(model, groups, missing, cache_dir)
+        return {layer: null_basis(moment, energy) for layer, moment in moments.items()}
+
+    if cache_dir is None:
+        bases = compute(layers)
+    else:
+        data = hashlib.sha256("".join(data_hash(rows, at) for rows, at in groups).encode()).hexdigest()
+        identity = {"model": state_hash(model), "data": data, "energy": repr(float(energy))}
+        bases = cached(cache_dir, "basis", identity, layers, compute, model)
+    for layer, basis in bases.items():
+        if not basis.shape[1]:
+            raise ValueError(f"layer {layer}: no direction is free at energy={energy}; raise it or protect less")
+    return bases
+
+
+def protected_moments(
+    model: Model,
+    retain: RetainSet,
+    contexts: Sequence[str],
+    layers: Sequence[int],
+    parts: Sequence[str],
+    cache_dir: str | os.PathLike | None = None,
+) -> dict[int, Float[Tensor, "d_mlp d_mlp"]]:
+    """Layer -> second moment E[k k^T] of what must stay: retained names and all other tokens count one half each.
+
+    Raises:
+        ValueError: `parts` is empty or names something else, or the retain set has nothing of what it names.
+    """
+    if not parts:
+        raise ValueError(f"protect=() leaves no keys to take the statistics C from; name some of {', '.join(PARTS)}")
+    return _mean_moments(model, protected_rows(model, retain, contexts, parts), layers, cache_dir)
+
+
+def protected_rows(
+    model: Model, retain: RetainSet, contexts: Sequence[str], parts: Sequence[str]
+) -> list[tuple[list[Row], At]]:
+    """(Rows, which of their tokens) of what must stay: the retained names' mentions, and running text.
+
+    Raises:
+        ValueError: `parts` names something else, or the retain set has nothing of what it names.
+    """
+    if unknown := set(parts) - set(PARTS):
+        raise ValueError(f"protect names {sorted(unknown)}; choose from {', '.join(PARTS)}")
     tokenizer = model.tokenizer
     names = mentions(tokenizer, names_of(retain.entities), contexts) if "entities" in parts else []
     running: list[Row] = []
@@ -80,14 +112,15 @@ def protected_bases(
     groups: list[tuple[list[Row], At]] = [(rows, at) for rows, at in ((names, "last"), (running, "all")) if rows]
     if not groups:
         raise ValueError(f"the retain set has none of {', '.join(parts)}: give some, or protect=() to protect nothing")
-    found = [second_moments(model, rows, layers, at) for rows, at in groups]
+    return groups
+
+
+def _mean_moments(
+    model: Model, groups: Sequence[tuple[list[Row], At]], layers: Sequence[int], cache_dir: str | os.PathLike | None
+) -> dict[int, Tensor]:
+    found = [second_moments(model, rows, layers, at, cache_dir) for rows, at in groups]
     _warn_if_few(sum(len(rows) if at == "last" else sum(map(len, rows)) for rows, at in groups), found[0][layers[0]])
-    moments = {layer: torch.stack([part[layer] for part in found]).mean(0) for layer in layers}
-    bases = {layer: null_basis(moment, energy) for layer, moment in moments.items()}
-    for layer, basis in bases.items():
-        if not basis.shape[1]:
-            raise ValueError(f"layer {layer}: no direction is free at energy={energy}; raise it or protect less")
-    return bases
+    return {layer: torch.stack([part[layer] for part in found]).mean(0) for layer in layers}
 
 
 def _warn_if_few(n_keys: int, moment: Tensor) -> None:
@@ -95,5 +128,5 @@ def _warn_if_few(n_keys: int, moment: Tensor) -> None:
         warnings.warn(
             f"{n_keys} protected keys for d_mlp={len(moment)}: directions count as free that more text would use; "
             "give more retain texts",
-            stacklevel=4,
+            stacklevel=6,
         )

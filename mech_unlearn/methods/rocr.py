@@ -16,23 +16,32 @@ Differs:  all entities are solved for at once, and an alias is a further key (th
           model answer with that person's facts; it is drawn at random, because the unknown names nearest to a known
           one call up some of the same answers;
           behind an MLP with a norm (Gemma 2, OLMo 2) the write aims at the norm's input;
-          the protected keys count retain names as much as all other tokens, which would otherwise drown them.
+          the protected keys count retain names as much as all other tokens, which would otherwise drown them;
+          anchor "neutral" is ours; with "reject" one vector serves all facts of a name: see `value_optimization`; the
+          keys of `earlier` names count one by one, in each context, where the code adds up their mean.
 Fails:    where facts are not read from the name's last token; for names nobody listed (aliases, misspellings);
           where the free directions are too few for the names: see `free_rank` and `gain` in the report.
 """
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods import keys
 from mech_unlearn.methods.protect import PARTS, Part, protected_bases
+from mech_unlearn.methods.rewriting import Optimize, by_name
+from mech_unlearn.methods.value_optimization import module_path, optimized
 from mech_unlearn.model import Model
+
+NEUTRAL = 64
+"""Entities that the anchor "neutral" is a mean over, at the most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +53,14 @@ class Rocr:
     z_layer: int | None = None
     """Layer after which the state at the name's last token is to be the anchor's; the last of `layers` if not given."""
     anchor: str = "unknown"
-    """"unknown": each name gets the state of an unknown entity of its own; or one name that all are redirected to."""
+    """"unknown": each name gets the state of an unknown entity of its own; "neutral": all get the mean state of up to
+    `NEUTRAL` retained entities of their kind, a generic one; "reject": each gets its own state plus a vector found by
+    gradient descent (`optimize`); else one name that all are redirected to."""
+    optimize: Optimize = Optimize(clamp=0.75)
+    """For anchor "reject": how the vector is found; target "refusal" is the paper's."""
+    earlier: tuple[str, ...] = ()
+    """Names that an earlier edit redirected, which is in force now: their keys keep their output (the cache C of
+    2506.07795). Fit inside `with earlier_edit.on(model)` and apply there."""
     ridge: float = 0.05
     """lambda as a share of the mean ||P k||^2; a single key then gets 1 / 1.05 of its shift per layer."""
     energy: float = 0.1
@@ -55,28 +71,46 @@ class Rocr:
     protect: tuple[Part, ...] = PARTS
     """What feeds the null space: the retained names at their last token ("entities"), all tokens of the retained facts'
     prompts ("prompts"), all tokens of the retained texts ("texts")."""
+    cache_dir: str | None = None
+    """Folder that keeps the key statistics for the next time; None: no disk."""
     seed: int = 0
-    """Draws the unknown entities."""
+    """Draws the unknown, neutral and other entities, and prefixes."""
 
     def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
         """The redirection of the forget set's entities.
 
         Raises:
-            ValueError: an unknown layer, no unknown entities, an anchor that is to be forgotten, nothing to protect.
+            ValueError: an unknown layer, no unknown entities, an anchor that is to be forgotten, nothing to protect, an
+                earlier name that is to be forgotten now, or what `optimized` refuses.
         """
         start = time.perf_counter()
         layers, site = self._places(model)
         contexts = self.contexts or keys.contexts_of(forget.facts)
         names = keys.names_of(forget.entities)
+        if twice := set(self.earlier) & set(names):
+            raise ValueError(f"earlier names {sorted(twice)}, which are to be forgotten now; leave them out of one")
         with keys.count_forwards(model) as forwards:
             rows = keys.mentions(model.tokenizer, names, contexts)
-            anchors, targets = self._targets(model, forget, retain, names, contexts, site)
-            bases = protected_bases(model, retain, contexts, layers, self.protect, self.energy)
             own = keys.own_contexts(names, forget.facts, contexts)
+            extra: dict[str, Any] = {}
+            if self.anchor == "reject":
+                targets, extra = self._rejected(model, forget, retain, rows, own, site)
+            else:
+                extra["anchors"], targets = self._targets(model, forget, retain, names, contexts, site)
+            bases = protected_bases(model, retain, contexts, layers, self.protect, self.energy, self.cache_dir)
             deltas, written = keys.write_states(
-                model, rows, targets, site, layers=layers, bases=bases, ridge=self.ridge, own=own
+                model,
+                rows,
+                targets,
+                site,
+                layers=layers,
+                bases=bases,
+                ridge=self.ridge,
+                own=own,
+                earlier=keys.mentions(model.tokenizer, self.earlier, contexts),
             )
-        report = {"anchors": anchors, **written, "n_forward": forwards[0], "n_backward": 0}
+        forwards[0] += extra.pop("n_forward", 0)
+        report = {**written, "n_backward": 0, **extra, "n_forward": forwards[0]}
         report["seconds"] = time.perf_counter() - start
         recipe = {"method": "rocr", "settings": asdict(self), "seed": self.seed, "report": report}
         return Edit(name="rocr", base=model.hash(), deltas=deltas, recipe=recipe)
@@ -96,6 +130,11 @@ class Rocr:
         site: Site,
     ) -> tuple[dict[str, str], Float[Tensor, "row d_model"]]:
         """(Name -> its anchor, the anchor's state in each of the name's contexts)."""
+        if self.anchor == "neutral":
+            pool = list(keys.known_names(forget, retain))
+            chosen = random.Random(self.seed).sample(pool, min(NEUTRAL, len(pool)))
+            state = keys.name_states(model, chosen, contexts, site).mean(0)
+            return dict.fromkeys(names, f"mean of {len(chosen)} names"), state.repeat(len(names), 1)
         if self.anchor != "unknown":
             if self.anchor in names:
                 raise ValueError(f"anchor {self.anchor!r} is to be forgotten itself; choose another name")
@@ -105,3 +144,22 @@ class Rocr:
         chosen = keys.draw_references(keys.lengths(model, names), keys.lengths(model, pool), self.seed)
         theirs = keys.name_states(model, pool, contexts, site)
         return {name: pool[i] for name, i in zip(names, chosen, strict=True)}, theirs[chosen].flatten(0, 1)
+
+    def _rejected(
+        self,
+        model: Model,
+        forget: ForgetSet,
+        retain: RetainSet,
+        rows: Sequence[keys.Row],
+        own: Bool[Tensor, "name context"],
+        site: Site,
+    ) -> tuple[Float[Tensor, "row d_model"], dict[str, Any]]:
+        """(Each name's state in each context plus the vector found for it, report)."""
+        asked = by_name(forget)
+        states = keys.last_states(model, rows, [site])[site].unflatten(0, own.shape)
+        initial = keys.mean_over(states, own.to(states.device))
+        path = module_path(model, site.layer, "resid")
+        found = optimized(model, asked, initial, forget, retain, path, self.optimize, self.seed)
+        report = {"loss_before": found.first_loss.mean().item(), "loss_after": found.loss.mean().item()}
+        report |= {"n_forward": found.n_forward, "n_backward": found.n_backward}
+        return (states + found.deltas[:, None]).flatten(0, 1), report

@@ -108,8 +108,11 @@ class SaeShift:
 
     def _check(self, model: Model) -> None:
         site = self.sae.site
-        if site.kind not in ("resid_pre", "resid_mid", "resid_post"):
-            raise ValueError(f"the SAE sits at {site}; a name's state is shifted in the residual stream only")
+        if site.kind not in ("resid_pre", "resid_post"):
+            raise ValueError(
+                f"the SAE sits at {site}; a name's state is shifted at resid_pre or resid_post only (a write at resid_mid "
+                "reaches the MLP alone)"
+            )
         if not 0 <= site.layer < model.n_layers:
             raise ValueError(f"the SAE sits at {site}, but {model.name!r} has layers 0..{model.n_layers - 1}")
         if self.sae.w_dec.shape[1] != model.d_model:
@@ -118,7 +121,7 @@ class SaeShift:
             )
         if self.shared is not None and (self.shared < 0 or self.mode != "hook"):
             raise ValueError(f'shared={self.shared} with mode={self.mode!r}: a number from 0 on, for mode="hook" only')
-        if self.mode == "weights" and (site.kind == "resid_mid" or site == Site(0, "resid_pre")):
+        if self.mode == "weights" and site == Site(0, "resid_pre"):
             raise ValueError(f'mode="weights" writes MLPs that end at the site; {site} has none: use mode="hook"')
 
     def _gate(self, scores: Tensor, known: Tensor, unknown: Tensor) -> float:

@@ -59,8 +59,24 @@ class Trainee:
     last: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check()
         self._generator = torch.Generator().manual_seed(self.noise.seed) if self.noise else None
         self._block = {id(hf): [_block(hf, path) for path in self.blocks] for hf in (self.hf, self.frozen) if hf}
+
+    def _check(self) -> None:
+        last = len(self.blocks) - 1
+        if self.objective.layer is not None and not 0 <= self.objective.layer <= last:
+            raise ValueError(f"the objective reads layer {self.objective.layer}; the model has layers 0..{last}")
+        if not self.noise:
+            return
+        if not 0 <= self.noise.layer <= last:
+            raise ValueError(f"noise at layer {self.noise.layer}; the model has layers 0..{last}")
+        if not self.kept or not self.objective.retain_weight:
+            raise ValueError("noise on the untrained model needs retained rows: give the base a retain_weight")
+        if not self.objective.logits and self.objective.layer is not None and self.noise.layer > self.objective.layer:
+            raise ValueError(
+                f"noise at layer {self.noise.layer} has no effect: the losses read layer {self.objective.layer} only"
+            )
 
     @property
     def noise_state(self) -> Tensor | None:
@@ -82,7 +98,7 @@ class Trainee:
         layer, seen = self.objective.layer, []
         with ExitStack() as stack:
             if noise:
-                stack.enter_context(self._noisy(self._block[id(hf)][noise.layer], noise))
+                stack.enter_context(self._noisy(self._block[id(hf)][noise.layer], noise, batch.mask.bool()))
             if layer is not None:
                 stack.enter_context(_watched(self._block[id(hf)][layer], seen, stop=not self.objective.logits))
             if self.objective.logits:
@@ -147,11 +163,11 @@ class Trainee:
         return score_rows(self.hf, rows, self.fill, self.device)
 
     @contextmanager
-    def _noisy(self, block: Any, noise: Noise) -> Iterator[None]:
+    def _noisy(self, block: Any, noise: Noise, real: Tensor) -> Iterator[None]:
         def add(_: Any, __: Any, output: Any) -> Any:
             x = _hidden(output)
             drawn = torch.randn(x.shape, generator=self._generator).to(x)
-            y = x + drawn * (noise.nu * x.square().mean()).sqrt()
+            y = x + drawn * (noise.nu * x[real].square().mean()).sqrt()  # what stands at a pad counts for nothing
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         handle = block.register_forward_hook(add)

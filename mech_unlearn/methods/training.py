@@ -7,7 +7,7 @@ term, clipping, stopping, checkpoints and undoing are the same for all.
 import copy
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
+from mech_unlearn.edit import Delta, Edit
 from mech_unlearn.methods.answers import Row, answer_rows, text_rows
 from mech_unlearn.methods.checkpoint import Progress, Saver, fingerprint
 from mech_unlearn.methods.feed import Feed, by_entity
-from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.objective import PLAIN, Around, Objective, masked_gradients
 from mech_unlearn.methods.trainee import Trainee, changes, masked, trained_copy
 from mech_unlearn.model import Model
 
@@ -74,37 +74,43 @@ def train(
 
     Raises:
         ValueError: no retained facts or texts although they have weight, nothing to train, an edit of activations in
-            force, a loss that is not finite, or a checkpoint of another training.
+            force, masks beside an adapter, a loss that is not finite, or a checkpoint of another training.
     """
     start = time.perf_counter()
     if model.active:
         raise ValueError(f"{model.name!r} has an edit of activations in force, which training does not see; leave it")
+    if around.adapter and around.masks:
+        raise ValueError("masks choose entries of weights, an adapter trains factors in their place: use one of them")
     if around.retain and objective.retain == "nll":
         objective = replace(objective, retain=around.retain)
     if around.noise and objective.retain == "nll":
         raise ValueError("noise on the untrained model has no effect where retained rows are trained by NLL")
-    rows = answer_rows(model.tokenizer, forget.facts)
-    kept, owners = _retain_rows(model, retain, objective.retain_weight)
+    questions = answer_rows(model.tokenizer, forget.facts)
+    rows = list(objective.rows) or questions
+    kept, owners = _retain_rows(model, retain, bool(objective.retain_weight or around.retained))
     order = random.Random(seed)
     if schedule.retain_sampling == "1:1" and len(kept) > len(rows):
         kept = order.sample(kept, len(rows))
     run = _trainee(model, rows, kept, objective, trainable, around)
-    saver = Saver(around.checkpoint, around.checkpoint_seconds, fingerprint(model.hash(), label, around, rows, kept))
+    marks = fingerprint(model.hash(), label, around, (rows, objective.others, kept)) if around.checkpoint else {}
+    saver = Saver(around.checkpoint, around.checkpoint_seconds, marks)
     batches = Feed(order, schedule.batch_size)
     queue = by_entity(owners) if schedule.retain_sampling == "entity" else None
     retained = Feed(order, schedule.batch_size, len(kept), queue)
-    progress = _loop(run, batches, retained, schedule, around, saver)
-    hf = around.adapter.merge(run.hf) if around.adapter else run.hf
-    run.hf = hf
+    run.forget = objective.forget(run.score(run.asked))
+    run.next_kept = retained.take
+    masks = masked(run.weights, [mask(run) for mask in around.masks])
+    progress = _loop(run, batches, retained, schedule, around, masks, saver)
+    run.hf = hf = around.adapter.merge(run.hf) if around.adapter else run.hf
     report = {
         "steps": progress.step,
         "epochs": progress.epoch,
         "stopped": progress.stopped,
-        "forget_recall": run.score(rows).exact.float().mean().item(),
+        "forget_recall": run.score(questions).exact.float().mean().item(),
         "final_losses": run.last,
         "n_forward": run.n_forward,
         "n_backward": run.n_backward,
-        "trained_parameters": sum(w.numel() for w in run.weights.values()),
+        "trained_parameters": sum(int(masks[k].sum()) if k in masks else w.numel() for k, w in run.weights.items()),
         "memory_mib": _memory(run) / 2**20,
         "seconds": time.perf_counter() - start,
     }
@@ -122,7 +128,10 @@ def trained_edit(
     trainable: str = "",
     around: Around = PLAIN,
 ) -> Edit:
-    """The edit that training makes by the settings of a method: those named as in `Schedule`, and `seed`."""
+    """The edit that training makes by the settings of a method: those named as in `Schedule`, and `seed`.
+
+    Changes are stored as factors where an adapter knows them so.
+    """
     given = asdict(settings)
     schedule = Schedule(**{f.name: given[f.name] for f in fields(Schedule) if f.name in given})
     deltas, report = train(
@@ -136,8 +145,10 @@ def trained_edit(
         around=around,
         label=repr(settings),
     )
+    factors = around.adapter.factors() if around.adapter else {}
+    exact: dict[str, Delta] = {key: factors.get(key, delta) for key, delta in deltas.items()}
     recipe = {"method": name, "settings": given, "seed": settings.seed, "report": report}
-    return Edit(name=name, base=model.hash(), deltas=deltas, recipe=recipe)
+    return Edit(name=name, base=model.hash(), deltas=exact, recipe=recipe)
 
 
 def require_positive(settings: Any, *names: str) -> None:
@@ -151,9 +162,9 @@ def require_positive(settings: Any, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {getattr(settings, name)}")
 
 
-def _retain_rows(model: Model, retain: RetainSet, weight: float) -> tuple[list[Row], list[str]]:
+def _retain_rows(model: Model, retain: RetainSet, needed: bool) -> tuple[list[Row], list[str]]:
     """(Retained rows, whose each is)."""
-    if not weight:
+    if not needed:
         return [], []
     facts, texts = answer_rows(model.tokenizer, retain.facts), text_rows(model.tokenizer, retain.texts)
     if not facts and not texts:
@@ -169,7 +180,7 @@ def _trainee(
     compares = objective.teacher or (objective.retain != "nll" and bool(kept))
     frozen = copy.deepcopy(hf).requires_grad_(False) if compares else None
     if around.adapter:
-        hf = around.adapter.attach(hf, trainable if not around.trainable else around.trainable)
+        hf = around.adapter.attach(hf)
     return Trainee(
         hf=hf,
         frozen=frozen,
@@ -185,18 +196,25 @@ def _trainee(
     )
 
 
-def _loop(run: Trainee, batches: Feed, retained: Feed, schedule: Schedule, around: Around, saver: Saver) -> Progress:
+def _loop(
+    run: Trainee,
+    batches: Feed,
+    retained: Feed,
+    schedule: Schedule,
+    around: Around,
+    masks: Mapping[str, Tensor],
+    saver: Saver,
+) -> Progress:
     """Train; how far it came and the rule that ended it."""
+    from tqdm import tqdm
+
     weights = list(run.weights.values())
     optimizer = torch.optim.AdamW(weights, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    run.forget = run.objective.forget(run.score(run.asked))
-    run.next_kept = retained.take
-    masks = masked(run.weights, [mask(run) for mask in around.masks])
     before = {name: run.weights[name].detach().clone() for name in masks}
     progress = saver.restore(run, optimizer, (batches, retained)) or Progress()
     per_epoch = -(-run.n_forget // schedule.batch_size)
-    bar = _bar(schedule.epochs * per_epoch, progress.step)
-    with bar:
+    steps = schedule.epochs * per_epoch
+    with tqdm(total=steps, initial=progress.step, desc="training", unit="step", delay=2, leave=False) as bar:
         while progress.epoch < schedule.epochs:
             if not batches.left:
                 members = _members(run, schedule)
@@ -227,12 +245,12 @@ def _train_on(
     optimizer: torch.optim.Optimizer,
     clip: float,
     around: Around,
-    masks: dict[str, Tensor],
+    masks: Mapping[str, Tensor],
     before: dict[str, Tensor],
 ) -> None:
     """The optimiser steps on one batch."""
     objective = run.objective
-    kept = run.next_kept() if run.kept else []
+    kept = run.next_kept() if run.kept and objective.retain_weight else []
     attack = objective.adversary(run, members) if objective.adversary else None
     for _ in range(objective.repeats):
         if attack:
@@ -244,7 +262,8 @@ def _train_on(
             loss = loss + objective.penalty(run)
         optimizer.zero_grad(set_to_none=True)
         if around.direct:
-            found = around.direct(run, run.gradients(_finite(run, loss)), optimizer)
+            found = masked_gradients(run.weights, run.gradients(_finite(run, loss)), masks)
+            found = around.direct(run, found, optimizer, masks)
             if kept:
                 theirs = run.gradients(_finite(run, objective.retain_weight * run.retain_loss(kept)))
                 found = [ours + more for ours, more in zip(found, theirs, strict=True)]
@@ -277,10 +296,3 @@ def _memory(run: Trainee) -> int:
     return sum(p.numel() * p.element_size() for p in copies) + 3 * sum(
         w.numel() * w.element_size() for w in run.weights.values()
     )
-
-
-def _bar(steps: int, done: int) -> Any:
-    """A bar on stderr, shown once training has taken two seconds."""
-    from tqdm import tqdm
-
-    return tqdm(total=steps, initial=done, desc="training", unit="step", delay=2, leave=False)

@@ -183,7 +183,7 @@ def test_known_and_unknown_that_a_probe_cannot_tell_apart_are_refused(tiny_model
     (
         (SITE, 24, "hook", "decodes to 24 dimensions.*d_model=32"),
         (Site(9, "resid_post"), 32, "hook", "layers 0..3"),
-        (Site(1, "mlp_post"), 32, "hook", "residual stream only"),
+        (Site(1, "mlp_post"), 32, "hook", "resid_pre or resid_post only"),
         (Site(0, "resid_pre"), 32, "weights", 'use mode="hook"'),
     ),
 )

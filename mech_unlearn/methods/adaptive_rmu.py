@@ -1,0 +1,110 @@
+"""AdaptiveRmu: Rmu whose random vector is as long as the states it replaces, times a factor.
+
+Paper:    Dang, Pham, Thanh-Tung and Inoue 2024, On Effects of Steering Latent Representation for Large Language Model
+          Unlearning, arXiv 2408.06223.
+Changes:  as Rmu: the MLP output matrices of `layers`.
+Needs:    the untrained model's states of each forget and retained batch: two forward passes that end at the layer.
+Differs:  as Rmu. The norm of a sample is the mean norm over its tokens. `norm="first_batch"` is what the code does,
+          with the first rows in the order of the facts (the code: the first batch drawn) and before the first step.
+Fails:    as Rmu, except that it works at late layers; a state of great norm that all texts share (the first token)
+          makes the vector long.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.capture import stream
+from mech_unlearn.core import ForgetSet, RetainSet, Site
+from mech_unlearn.edit import Edit
+from mech_unlearn.methods import keys
+from mech_unlearn.methods.answers import AnswerScores, Row
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.rmu import steer_to, steered, written_out
+from mech_unlearn.methods.state_losses import held, random_direction, row_norms, state_mse, states_of
+from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.model import Model
+
+Norm = Literal["per_sample", "first_batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveRmu:
+    """Settings of the training; `fit` runs it. Defaults: 2408.06223 on 7B models."""
+
+    layer: int | None = None
+    """Layer whose resid_post is steered; None is the last of `keys.default_layers`."""
+    layers: tuple[int, ...] | None = None
+    """Layers whose MLP output matrices are trained; None is `layer` - 2 to `layer`."""
+    beta: float = 5.0
+    """Length of the vector as a multiple of the norm of the untrained model's states; 3 to 10."""
+    norm: Norm = "per_sample"
+    """Whose norm: that of each row ("per_sample", the paper) or of the first `batch_size` rows ("first_batch")."""
+    alpha: float = 1200.0
+    """Weight of the squared distance of retained states to where they were; 100 to 1200."""
+    texts: tuple[str, ...] = ()
+    """Running texts that are to be forgotten beside the facts."""
+    lr: float = 5e-5
+    """Step size of AdamW, constant; small models trained from scratch need 1e-3 to 1e-2."""
+    epochs: int = 10
+    """Passes over the forget rows; the paper takes 500 batches of 4."""
+    batch_size: int = 4
+    """Forget rows per step; as many retain rows go with them."""
+    weight_decay: float = 0.01
+    """Decoupled, as in AdamW."""
+    clip: float = 1.0
+    """Bound of the gradient's norm over all trained tensors."""
+    stop_recall: float | None = None
+    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
+    retain_sampling: RetainSampling = "cyclic"
+    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    seed: int = 0
+    """Draws the vector and the order of the rows."""
+
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
+        """The change that training makes.
+
+        Raises:
+            ValueError: nothing retained, layers above the steered one, a setting out of range, or a loss that is not
+                finite.
+        """
+        require_positive(self, "beta", "alpha", "batch_size")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be 'per_sample' or 'first_batch', got {self.norm!r}")
+        layer, trained = steered(model, self.layer, self.layers)
+        rows = written_out(model, forget, self.texts)
+        u = random_direction(model.d_model, self.seed).to(model.device)
+        per_sample = self.norm == "per_sample"
+        with keys.count_forwards(model) as forwards:
+            length = 0.0 if per_sample else self.beta * self._first(model, rows, layer)
+        loss = steer_by_norm(u, self.beta) if per_sample else steer_to(length * u)
+        objective = Objective(
+            loss, self.alpha, retain=held, teacher=per_sample, layer=layer, logits=False, rows=rows
+        )  # fmt: skip
+        edit = trained_edit("adaptive_rmu", self, model, forget, retain, objective, trained, around=around)
+        report = {**edit.recipe["report"], "n_forward": edit.recipe["report"]["n_forward"] + forwards[0]}
+        return replace(edit, recipe={**edit.recipe, "report": report})
+
+    def _first(self, model: Model, rows: list[Row], layer: int) -> float:
+        site = Site(layer, "resid_post")
+        parts = stream(model, [ids for ids, _ in rows[: self.batch_size]], [site])
+        return torch.cat([part.at[site].float().norm(dim=1) for part in parts]).mean().item()
+
+
+def steer_by_norm(
+    u: Float[Tensor, " d_model"], beta: float
+) -> Callable[[AnswerScores], Callable[[AnswerScores], Tensor]]:
+    """The forget loss: `state_mse` to beta x (mean norm of the row's states before training) x u.
+
+    Source: 2408.06223, the adaptive coefficient.
+    """
+
+    def loss(now: AnswerScores) -> Tensor:
+        states, before = states_of(now)
+        return state_mse(states.now, beta * row_norms(before, states.at)[:, None] * u, states.at)
+
+    return lambda _: loss

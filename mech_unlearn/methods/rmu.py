@@ -1,0 +1,107 @@
+"""Rmu: training that steers the hidden states of forgotten texts to one random vector and holds all others.
+
+Paper:    Li et al. 2024, The WMDP Benchmark (Representation Misdirection for Unlearning), arXiv 2403.03218.
+Changes:  the MLP output matrices of `layers`, by default three that end at the layer whose states are steered.
+Needs:    the untrained model's states of each batch of retained rows: one forward pass that ends at the layer.
+Differs:  the random vector is Gaussian (the code draws uniform numbers in [0, 1): nearly the same direction for every
+          seed; `legacy_u`); a row's tokens are averaged before rows are, and pads never count (the code divides by a
+          count of another shape, so that in a batch long texts weigh on short ones); forget data are the facts written
+          out, prompt and answer, joined by `texts`; gradients are clipped by their norm.
+Fails:    at middle and late layers, where c is smaller than a state's norm, nothing happens (see AdaptiveRmu); states
+          above the layer still tell the forgotten from the kept; relearning is quick. What is steered is every
+          token, those too that forgotten and kept texts share.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.edit import Edit
+from mech_unlearn.methods import keys
+from mech_unlearn.methods.answers import AnswerScores, Row, answer_rows, text_rows
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.methods.state_losses import held, random_direction, state_mse
+from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rmu:
+    """Settings of the training; `fit` runs it. Defaults: 2403.03218's code on Zephyr 7B, layer 7 of 32."""
+
+    layer: int | None = None
+    """Layer whose resid_post is steered; None is the last of `keys.default_layers`, a third of the depth or earlier."""
+    layers: tuple[int, ...] | None = None
+    """Layers whose MLP output matrices are trained; None is `layer` - 2 to `layer`."""
+    c: float = 6.5
+    """Length of the vector that states are steered to; 6.5 for Zephyr, 20 for other 7B models. Compare with the
+    norm of the states at the layer."""
+    alpha: float = 1200.0
+    """Weight of the squared distance of retained states to where they were; 100 to 1200."""
+    legacy_u: bool = False
+    """Draw the vector uniform in [0, 1), as the code does."""
+    texts: tuple[str, ...] = ()
+    """Running texts that are to be forgotten beside the facts."""
+    lr: float = 5e-5
+    """Step size of AdamW, constant; small models trained from scratch need 1e-3 to 1e-2."""
+    epochs: int = 10
+    """Passes over the forget rows; the paper takes 150 to 500 batches of 4."""
+    batch_size: int = 4
+    """Forget rows per step; as many retain rows go with them."""
+    weight_decay: float = 0.01
+    """Decoupled, as in AdamW."""
+    clip: float = 1.0
+    """Bound of the gradient's norm over all trained tensors."""
+    stop_recall: float | None = None
+    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
+    retain_sampling: RetainSampling = "cyclic"
+    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    seed: int = 0
+    """Draws the vector and the order of the rows."""
+
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
+        """The change that training makes.
+
+        Raises:
+            ValueError: nothing retained, layers above the steered one, a setting out of range, or a loss that is not
+                finite.
+        """
+        require_positive(self, "c", "alpha")
+        layer, trained = steered(model, self.layer, self.layers)
+        target = self.c * random_direction(model.d_model, self.seed, self.legacy_u).to(model.device)
+        objective = Objective(
+            steer_to(target), self.alpha, retain=held, layer=layer, logits=False,
+            rows=written_out(model, forget, self.texts),
+        )  # fmt: skip
+        return trained_edit("rmu", self, model, forget, retain, objective, trained, around=around)
+
+
+def steer_to(target: Float[Tensor, " d_model"]) -> Callable[[AnswerScores], Callable[[AnswerScores], Tensor]]:
+    """The forget loss of RMU: `state_mse` to one vector."""
+
+    def loss(now: AnswerScores) -> Tensor:
+        assert now.states is not None
+        return state_mse(now.states.now, target, now.states.at)
+
+    return lambda _: loss
+
+
+def steered(model: Model, layer: int | None, layers: Sequence[int] | None) -> tuple[int, str]:
+    """(Layer whose states are steered, pattern of the MLP output matrices that are trained).
+
+    Raises:
+        ValueError: a layer that the model lacks, or that lies above the steered one.
+    """
+    layer = keys.default_layers(model.n_layers)[-1] if layer is None else layer
+    chosen = tuple(range(max(0, layer - 2), layer + 1)) if layers is None else layers
+    names = (re.escape(model.w_out(i)[0]) for i in keys.check_layers(model, chosen, layer))
+    return layer, f"^({'|'.join(names)})$"
+
+
+def written_out(model: Model, forget: ForgetSet, texts: Sequence[str]) -> list[Row]:
+    """The forget facts in each phrasing a method may see, prompt and answer, and further texts."""
+    return answer_rows(model.tokenizer, forget.facts) + text_rows(model.tokenizer, texts)

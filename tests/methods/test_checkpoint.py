@@ -1,0 +1,184 @@
+"""Checkpoints: an interrupted run that goes on gives the same bits, and a checkpoint of another run is refused."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from conftest import tiny_facts
+
+from mech_unlearn.core import ForgetSet
+from mech_unlearn.methods import Gu, Klue, Lora, Npo, Wagle
+from mech_unlearn.methods import checkpoint as files
+from mech_unlearn.methods.objective import Around, Noise, Objective
+from mech_unlearn.methods.training import trained_edit
+
+FAST = dict(lr=3e-3, epochs=3, batch_size=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipping:
+    """Gradient ascent that leaves out what is forgotten, kept apart so that skipping can be tested by itself."""
+
+    lr: float = 3e-3
+    epochs: int = 6
+    batch_size: int = 3
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    skip_forgotten: bool = True
+    retain_sampling: str = "entity"
+    seed: int = 0
+    extra: dict = field(default_factory=dict)
+
+    def fit(self, model, forget, retain, around=Around()):  # noqa: B008 - frozen
+        objective = Objective(lambda _: lambda now: now.logprob.mean(), retain_weight=1.0)
+        return trained_edit("skipping", self, model, forget, retain, objective, around=around)
+
+
+METHODS = {
+    "npo": Npo(**FAST),
+    "npo by entity": Npo(retain_sampling="entity", **FAST),
+    "npo one to one": Npo(retain_sampling="1:1", **FAST),
+    "gu over wagle": Gu(base=Wagle(base=Npo(**FAST), rho=0.3), k=2),
+    "lora": Lora(base=Npo(**FAST), rank=2),
+    "klue": Klue(**FAST),
+    "skipping": Skipping(),
+    "a last layer without gradient": Npo(trainable=r"layers\.[013]\.", **FAST),
+}
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """(Model that answers its facts, sets): rows to skip need answers that are there."""
+    from conftest import tiny_hf, tiny_tokenizer
+
+    from mech_unlearn.core import RetainSet
+    from mech_unlearn.methods import TaskVector
+    from mech_unlearn.model import load
+
+    forget = ForgetSet(facts=tiny_facts(["Anna Lee", "Ben Hill"]))
+    retain = RetainSet(neighbors=tiny_facts(["Cara Moss", "Dan Park", "Eva Reed"]), texts=("Rivers run to the sea .",))
+    model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
+    known = ForgetSet(facts=(*forget.facts, *retain.facts))
+    edit = TaskVector(scale=1.0, lr=3e-3, epochs=12, batch_size=8).fit(model, known, retain)
+    with torch.no_grad():
+        for name, delta in edit.deltas.items():
+            model.held[name].sub_(delta)
+    return model, (forget, retain)
+
+
+class Cut(Exception):
+    """Stands for a power cut."""
+
+
+def interrupted(monkeypatch, fit, after):
+    """Run `fit` until the state has been written `after` times, then cut it within the step that follows."""
+    written, step = [0], torch.optim.AdamW.step
+    save = files.Saver.save
+
+    def counting(self, *args):
+        save(self, *args)
+        written[0] += 1
+
+    def cut(self, *args, **kw):
+        if written[0] >= after:
+            raise Cut
+        return step(self, *args, **kw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Saver, "save", counting)
+        patch.setattr(torch.optim.AdamW, "step", cut)
+        with pytest.raises(Cut):
+            fit()
+
+
+def equal(one, other):
+    assert one.deltas.keys() == other.deltas.keys() and one.deltas
+    for name in one.deltas:
+        a, b = (d if isinstance(d, torch.Tensor) else torch.cat([d.left, d.right.T]) for d in (
+            one.deltas[name], other.deltas[name]))  # fmt: skip
+        assert torch.equal(a, b), name
+    mine, theirs = ({k: v for k, v in e.recipe["report"].items() if k != "seconds"} for e in (one, other))
+    assert mine == theirs
+
+
+@pytest.mark.parametrize("after", (2, 4))
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_cut_in_the_middle_goes_on_to_the_same_bits(learned, tmp_path, monkeypatch, name, after):
+    model, sets = learned
+    method, path = METHODS[name], tmp_path / "deep" / "checkpoint.safetensors"
+    whole = method.fit(model, *sets)
+    around = Around(checkpoint=path, checkpoint_seconds=0.0)
+    interrupted(monkeypatch, lambda: method.fit(model, *sets, around=around), after)
+    assert path.is_file() and not path.with_name("checkpoint.safetensors.partial").exists()
+    torch.manual_seed(after)  # the caller's random state has no say
+    steps = []
+    take = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (steps.append(1), take(self, *a, **k))[1])
+    equal(method.fit(model, *sets, around=around), whole)
+    assert len(steps) == whole.recipe["report"]["steps"] - after
+    assert not path.exists()
+
+
+def test_skipping_leaves_rows_out_so_that_resuming_it_means_something(learned):
+    model, sets = learned
+    report = Skipping().fit(model, *sets).recipe["report"]
+    rows = sum(len(fact.templates) for fact in sets[0].facts)
+    assert report["stopped"] == "forgotten" or report["steps"] < 6 * -(-rows // 3)
+
+
+def test_the_noise_goes_on_where_it_was(learned, tmp_path, monkeypatch):
+    model, sets = learned
+    method = Npo(**FAST)
+    noisy = Around(retain="kl", noise=Noise(1, 0.05, 0))
+    whole = method.fit(model, *sets, around=noisy)
+    saved = replace(noisy, checkpoint=tmp_path / "c.safetensors", checkpoint_seconds=0.0)
+    interrupted(monkeypatch, lambda: method.fit(model, *sets, around=saved), 3)
+    equal(method.fit(model, *sets, around=saved), whole)
+
+
+def test_a_weight_that_has_had_no_gradient_is_restored_too(learned, tmp_path, monkeypatch):
+    """Losses on states end the pass after their layer: what lies above has no gradient and no moments."""
+    from mech_unlearn.methods.answers import AnswerScores
+
+    model, sets = learned
+
+    @dataclass(frozen=True, kw_only=True)
+    class Low(Skipping):
+        skip_forgotten: bool = False
+
+        def fit(self, model, forget, retain, around=Around()):  # noqa: B008 - frozen
+            def loss(now: AnswerScores):
+                return now.states.now.square().mean()
+
+            objective = Objective(lambda _: loss, retain_weight=0.0, layer=1, logits=False)
+            return trained_edit("low", self, model, forget, retain, objective, around=around)
+
+    whole = Low().fit(model, *sets)
+    around = Around(checkpoint=tmp_path / "c.safetensors", checkpoint_seconds=0.0)
+    interrupted(monkeypatch, lambda: Low().fit(model, *sets, around=around), 3)
+    equal(Low().fit(model, *sets, around=around), whole)
+
+
+def test_a_checkpoint_of_something_else_is_refused_by_name_and_says_what_differs(learned, tmp_path, monkeypatch):
+    model, sets = learned
+    path = tmp_path / "c.safetensors"
+    around = Around(checkpoint=path, checkpoint_seconds=0.0)
+    interrupted(monkeypatch, lambda: Npo(**FAST).fit(model, *sets, around=around), 2)
+    for method, forget, differs in (
+        (Npo(lr=1e-4, epochs=3, batch_size=3), sets[0], "settings differ"),
+        (Gu(base=Npo(**FAST)), sets[0], "settings differ"),
+        (Npo(**FAST), ForgetSet(facts=sets[0].facts[:2]), "data set differ"),
+    ):
+        with pytest.raises(ValueError, match=f"c.safetensors.*{differs}"):
+            method.fit(model, forget, sets[1], around=around)
+    assert path.exists()
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Npo(**FAST).fit(model, *sets, around=around)
+
+
+def test_nothing_is_written_before_its_time(learned, tmp_path):
+    model, sets = learned
+    around = Around(checkpoint=tmp_path / "new" / "c.safetensors", checkpoint_seconds=3600.0)
+    equal(Npo(**FAST).fit(model, *sets, around=around), Npo(**FAST).fit(model, *sets))
+    assert not (tmp_path / "new").exists()
