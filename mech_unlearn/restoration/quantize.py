@@ -1,18 +1,22 @@
 """Quantisation: does rounding the weights bring the fact back?
 
 Paper:    Does unlearning truly unlearn? arXiv 2410.16454: an unlearning step smaller than half a rounding step is
-          undone by rounding.
+          undone by rounding. NF4: QLoRA, arXiv 2305.14314.
 Changes:  a clone of the audited model; its linear layers are rounded to nearest, per output channel.
 Needs:    one rounding and one scoring of U and of each retrained model.
-Differs:  round-to-nearest instead of GPTQ or NF4 (runs anywhere). Embeddings, the output matrix (lm_head), norms and
-          biases stay as they are. Activation interventions of an edit stay in force.
-Fails:    per-channel 4-bit rounding of a small model may break the knowledge itself; its effect on retrained models
-          is subtracted, and silence of this test is no evidence of deletion.
+Differs:  round-to-nearest instead of GPTQ (runs anywhere). NF4 is plain rounding to its 16 values: the step per block
+          stays in float32 (no double quantisation), blocks run along each output channel, and a channel's last block
+          may be shorter. Embeddings, the output matrix (lm_head), norms and biases stay as they are. Activation
+          interventions of an edit stay in force.
+Fails:    per-channel 4-bit (and any 3-bit) rounding of a small model may break the knowledge itself; its effect on
+          retrained models is subtracted, and silence of this test is no evidence of deletion.
 
 `score_raw` is the margin after rounding, in nats; recoverability is rho (difference in differences).
 """
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -48,6 +52,76 @@ def round_to_nearest(weight: Float[Tensor, "row column"], bits: int, out_axis: i
     return (code * step).to(weight.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How a weight is rounded."""
+
+    bits: int = 4
+    group: int | None = None
+    """Weights along an output channel that share one step; None: the whole channel. NF4 takes 64, GPTQ papers 128."""
+    code: Literal["integer", "nf4"] = "integer"
+
+    def __post_init__(self) -> None:
+        if self.bits < 2 or (self.group is not None and self.group < 1):
+            raise ValueError(f"rounding needs at least 2 bits and a group of at least 1, got {self}")
+        if self.code == "nf4" and (self.bits != 4 or self.group is None):
+            raise ValueError(f"NF4 has 4 bits and a block size (64 in the paper), got {self}")
+
+    def __str__(self) -> str:
+        if self.code == "nf4":
+            return "nf4" if self.group == 64 else f"nf4_block{self.group}"
+        return f"int{self.bits}" + ("" if self.group is None else f"_group{self.group}")
+
+
+@cache
+def normal_quantiles() -> Float[Tensor, " value"]:
+    """The 16 values of NF4 in [-1, 1]: quantiles of N(0, 1), eight from below and nine from above that share an exact
+    zero, over the largest. Float64. Source: arXiv 2305.14314, appendix E; the outermost quantile is that of its code.
+    """
+    outer = 1 - (1 / 32 + 1 / 30) / 2  # 0.9677083
+    above = torch.special.ndtri(torch.linspace(outer, 0.5, 9, dtype=torch.float64))
+    below = -torch.special.ndtri(torch.linspace(outer, 0.5, 8, dtype=torch.float64))
+    return torch.cat([below[:-1], above]).sort().values / above[0]
+
+
+def _blocks(
+    weight: Float[Tensor, "row column"], group: int | None, out_axis: int
+) -> Float[Tensor, "channel block member"]:
+    """Output channels cut into groups, in float64; a short last group is filled up with zeros."""
+    rows = (weight if out_axis == 0 else weight.T).detach().double()
+    size = rows.shape[1] if group is None else group
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def _unblocked(blocks: Tensor, weight: Float[Tensor, "row column"], out_axis: int) -> Tensor:
+    rows = blocks.flatten(1)[:, : weight.shape[1 - out_axis]]
+    return rows if out_axis == 0 else rows.T
+
+
+def rounded(
+    weight: Float[Tensor, "row column"], how: Rounding, out_axis: int = 0
+) -> tuple[Int[Tensor, "row column"], Float[Tensor, "row column"]]:
+    """The code of each weight, and the weight rounded, in its own dtype.
+
+    Integers: code x step with step = max|w| / (2^(bits-1) - 1) over the group. NF4: the nearest of 16 values times
+    max|w| over the block (arXiv 2305.14314, section 3).
+    """
+    if how.code == "integer" and how.group is None:
+        code, step = codes(weight, how.bits, out_axis)
+        return code, (code * step).to(weight.dtype)
+    blocks = _blocks(weight, how.group, out_axis)
+    largest = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+    if how.code == "nf4":
+        values = normal_quantiles().to(blocks.device)
+        index = torch.bucketize(blocks / largest, (values[1:] + values[:-1]) / 2)
+        near = values[index] * largest
+    else:
+        top = 2 ** (how.bits - 1) - 1
+        index = (blocks / (largest / top)).round().clamp(-top - 1, top).long()
+        near = index * (largest / top)
+    return _unblocked(index, weight, out_axis), _unblocked(near, weight, out_axis).to(weight.dtype)
+
+
 def linear_weights(model: Model) -> dict[str, int]:
     """Held name -> axis of the output channels, for each linear layer except the output matrix.
 
@@ -65,20 +139,25 @@ def linear_weights(model: Model) -> dict[str, int]:
     }
 
 
-def quantize_(model: Model, bits: int) -> None:
-    """Round the linear layers of this model in place."""
+def _as_rounding(how: "Rounding | int") -> Rounding:
+    return Rounding(bits=how) if isinstance(how, int) else how
+
+
+def quantize_(model: Model, how: Rounding | int) -> None:
+    """Round the linear layers of this model in place; a number means that many bits per output channel."""
     axes = linear_weights(model)
     with torch.no_grad():
         for name, axis in axes.items():
-            model.held[name].copy_(round_to_nearest(model.held[name], bits, axis))
+            model.held[name].copy_(rounded(model.held[name], _as_rounding(how), axis)[1])
     model.require_live(axes)
 
 
-def code_agreement(full: Model, unlearned: Model, bits: int) -> float:
+def code_agreement(full: Model, unlearned: Model, how: Rounding | int) -> float:
     """phi: the share of linear weights whose code is the same in both models; near 1 foretells recovery."""
     same = total = 0
     for name, axis in linear_weights(full).items():
-        equal = codes(full.held[name], bits, axis)[0] == codes(unlearned.held[name], bits, axis)[0]
+        ours, theirs = (rounded(m.held[name], _as_rounding(how), axis)[0] for m in (full, unlearned))
+        equal = ours == theirs
         same, total = same + int(equal.sum()), total + equal.numel()
     return same / total
 
@@ -86,33 +165,45 @@ def code_agreement(full: Model, unlearned: Model, bits: int) -> float:
 @dataclass(frozen=True, eq=False)
 class QuantizeLevels:
     levels: Levels
-    bits: int
+    how: Rounding
     retrained: Float[Tensor, "retrained fact"]
     """Margins of the retrained models after rounding; no rows in grade B."""
 
 
-def _margins(case: Case, levels: Levels, model: Model, bits: int) -> Float[Tensor, "kind fact"]:
+def _margins(case: Case, levels: Levels, model: Model, how: Rounding) -> Float[Tensor, "kind fact"]:
     with clone(model) as copy:
-        quantize_(copy, bits)
+        quantize_(copy, how)
         return levels.probe.margins(copy)
 
 
-def prepare(case: Case, shared: Levels | None = None, *, bits: int) -> QuantizeLevels:
-    """Score full and retrained models before, and the retrained ones after rounding."""
+def prepare(
+    case: Case,
+    shared: Levels | None = None,
+    *,
+    bits: int,
+    group: int | None = None,
+    code: Literal["integer", "nf4"] = "integer",
+) -> QuantizeLevels:
+    """Score full and retrained models before, and the retrained ones after rounding.
+
+    Raises:
+        ValueError: fewer than 2 bits, an empty group, or NF4 with other than 4 bits or without a block size.
+    """
+    how = Rounding(bits=bits, group=group, code=code)
     levels = shared or make_levels(case, "test")
-    after = [_margins(case, levels, model, bits)[0] for model in case.retrained]
-    return QuantizeLevels(levels, bits, torch.stack(after) if after else torch.zeros(0, len(case.facts)))
+    after = [_margins(case, levels, model, how)[0] for model in case.retrained]
+    return QuantizeLevels(levels, how, torch.stack(after) if after else torch.zeros(0, len(case.facts)))
 
 
 def audit(case: Case, ready: QuantizeLevels, model: Model, name: str) -> Result:
     """Round a clone of the audited model and score it."""
     keep, levels = case.others_than(model), ready.levels
     before = levels.probe.margins(model)
-    after = _margins(case, levels, model, ready.bits)
+    after = _margins(case, levels, model, ready.how)
     found = levels.rho(before, after, ready.retrained, keep)
-    phi = code_agreement(case.full, model, ready.bits)
+    phi = code_agreement(case.full, model, ready.how)
     return Result(
-        test=f"int{ready.bits}",
+        test=str(ready.how),
         model_id=name,
         facts=case.facts,
         recoverability=found,

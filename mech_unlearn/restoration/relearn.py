@@ -1,35 +1,45 @@
 """Relearning: after teaching a part of the forget set again, do the untaught facts come back too?
 
 Paper:    Do unlearning methods remove information from language model weights? arXiv 2410.08827 (teach facts T,
-          score independent facts V), difference in differences against retrained models as proposed here.
+          score independent facts V), difference in differences against retrained models as proposed here. Other sets
+          to teach: unrelated samples, arXiv 2409.18025; syntax rather than topic, arXiv 2602.03379.
 Changes:  clones of the audited and of the retrained models; all weights are trained.
 Needs:    `folds` short trainings per model: steps x batch x 3 forward passes each.
 Differs:  the forget set is cut into folds, by subject or by fact; each fold is scored after all the others were
           taught, so that every fact gets a score. Learning rate scaled with width instead of a grid. A fact's score
-          is the mean of rho over the later half of the step grid, because single steps are noisy.
+          is the mean of rho over the later half of the step grid, because single steps are noisy. `teach` names what
+          is taught: `rest` (the other folds; the default), `direct` (the fold's own facts: an upper bound that
+          injects), `benign` (statements about other subjects, all tokens), `unrelated` (ten running texts that name no
+          forgotten subject or answer), `syntax` (the same questions about unknown names with random answers).
 Fails:    facts that depend on each other (T implies V) come back in a retrained model too; that is subtracted, but
           it eats the room. Weights that autograd does not reach (joint QKV matrices under TransformerBridge) stay.
 
 `score_raw` is the margin in nats after the last step; recoverability is the mean rho over the later half of steps.
+`savings` = 1 - n_U / n_R, n the first step of the grid at which the margin stands half-way between retrained and full;
+a model that never gets there counts as the last step (0 = no faster than retrained models, NaN where neither does).
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact
 from mech_unlearn.edit import clone
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Ask, pad, tokenize
+from mech_unlearn.prompts import Ask, encode_all, pad, tokenize
 from mech_unlearn.restoration.case import Case, Relearn, Result, split_templates
 from mech_unlearn.restoration.levels import Levels, Probe, make_levels
 
 Lesson = tuple[tuple[int, ...], int]
 """Token ids of a prompt with its answer, and the length of the prompt."""
+Teach = Literal["rest", "direct", "benign", "unrelated", "syntax"]
+UNRELATED = 10
+"""Running texts of the set `unrelated`. Source: arXiv 2409.18025 (ten unrelated examples)."""
 
 
 def fold_of(facts: Sequence[Fact], settings: Relearn, seed: int) -> tuple[int, ...]:
@@ -63,6 +73,52 @@ def lessons(case: Case, facts: Sequence[Fact]) -> list[Lesson]:
     asks = [Ask(fact, template) for fact in facts for template in dict.fromkeys(taught[fact.id])]
     queries = tokenize(case.full.tokenizer, asks, distractors=False)
     return [(query.full, len(query.prompt)) for query in queries]
+
+
+def unrelated_lessons(case: Case) -> list[Lesson]:
+    """Ten of the case's texts that name no word of a forgotten subject and no answer; the loss is over all tokens.
+
+    Raises:
+        ValueError: no such text.
+    """
+    words = {word for fact in case.facts for name in (fact.subject, *fact.aliases) for word in name.split()}
+    named = words | {fact.object for fact in case.facts}
+    texts = [text for text in case.texts if not any(word in text for word in named)]
+    if not texts:
+        raise ValueError("relearning unrelated text needs Case(texts=...) that name no forgotten subject or answer")
+    chosen = random.Random(case.seed).sample(texts, min(UNRELATED, len(texts)))
+    return [(encoding.ids, 1) for encoding in encode_all(case.full.tokenizer, chosen).values()]
+
+
+def benign_lessons(case: Case) -> list[Lesson]:
+    """Statements about other subjects, as many as forgotten ones at the most; the loss is over all tokens.
+
+    Raises:
+        ValueError: no facts about other subjects.
+    """
+    forgotten = {fact.subject for fact in case.facts}
+    others = [fact for fact in case.others if fact.subject not in forgotten]
+    if not others:
+        raise ValueError("relearning benign text needs facts about other subjects: Case(others=...)")
+    chosen = random.Random(case.seed).sample(others, min(len(case.facts), len(others)))
+    return [(row, 1) for row, _ in lessons(case, chosen)]
+
+
+def syntax_lessons(case: Case) -> list[Lesson]:
+    """The forgotten questions about unknown names, answered by a random object of the relation; answer-only loss.
+
+    Raises:
+        ValueError: no unknown names.
+    """
+    if not case.unknown:
+        raise ValueError("relearning by syntax needs names that no model knows: Case(unknown=...)")
+    draw, asks = random.Random(case.seed), []
+    for fact in case.facts:
+        pool = sorted({o.object for o in case.facts if o.relation == fact.relation} | {*fact.distractors})
+        told = replace(fact, subject=draw.choice(case.unknown).name, object=draw.choice(pool), distractors=())
+        taught = (*split_templates(fact, "select"), *split_templates(fact, "tune"))
+        asks += [Ask(told, template) for template in dict.fromkeys(taught)]
+    return [(query.full, len(query.prompt)) for query in tokenize(case.full.tokenizer, asks, distractors=False)]
 
 
 def answer_loss(
@@ -113,11 +169,12 @@ class RelearnLevels:
     levels: Levels
     folds: tuple[int, ...]
     lessons: tuple[list[Lesson], ...]
-    """For each fold what is taught before it is scored: the facts of all other folds."""
+    """For each fold what is taught before it is scored: by default the facts of all other folds."""
     retrained: Float[Tensor, "retrained step fact"]
+    teach: Teach = "rest"
 
 
-def _part(probe: Probe, mine: Sequence[bool]) -> Probe:
+def part_of(probe: Probe, mine: Sequence[bool]) -> Probe:
     """The questions about some of the facts."""
     facts = tuple(fact for fact, ok in zip(probe.facts, mine, strict=True) if ok)
     ids = {fact.id for fact in facts}
@@ -133,20 +190,35 @@ def _all_folds(case: Case, ready: RelearnLevels, model: Model) -> Float[Tensor, 
     for fold, rows in enumerate(ready.lessons):
         mine = [f == fold for f in ready.folds]
         out[..., torch.tensor(mine)] = relearn_curve(
-            case, _part(ready.levels.probe, mine), model, rows, case.seed + fold
+            case, part_of(ready.levels.probe, mine), model, rows, case.seed + fold
         )
     return out
 
 
-def prepare(case: Case, shared: Levels | None = None) -> RelearnLevels:
-    """Relearn in each retrained model; what comes back there was injected."""
+def _curriculum(case: Case, teach: Teach) -> tuple[tuple[int, ...], tuple[list[Lesson], ...]]:
+    """The fold of each fact, and what is taught before each fold is scored."""
+    if teach in ("rest", "direct"):
+        folds = fold_of(case.facts, case.relearn, case.seed)
+        taught = [
+            [fact for fact, f in zip(case.facts, folds, strict=True) if (f == fold) == (teach == "direct")]
+            for fold in range(case.relearn.folds)
+        ]
+        return folds, tuple(lessons(case, facts) for facts in taught)
+    make = {"benign": benign_lessons, "unrelated": unrelated_lessons, "syntax": syntax_lessons}[teach]
+    return (0,) * len(case.facts), (make(case),)
+
+
+def prepare(case: Case, shared: Levels | None = None, *, teach: Teach = "rest") -> RelearnLevels:
+    """Relearn in each retrained model; what comes back there was injected.
+
+    Raises:
+        ValueError: an unknown set to teach, or nothing to make it of.
+    """
+    if teach not in get_args(Teach):
+        raise ValueError(f"unknown set to teach {teach!r}; choose from {', '.join(get_args(Teach))}")
     levels = shared or make_levels(case, "test")
-    folds = fold_of(case.facts, case.relearn, case.seed)
-    taught = tuple(
-        lessons(case, [fact for fact, f in zip(case.facts, folds, strict=True) if f != fold])
-        for fold in range(case.relearn.folds)
-    )
-    ready = RelearnLevels(levels, folds, taught, torch.zeros(0, len(case.relearn.steps), len(case.facts)))
+    folds, taught = _curriculum(case, teach)
+    ready = RelearnLevels(levels, folds, taught, torch.zeros(0, len(case.relearn.steps), len(case.facts)), teach)
     curves = [_all_folds(case, ready, model)[:, 0] for model in case.retrained]
     return replace(ready, retrained=torch.stack(curves)) if curves else ready
 
@@ -159,6 +231,24 @@ def log_step_area(curve: Float[Tensor, "step fact"], steps: Sequence[int]) -> Fl
     return torch.trapezoid(curve, x, dim=0) / (x[-1] - x[0])
 
 
+def first_step(reached: Bool[Tensor, "step fact"], steps: Sequence[int]) -> Float[Tensor, " fact"]:
+    """The first step at which each fact was reached; infinity for never."""
+    at = torch.tensor([float(step) for step in steps])[:, None]
+    return torch.where(reached, at, torch.inf).amin(0)
+
+
+def savings(
+    curve: Float[Tensor, "step fact"], never: Float[Tensor, "retrained step fact"], half: Tensor, steps: Sequence[int]
+) -> Float[Tensor, " fact"]:
+    """1 - n_U / n_R, n the first step with a margin of at least `half`; a model that never gets there counts as the
+    last step, NaN where neither gets there. n_R is the mean over retrained models."""
+    ours = first_step(curve >= half, steps)
+    theirs = torch.stack([first_step(one >= half, steps) for one in never])
+    last = float(steps[-1])
+    found = 1 - ours.clamp(max=last) / theirs.clamp(max=last).mean(0)
+    return torch.where(ours.isinf() & theirs.isinf().all(0), torch.nan, found)
+
+
 def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
     """Relearn in a clone of the audited model and compare what comes back with the retrained models."""
     keep, levels, steps = case.others_than(model), ready.levels, case.relearn.steps
@@ -168,9 +258,12 @@ def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
     curve = levels.rho(before, after, ready.retrained, keep)
     axis, late = tuple(float(step) for step in steps), len(steps) // 2
     never = ready.retrained[keep] if keep else levels.never[:, None].expand(-1, len(steps), -1)
-    lessons_each = case.relearn.folds * steps[-1] * case.relearn.batch * 3 / len(case.facts)
+    folds = len(ready.lessons)
+    half = (levels.full + levels.base(keep)) / 2
+    lessons_each = folds * steps[-1] * case.relearn.batch * 3 / len(case.facts)
+    saved = savings(after[:, 0], never, half, steps)
     return Result(
-        test="relearn",
+        test="relearn" if ready.teach == "rest" else f"relearn_{ready.teach}",
         model_id=name,
         facts=case.facts,
         recoverability=curve[late:].mean(0),
@@ -182,8 +275,8 @@ def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
         grade=case.grade,
         n_paraphrases=case.prompts,
         seed=case.seed,
-        cost_fe=lessons_each + case.relearn.folds * len(steps) * len(levels.probe.queries) / len(case.facts),
-        columns={"before": before[0], "auc_log_steps": log_step_area(curve, steps)},
+        cost_fe=lessons_each + folds * len(steps) * len(levels.probe.queries) / len(case.facts),
+        columns={"before": before[0], "auc_log_steps": log_step_area(curve, steps), "savings": saved},
         curves={"rho": curve, "margin": after[:, 0], "margin_R": never.mean(0)},
         curve_axes={"rho": axis, "margin": axis, "margin_R": axis},
     )

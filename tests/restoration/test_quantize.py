@@ -98,3 +98,56 @@ def test_rounding_gives_a_retrained_model_nothing():
     case = planted_case(sae=None)
     ready = quantize.prepare(case, bits=4)
     assert (quantize.audit(case, ready, case.retrained[0], "R").recoverability <= 0.05).all()
+
+
+def test_the_16_values_of_nf4_are_the_published_ones():
+    published = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
+    published += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+    torch.testing.assert_close(
+        quantize.normal_quantiles(), torch.tensor(published, dtype=torch.float64), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("axis", (0, 1))
+def test_nf4_gives_each_weight_the_nearest_value_of_its_block(axis):
+    weight = random_weight()
+    how = quantize.Rounding(bits=4, group=16, code="nf4")
+    code, near = quantize.rounded(weight, how, axis)
+    rows, got, index = (x if axis == 0 else x.T for x in (weight, near, code))
+    values = quantize.normal_quantiles()
+    for r in range(len(rows)):
+        for start in range(0, rows.shape[1], 16):
+            block = rows[r, start : start + 16].double()
+            table = values * block.abs().max()
+            nearest = (block[:, None] - table).abs().argmin(1)
+            assert index[r, start : start + 16].tolist() == nearest.tolist()
+            torch.testing.assert_close(got[r, start : start + 16], table[nearest].float())
+
+
+@pytest.mark.parametrize("bits", (3, 4))
+def test_smaller_groups_round_more_finely_and_one_group_is_the_whole_channel(bits):
+    weight = random_weight()
+    whole = quantize.rounded(weight, quantize.Rounding(bits=bits))[1]
+    assert torch.equal(whole, quantize.round_to_nearest(weight, bits))
+    torch.testing.assert_close(quantize.rounded(weight, quantize.Rounding(bits=bits, group=40))[1], whole)
+    torch.testing.assert_close(quantize.rounded(weight, quantize.Rounding(bits=bits, group=64))[1], whole)
+    fine = quantize.rounded(weight, quantize.Rounding(bits=bits, group=8))[1]
+    assert (fine - weight).square().mean() < (whole - weight).square().mean()
+
+
+def test_rounding_that_makes_no_sense_is_refused():
+    for wrong in (dict(bits=1), dict(group=0), dict(bits=8, code="nf4", group=64), dict(code="nf4")):
+        with pytest.raises(ValueError, match="bits"):
+            quantize.Rounding(**wrong)
+
+
+def test_nf4_undoes_a_small_suppression_and_carries_its_own_name():
+    case = planted_case(sae=None)
+    ready = quantize.prepare(case, bits=4, group=64, code="nf4")
+    masked = fresh_planted_model()
+    with torch.no_grad():
+        for part in ("gate_proj", "up_proj"):
+            masked.held[f"model.layers.2.mlp.{part}.weight"][:4, 8] = -0.035
+    found = quantize.audit(case, ready, masked, "masked")
+    assert found.test == "nf4" and (found.score_raw > found.columns["before"]).all()
+    assert (quantize.audit(case, ready, case.retrained[0], "R").recoverability <= 0.05).all()

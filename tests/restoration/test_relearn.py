@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import tiny_facts
-from planted import planted_case, planted_facts, planted_model
+from planted import UNKNOWN, planted_case, planted_facts, planted_model
 
+from mech_unlearn.core import Entity
 from mech_unlearn.restoration import Relearn, relearn
 from mech_unlearn.restoration.levels import make_probe
 
@@ -71,3 +72,49 @@ def test_the_same_seed_gives_the_same_curve_and_another_seed_another_one():
     probe, rows = make_probe(case, "test"), relearn.lessons(case, case.facts[:2])
     first, again, other = (relearn.relearn_curve(case, probe, planted_model("late"), rows, seed) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_direct_set_is_the_scored_facts_and_the_others_name_no_forgotten_subject():
+    case = planted_case(sae=None, texts=("Rivers run to Rome", "rain falls on hills", "Anna was in the sea"))
+    case = planted_case(sae=None, texts=case.texts, unknown=tuple(Entity(name=n) for n in UNKNOWN))
+    tokenizer = case.full.tokenizer
+    mine = {tokenizer.convert_tokens_to_ids(fact.subject) for fact in case.facts}
+    rest, direct = (relearn.prepare(case, teach=t) for t in ("rest", "direct"))
+    assert rest.lessons[0] == direct.lessons[1] and rest.lessons[1] == direct.lessons[0]
+    unrelated = relearn.unrelated_lessons(case)
+    assert [tokenizer.decode(row[1:]) for row, _ in unrelated] == ["rain falls on hills"]
+    for rows in (unrelated, relearn.benign_lessons(case), relearn.syntax_lessons(case)):
+        assert rows and not any(mine & set(row) for row, _ in rows)
+    scored = {query.template for query in make_probe(case, "test").queries}
+    strangers = {tokenizer.convert_tokens_to_ids(name) for name in UNKNOWN}
+    assert all(strangers & set(row) for row, _ in relearn.syntax_lessons(case)) and scored
+
+
+def test_directly_taught_facts_come_back_in_any_model_and_do_not_count():
+    case = planted_case(sae=None, relearn=Relearn(steps=(2, 8), lr_times_width=0.64))
+    ready = relearn.prepare(case, teach="direct")
+    found = relearn.audit(case, ready, case.retrained[0], "R")
+    assert found.test == "relearn_direct" and (found.score_raw > found.columns["before"] + 0.3).all()
+    assert found.recoverability.mean() < 0.25
+
+
+@pytest.mark.parametrize("teach", ("benign", "unrelated", "syntax"))
+def test_sets_without_the_answers_give_a_retrained_model_nothing(teach):
+    texts, unknown = ("rain falls on hills", "the sea and the hills"), tuple(Entity(name=n) for n in UNKNOWN)
+    case = planted_case(sae=None, texts=texts, unknown=unknown, relearn=Relearn(steps=(1, 2)))
+    ready = relearn.prepare(case, teach=teach)
+    assert len(ready.lessons) == 1
+    assert relearn.audit(case, ready, case.retrained[0], "R").recoverability.mean() < 0.1
+
+
+def test_a_set_that_cannot_be_made_is_refused():
+    for teach, missing in (("benign", "others"), ("unrelated", "texts"), ("syntax", "unknown")):
+        with pytest.raises(ValueError, match=missing):
+            relearn.prepare(planted_case(sae=None, others=()), teach=teach)
+
+
+def test_savings_of_a_worked_example():
+    curve = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [2.0, 2.0, 0.0]])
+    never = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
+    got = relearn.savings(curve, never, torch.ones(3), (1, 2, 4))
+    assert got[:2].tolist() == [0.5, 0.0] and got[2].isnan()
