@@ -12,7 +12,7 @@ noisy test has a high q and must say much to be heard; 1 stays 1. With fewer tha
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float
@@ -82,9 +82,17 @@ class Health:
 
 
 def judge(
-    results: Mapping[str, Result], health: Health | None = None, thresholds: Thresholds | None = None
+    results: Mapping[str, Result],
+    health: Health | None = None,
+    thresholds: Thresholds | None = None,
+    *,
+    held_back: bool = False,
 ) -> tuple[Verdict, ...]:
     """One verdict per fact from the results of `restoration.audit` on one model.
+
+    Args:
+        held_back: the audited model's weights are the full model's, and an intervention on its activations, logits or
+            prompts alone keeps the answers back. Nothing is deleted then, whatever its states look like.
 
     Raises:
         KeyError: the results lack the test `output`, without which nothing can be said.
@@ -97,7 +105,20 @@ def judge(
             raise ValueError(f"test {name!r} was run on other facts than 'output'")
     broken = (health or Health()).broken(bounds)
     weights = evidence(results, bounds)
-    return tuple(_judge(i, fact, results, weights, broken, bounds) for i, fact in enumerate(facts))
+    verdicts = tuple(_judge(i, fact, results, weights, broken, bounds) for i, fact in enumerate(facts))
+    return tuple(map(_only_held_back, verdicts)) if held_back else verdicts
+
+
+def _only_held_back(verdict: Verdict) -> Verdict:
+    """A lost answer is suppressed where the weights are those of the full model."""
+    flagged = verdict.with_flags("intervention")
+    if verdict.label not in ("deleted", "undetermined") or "not_testable" in verdict.flags:
+        return flagged
+    sentence = (
+        "Suppressed: the weights are those of the full model, and only an intervention that can be taken off keeps the "
+        "answer back."
+    )
+    return replace(flagged, label="suppressed", sentence=sentence)
 
 
 def evidence(results: Mapping[str, Result], thresholds: Thresholds) -> dict[str, Float[Tensor, " fact"]]:

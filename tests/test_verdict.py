@@ -128,3 +128,13 @@ def test_thresholds_say_that_they_are_provisional_and_a_verdict_needs_outputs():
     assert "Provisional, uncalibrated" in Thresholds().describe() and "suppressed 0.5" in Thresholds().describe()
     with pytest.raises(KeyError, match="output"):
         judge({"uds": result("uds", (0.0, 0.0))})
+
+
+def test_where_only_an_intervention_keeps_the_answer_back_nothing_is_deleted():
+    results = {"output": output((0.0, 0.0), (0.0, 0.0)), **clean()}
+    assert labels(results) == ["deleted", "deleted"]
+    verdicts = judge(results, held_back=True)
+    assert [v.label for v in verdicts] == ["suppressed", "suppressed"]
+    assert all("intervention" in v.flags and "taken off" in v.sentence for v in verdicts)
+    known = {**results, "output": output((1.0, 0.0), (1.0, 0.0))}
+    assert [v.label for v in judge(known, held_back=True)] == ["intact", "suppressed"]
