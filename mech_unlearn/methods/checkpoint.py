@@ -62,6 +62,7 @@ class Saver:
             "last": run.last,
             "passes": [run.n_forward, run.n_backward],
             "noise": None if run.noise_state is None else run.noise_state.tolist(),
+            "watch": run.objective.watch.state if run.objective.watch else None,
         }
         header = {"format": FORMAT, "marks": json.dumps(self.marks), "state": json.dumps(state)}
         partial = f"{self.path}.partial"
@@ -109,6 +110,8 @@ class Saver:
         run.last = state["last"]
         run.n_forward, run.n_backward = state["passes"]
         run.noise_state = state["noise"]
+        if run.objective.watch:
+            run.objective.watch.restore(state["watch"])
         return Progress(**state["progress"])
 
     def done(self) -> None:

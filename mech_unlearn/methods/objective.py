@@ -23,6 +23,27 @@ Attack = Callable[[], AbstractContextManager]
 """Puts a perturbation in force that was found before."""
 
 
+@runtime_checkable
+class Watcher(Protocol):
+    """Looks at training before each batch; may renew what the losses read, and may end it."""
+
+    reason: str
+    """What is reported as the rule that ended training."""
+
+    def __call__(self, run: "Trainee") -> bool:
+        """Whether training ends here."""
+        ...
+
+    @property
+    def state(self) -> Any:
+        """What it remembers, as JSON values; kept in checkpoints."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Go on where `state` was taken."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Objective:
     """What is minimised: forget_weight x forget loss + retain_weight x loss on retained answers and texts."""
@@ -49,6 +70,7 @@ class Objective:
     """A further term that reads the weights, for example a distance from where they began."""
     adversary: Callable[["Trainee", Sequence[int]], Attack] | None = None
     """From a batch of forget rows to a perturbation under which their loss is taken."""
+    watch: Watcher | None = None
     repeats: int = 1
     """Optimiser steps on each batch (under the same perturbation)."""
 

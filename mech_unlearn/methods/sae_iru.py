@@ -18,7 +18,6 @@ Fails:    a state can lie in the bands and still hold what is the name's own: th
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -28,17 +27,17 @@ from torch import Tensor
 
 from mech_unlearn.capture import stream
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Delta, Edit
+from mech_unlearn.edit import Edit
 from mech_unlearn.latents import Sae, ordinary_positions, token_rows
 from mech_unlearn.methods import keys
-from mech_unlearn.methods.answers import AnswerScores, Row, answer_rows
+from mech_unlearn.methods.answers import AnswerScores, Row
 from mech_unlearn.methods.iru_bands import Bands, Plan, Space, active_rate, bands_of, error_share, separating
 from mech_unlearn.methods.losses import kl_loss
-from mech_unlearn.methods.objective import PLAIN, Around, Attack, Objective
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
 from mech_unlearn.methods.probe import probe_auc
 from mech_unlearn.methods.rmu import steered
 from mech_unlearn.methods.state_losses import held, states_of
-from mech_unlearn.methods.trainee import Trainee, changes
+from mech_unlearn.methods.trainee import Trainee
 from mech_unlearn.methods.training import Schedule, require_positive, train
 from mech_unlearn.model import Model
 
@@ -99,7 +98,7 @@ class SaeIru:
 
         Raises:
             ValueError: no unknown or known names, one context only, an SAE of another width or place, known and unknown
-                names that a probe cannot tell apart, a checkpoint, a setting out of range, or a loss not finite.
+                names that a probe cannot tell apart, a setting out of range, or a loss that is not finite.
         """
         start = time.perf_counter()
         require_positive(self, "n_latents", "n_known", "check_every")
@@ -111,15 +110,13 @@ class SaeIru:
         rows, heldout = (mention_rows(model, forget, contexts, unseen, out) for out in (False, True))
         watch = Watch(plan.bands, heldout, plan.share, self.check_every, self.patience)
         objective = Objective(
-            lambda _: self._forget(plan), 1.0, retain=self._retain(plan), layer=layer, rows=rows, adversary=watch
+            lambda _: self._forget(plan), 1.0, retain=self._retain(plan), layer=layer, rows=rows, watch=watch
         )  # fmt: skip
         schedule = Schedule(**{f.name: getattr(self, f.name) for f in fields(Schedule) if hasattr(self, f.name)})
-        try:
-            deltas, report = train(
-                model, forget, retain, objective, schedule, trainable=trained, seed=self.seed, around=around
-            )
-        except Inside as reached:
-            deltas, report = stopped(model, forget, reached.run, watch.batches, around)
+        deltas, report = train(
+            model, forget, retain, objective, schedule, trainable=trained, seed=self.seed, around=around,
+            label=repr(self._settings()),
+        )  # fmt: skip
         report |= {"auc_known_unknown": plan.auc, "inside_wanted": plan.share, "inside": watch.shares}
         report |= {"coordinates": len(plan.bands.chosen), "seconds": time.perf_counter() - start}
         report["n_forward"] += forwards[0]
@@ -141,10 +138,6 @@ class SaeIru:
             raise ValueError(f"space must be 'latents' or 'states', got {self.space!r}")
         if self.objective not in get_args(Goal):
             raise ValueError(f"objective must be 'bands' or 'prototype', got {self.objective!r}")
-        if around.checkpoint:
-            raise ValueError(
-                "sae_iru decides when to stop by what it saw before, which no checkpoint holds: leave it out"
-            )
         return layer
 
     def _unseen(self, contexts: Sequence[str]) -> list[int]:
@@ -220,14 +213,6 @@ class SaeIru:
         return loss
 
 
-class Inside(Exception):
-    """Ends training: the held-out mentions are where unknown names' are."""
-
-    def __init__(self, run: Trainee) -> None:
-        super().__init__("inside the bands")
-        self.run = run
-
-
 @dataclass(eq=False)
 class Watch:
     """Looks at held-out mentions before some batches, and ends training when they are inside the bands."""
@@ -240,14 +225,22 @@ class Watch:
     shares: list[float] = field(default_factory=list)
     """Share inside at each look."""
     batches: int = 0
+    reason: str = "inside the bands"
 
-    def __call__(self, run: Trainee, _: Sequence[int]) -> Attack:
+    def __call__(self, run: Trainee) -> bool:
         if self.batches % self.every == 0:
             self.shares.append(self._share(run))
             if settled(self.shares, self.wanted, self.patience):
-                raise Inside(run)
+                return True
         self.batches += 1
-        return nullcontext
+        return False
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"batches": self.batches, "shares": self.shares}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.batches, self.shares = state["batches"], list(state["shares"])
 
     @torch.no_grad()
     def _share(self, run: Trainee, size: int = 128) -> float:
@@ -282,17 +275,3 @@ def mentioned(scores: AnswerScores) -> Float[Tensor, "row d_model"]:
     """The states at the names' last tokens."""
     assert scores.states is not None
     return scores.states.now[scores.states.answer]
-
-
-def stopped(
-    model: Model, forget: ForgetSet, run: Trainee, batches: int, around: Around
-) -> tuple[dict[str, Delta], dict[str, Any]]:
-    """(Deltas, report) of a training that ended inside the bands."""
-    run.hf = around.adapter.merge(run.hf) if around.adapter else run.hf
-    recall = run.score(answer_rows(model.tokenizer, forget.facts)).exact.float().mean().item()
-    report = {"steps": batches, "stopped": "inside the bands", "forget_recall": recall, "final_losses": run.last}
-    report |= {"n_forward": run.n_forward, "n_backward": run.n_backward}
-    deltas: dict[str, Delta] = {**changes(model, run.hf)}
-    if around.adapter:
-        deltas |= {name: factors for name, factors in around.adapter.factors().items() if name in deltas}
-    return deltas, report

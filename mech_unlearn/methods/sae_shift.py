@@ -110,8 +110,8 @@ class SaeShift:
         site = self.sae.site
         if site.kind not in ("resid_pre", "resid_post"):
             raise ValueError(
-                f"the SAE sits at {site}; a name's state is shifted at resid_pre or resid_post only (a write at resid_mid "
-                "reaches the MLP alone)"
+                f"the SAE sits at {site}; a name's state is shifted at resid_pre or resid_post only (a write at "
+                "resid_mid reaches the MLP alone)"
             )
         if not 0 <= site.layer < model.n_layers:
             raise ValueError(f"the SAE sits at {site}, but {model.name!r} has layers 0..{model.n_layers - 1}")

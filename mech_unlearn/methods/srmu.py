@@ -15,8 +15,8 @@ Fails:    where no feature matters to the forgotten alone, gates are all nearly 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit import Edit
 from mech_unlearn.methods import keys
 from mech_unlearn.methods.answers import AnswerScores, Row, answer_rows, text_rows
-from mech_unlearn.methods.objective import PLAIN, Around, Attack, Objective
+from mech_unlearn.methods.objective import PLAIN, Around, Objective
 from mech_unlearn.methods.rmu import steered, written_out
 from mech_unlearn.methods.state_losses import held, importance, row_means, state_mse, states_of
 from mech_unlearn.methods.trainee import Trainee
@@ -79,14 +79,12 @@ class Srmu:
         """The change that training makes.
 
         Raises:
-            ValueError: nothing retained, layers above the steered one, a checkpoint, a setting out of range, or a loss
-                that is not finite.
+            ValueError: nothing retained, layers above the steered one, a setting out of range, or a loss that is not
+                finite.
         """
         require_positive(self, "c", "w_max", "every", "alpha")
         if not 0 <= self.ema <= 1:
             raise ValueError(f"ema={self.ema}: give a share from 0 to 1")
-        if around.checkpoint:
-            raise ValueError("srmu renews its importance map in training, which no checkpoint holds: leave it out")
         layer, trained = steered(model, self.layer, self.layers)
         rows = written_out(model, forget, self.texts)
         kept = answer_rows(model.tokenizer, retain.facts) + text_rows(model.tokenizer, retain.texts)
@@ -96,7 +94,7 @@ class Srmu:
             gates = Gates(measured(model, rows, layer), measured(model, kept, layer), self.w_max, self.every, self.ema)
         objective = Objective(
             lambda _: self._loss(gates), self.alpha, retain=held, teacher=True, layer=layer, logits=False,
-            rows=rows, adversary=gates,
+            rows=rows, watch=gates,
         )  # fmt: skip
         edit = trained_edit("srmu", self, model, forget, retain, objective, trained, around=around)
         report = {**edit.recipe["report"], "gate": gates.gate.tolist()}
@@ -123,6 +121,8 @@ class Features:
 class Gates:
     """How open each feature's gate is; called before each batch, renewed before some."""
 
+    reason = "never"
+
     def __init__(self, forget: Features, kept: Features, w_max: float, every: int, ema: float) -> None:
         self.w_max, self.every, self.ema = w_max, every, ema
         self.weight = importance(forget.size, kept.size, w_max)
@@ -135,12 +135,19 @@ class Gates:
         """The importance over its maximum, in [0, 1]."""
         return self.weight / self.weight.max().clamp(min=1e-12)
 
-    def __call__(self, run: Trainee, _: Sequence[int]) -> Attack:
+    def __call__(self, run: Trainee) -> bool:
         if self.batches and self.batches % self.every == 0:
             new = importance(trained_size(run, run.asked), trained_size(run, run.kept), self.w_max)
             self.weight = self.ema * self.weight + (1 - self.ema) * new
         self.batches += 1
-        return nullcontext
+        return False
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"batches": self.batches, "weight": self.weight.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.batches, self.weight = state["batches"], torch.tensor(state["weight"]).to(self.weight)
 
 
 def some(rows: Sequence[Row]) -> list[int]:

@@ -221,6 +221,8 @@ def _loop(
                 if not members:
                     return replace(progress, stopped="forgotten")
                 batches.fill(members)
+            if run.objective.watch and run.objective.watch(run):
+                return replace(progress, stopped=run.objective.watch.reason)
             _train_on(run, batches.take(), optimizer, schedule.clip, around, masks, before)
             bar.update()
             progress = replace(progress, step=progress.step + 1, epoch=progress.epoch + (not batches.left))

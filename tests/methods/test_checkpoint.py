@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_facts
 
 from mech_unlearn.core import ForgetSet
-from mech_unlearn.methods import Gu, Klue, Lora, Npo, Wagle
+from mech_unlearn.methods import Gu, Klue, Lora, Npo, Srmu, Wagle
 from mech_unlearn.methods import checkpoint as files
 from mech_unlearn.methods.objective import Around, Noise, Objective
 from mech_unlearn.methods.training import trained_edit
@@ -42,6 +42,7 @@ METHODS = {
     "lora": Lora(base=Npo(**FAST), rank=2),
     "klue": Klue(**FAST),
     "skipping": Skipping(),
+    "srmu": Srmu(every=2, ema=0.5, alpha=1.0, **FAST),
     "a last layer without gradient": Npo(trainable=r"layers\.[013]\.", **FAST),
 }
 

@@ -1,7 +1,6 @@
 """SaeIru: coordinates with a gradient everywhere, bands that end the training, names that move to unknown ones."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
 from mech_unlearn.methods import SaeIru, keys
 from mech_unlearn.methods.iru_bands import active_rate, bands_of, error_share, separating
-from mech_unlearn.methods.objective import PLAIN
 from mech_unlearn.methods.sae_iru import mention_rows, settled
 from mech_unlearn.methods.sae_shift import pre_activations
 from mech_unlearn.model import load
@@ -223,12 +221,9 @@ def test_what_cannot_work_is_refused(tiny_model, sae, changes, message):
         SaeIru(**{"sae": sae, "min_auc": 0.0, **changes}).fit(tiny_model, *sets())
 
 
-def test_groups_that_a_probe_cannot_tell_apart_and_too_few_names_are_refused(tiny_model, sae, tmp_path):
+def test_groups_that_a_probe_cannot_tell_apart_and_too_few_names_are_refused(tiny_model, sae):
     same = sets(known=PEOPLE[::2], unknown=PEOPLE[1::2])
     with pytest.raises(ValueError, match="with AUC 0"):
         SaeIru(sae=sae).fit(tiny_model, *same)
     with pytest.raises(ValueError, match="give four or more"):
         SaeIru(sae=sae).fit(tiny_model, *sets(unknown=STRANGERS[:3]))
-    around = dataclasses.replace(PLAIN, checkpoint=Path(tmp_path) / "c.safetensors")
-    with pytest.raises(ValueError, match="no checkpoint holds"):
-        SaeIru(sae=sae, min_auc=0.0).fit(tiny_model, *sets(), around)

@@ -22,6 +22,7 @@ from mech_unlearn.methods.answers import (
 from mech_unlearn.methods.feed import Feed, by_entity
 from mech_unlearn.methods.last_layer_ascent import ascent_loss
 from mech_unlearn.methods.npo import npo_loss
+from mech_unlearn.methods.trainee import trained_copy
 from mech_unlearn.model import load
 from mech_unlearn.prompts import make_queries
 from mech_unlearn.scoring import score
@@ -228,3 +229,17 @@ def test_another_seed_gives_another_order_and_so_another_edit(tiny_model, tiny_s
 def test_settings_that_cannot_work_are_refused(tiny_model, tiny_sets, method, message):
     with pytest.raises(ValueError, match=message):
         method.fit(tiny_model, *tiny_sets)
+
+
+@pytest.mark.parametrize("architecture", ("gpt2", "llama"))
+def test_nothing_is_trained_that_an_export_would_lose(architecture, tiny_sets, tmp_path):
+    """The bridge adds a trainable bias to the head of a model without one; trained through it, it would be lost."""
+    model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
+    added = {id(p) for p in model.bridge.parameters()} - {id(p) for p in model.held.values()}
+    assert added, "the bridge adds nothing any more: this test can go"
+    trained = {name for name, p in trained_copy(model, "").named_parameters() if p.requires_grad}
+    assert trained == set(model.held)
+    edit = Npo(epochs=2, **FAST).fit(model, *tiny_sets)
+    assert edit.deltas.keys() <= set(model.held)
+    worst, bound = edit.export(model, tmp_path / "out")
+    assert worst <= bound
