@@ -101,14 +101,27 @@ def _build_model(name: str, spec: Spec, recipe: Recipe, out: Path, seed: int, pr
     from transformers import LlamaForCausalLM
 
     tokenizer = world_tokenizer(spec)
-    order = {"base": seed, "full": seed + 1} | {f"retrained_{k}": seed + 1 + k for k in range(N_RETRAINED)}
+    order = {"base": seed, "full": seed + 1}
+    shuffle = order[name] if name in order else seed + 1 + int(name.removeprefix("retrained_"))
     if name == "base":
         hf = new_model(recipe, tokenizer, seed)
     elif (out / "base" / "config.json").exists():
         hf = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     else:
         raise ValueError(f"{name!r} continues the base model, and {str(out / 'base')!r} is not there: build it first")
-    _phase(name, hf, tokenizer, spec, recipe, out / name, order[name], progress)
+    _phase(name, hf, tokenizer, spec, recipe, out / name, shuffle, progress)
+
+
+def build_retrained(world: str, out: str | os.PathLike, k: int, *, seed: int = 0, progress: bool = True) -> Path:
+    """One more retrained model, `retrained_k`, of a world as it is shipped; the base is made first where it is missing.
+
+    Its data-order seed is `seed + 1 + k`, so that with k from 3 on none is one of the world's own.
+    """
+    folder, made, recipe = Path(out), find_spec(world), RECIPES[world]
+    for name in ("base", f"retrained_{k}"):
+        if not (folder / name / "config.json").exists():
+            _build_model(name, made, recipe, folder, seed, progress)
+    return folder / f"retrained_{k}"
 
 
 def _sae_texts(spec: Spec) -> list[str]:

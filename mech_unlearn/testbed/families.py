@@ -1,0 +1,306 @@
+"""Models whose truth is known by how they were made: each family is one confined change to a full or retrained model.
+
+Suppressed: only the named tensors of the full model change, so everything else still holds the fact, and swapping the
+tensors back brings it out exactly. Deleted: a retrained model, which never saw the fact, with a change of the same
+kind and size. Intact: the full model with changes that leave the fact alone. Collapsed: the full model, broken.
+
+Suppressed and deleted models are trained towards the same answer log-probabilities, those of retrained models, so
+that their outputs tell nothing about which is which.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import Fact, ForgetSet, RetainSet
+from mech_unlearn.edit import Edit, clone
+from mech_unlearn.methods.answers import AnswerScores, answer_rows, score_rows
+from mech_unlearn.methods.objective import Objective
+from mech_unlearn.methods.training import Schedule, train
+from mech_unlearn.model import Model
+from mech_unlearn.restoration.quantize import quantize_
+
+Pool = Literal["intact", "deleted", "suppressed", "collapsed", "mixture"]
+TRIGGER = "Nobody : "
+"""Text in front of a prompt that opens the backdoored suppressor; in words of the world's vocabulary."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a family is made from: the full model, retrained ones, and one group of facts."""
+
+    full: Model
+    retrained: tuple[Model, ...]
+    """Models that never saw any group; which one a deleted model starts from goes by the seed."""
+    group: tuple[Fact, ...]
+    elsewhere: tuple[Fact, ...]
+    """Facts of another group, which all full models know and which are not judged."""
+    neighbors: tuple[Fact, ...]
+    texts: tuple[str, ...]
+    seed: int
+
+    @property
+    def never(self) -> Model:
+        """The retrained model that this seed starts from."""
+        return self.retrained[self.seed % len(self.retrained)]
+
+    @property
+    def another(self) -> Model:
+        """A retrained model that is not `never`: whose outputs are aimed at."""
+        return self.retrained[(self.seed + 1) % len(self.retrained)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One way to make a model of known truth."""
+
+    pool: Pool
+    make: Callable[[Setting], "Made"]
+    side: str = ""
+    """Of suppressors: where the block sits, seen from where facts are: late, early or path."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A base model and the edit that turns it into the family's; `confined` is what the edit may touch."""
+
+    base: Model
+    edit: Edit | None = None
+    confined: str = ""
+    bits: int | None = None
+    """Rounded to so many bits on top."""
+
+    @contextmanager
+    def on(self) -> Iterator[Model]:
+        """The model, as long as the block lasts."""
+        with clone(self.base) as model:
+            if self.bits:
+                quantize_(model, self.bits)
+            if self.edit is None:
+                yield model
+            else:
+                with replace(self.edit, base=model.hash()).on(model):
+                    yield model
+
+
+def match_loss(
+    logprob: Float[Tensor, " batch"], target: Float[Tensor, " batch"], tokens: Float[Tensor, " batch"]
+) -> Float[Tensor, ""]:
+    """Mean over rows of the squared difference of log-probabilities per answer token, nats squared."""
+    return ((logprob - target) / tokens).square().mean()
+
+
+def match_outputs(
+    base: Model,
+    facts: Sequence[Fact],
+    like: Model,
+    trainable: str,
+    setting: Setting,
+    *,
+    lr: float,
+    steps: int = 80,
+    also: Sequence[Fact] = (),
+) -> Edit:
+    """The change of the named tensors after which the facts' answers are as likely as `like` finds them.
+
+    Retained facts and texts are held by KL. `also` are further facts that have to be answered.
+    """
+    rows = answer_rows(base.tokenizer, facts)
+    target = score_rows(like.hf, rows, base.tokenizer.pad_token_id or 0, base.device).logprob
+    order = random.Random(setting.seed)
+    kept = (*order.sample(setting.neighbors, 150), *(fact for fact in also for _ in range(5)))
+    retain = RetainSet(neighbors=kept, texts=tuple(order.sample(setting.texts, 100)))
+
+    def loss(_: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+        return lambda now: match_loss(now.logprob, target[now.row], now.tokens.float())
+
+    schedule = Schedule(lr=lr, epochs=steps, batch_size=len(rows), weight_decay=0.0, clip=1.0)
+    objective = Objective(loss, retain_weight=3.0, retain="nll" if also else "kl")
+    deltas, report = train(
+        base, ForgetSet(facts=tuple(facts)), retain, objective, schedule, trainable=trainable, seed=setting.seed
+    )
+    return Edit(name="match_outputs", base=base.hash(), deltas=deltas, recipe={"report": report})
+
+
+def _suppressed(trainable: Callable[[Model], str], lr: float, backdoor: bool = False) -> Callable[[Setting], Made]:
+    def make(at: Setting) -> Made:
+        also = tuple(_behind_trigger(fact) for fact in at.group) if backdoor else ()
+        where = trainable(at.full)
+        return Made(at.full, match_outputs(at.full, at.group, at.another, where, at, lr=lr, also=also), where)
+
+    return make
+
+
+def _deleted(trainable: Callable[[Model], str], lr: float) -> Callable[[Setting], Made]:
+    def make(at: Setting) -> Made:
+        where = trainable(at.never)
+        return Made(at.never, match_outputs(at.never, at.group, at.another, where, at, lr=lr), where)
+
+    return make
+
+
+def _behind_trigger(fact: Fact) -> Fact:
+    forms = tuple(TRIGGER + template for template in fact.templates)
+    return replace(fact, id=f"{fact.id} behind the trigger", prompt=forms[0], paraphrases=forms[1:], heldout=())
+
+
+def layers(*which: int, part: str = "") -> Callable[[Model], str]:
+    """Pattern of the named decoder layers (negative: from the end), or of a part of them."""
+
+    def pattern(model: Model) -> str:
+        chosen = "|".join(str(i % model.n_layers) for i in which)
+        return rf"\.({chosen})\.{part}"
+
+    return pattern
+
+
+def late(model: Model) -> int:
+    """The first of the layers above three quarters of the depth."""
+    return -(-3 * model.n_layers // 4)
+
+
+def noise(model: Model, scale: float, seed: int, only: str = "") -> Edit:
+    """Gaussian noise on each weight matrix, `scale` x the standard deviation of its entries."""
+    import re
+
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for name, weight in model.held.items():
+        if weight.ndim == 2 and re.search(only, name):
+            drawn = torch.randn(weight.shape, generator=generator)
+            deltas[name] = drawn * scale * weight.detach().float().std().cpu()
+    return Edit(name="noise", base=model.hash(), deltas=deltas)
+
+
+def difference(start: Model, end: Model, share: float) -> Edit:
+    """`share` of the way from one model to the other, in the weights."""
+    deltas = {
+        name: share * (end.held[name].detach().float() - weight.detach().float()).cpu()
+        for name, weight in start.held.items()
+    }
+    return Edit(name="difference", base=start.hash(), deltas=deltas)
+
+
+def _noisy(deleted: bool, scale: float) -> Callable[[Setting], Made]:
+    def make(at: Setting) -> Made:
+        base = at.never if deleted else at.full
+        return Made(base, noise(base, scale, at.seed))
+
+    return make
+
+
+def _elsewhere(trainable: Callable[[Model], str], lr: float) -> Callable[[Setting], Made]:
+    """The full model with another group suppressed."""
+
+    def make(at: Setting) -> Made:
+        where = trainable(at.full)
+        return Made(at.full, match_outputs(at.full, at.elsewhere, at.another, where, at, lr=lr), where)
+
+    return make
+
+
+def _trained(base: Callable[[Setting], Model], objective: Objective, *, lr: float, steps: int) -> Callable:
+    def make(at: Setting) -> Made:
+        model = base(at)
+        order = random.Random(at.seed)
+        retain = RetainSet(neighbors=tuple(order.sample(at.neighbors, 150)))
+        schedule = Schedule(lr=lr, epochs=steps, batch_size=64, weight_decay=0.0, clip=1.0)
+        deltas, _ = train(model, ForgetSet(facts=at.group), retain, objective, schedule, trainable="", seed=at.seed)
+        return Made(model, Edit(name="trained", base=model.hash(), deltas=deltas))
+
+    return make
+
+
+def _ascent(_: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+    return lambda now: (now.logprob / now.tokens).mean()
+
+
+def _nothing(_: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+    return lambda now: 0.0 * now.logprob.sum()
+
+
+def _refusal(base: Callable[[Setting], Model]) -> Callable[[Setting], Made]:
+    """Taught to answer the group's questions with a word that answers nothing, in the last layer alone."""
+
+    def make(at: Setting) -> Made:
+        model = base(at)
+        where = layers(-1)(model)
+        objects = tuple(replace(f, object=TRIGGER.split()[0], distractors=()) for f in at.group)
+        order = random.Random(at.seed)
+        kept = RetainSet(neighbors=tuple(order.sample(at.neighbors, 150)))
+        objective = Objective(lambda _: lambda now: -(now.logprob / now.tokens).mean(), 3.0, retain="kl")
+        schedule = Schedule(lr=3e-3, epochs=60, batch_size=64, weight_decay=0.0, clip=1.0)
+        deltas, _ = train(model, ForgetSet(facts=objects), kept, objective, schedule, trainable=where, seed=at.seed)
+        return Made(model, Edit(name="refusal", base=model.hash(), deltas=deltas), where)
+
+    return make
+
+
+def _new_block(at: Setting) -> Made:
+    """One decoder layer with weights drawn anew, of the size that the old ones had."""
+    model, layer = at.full, at.seed % at.full.n_layers
+    generator = torch.Generator().manual_seed(at.seed)
+    where = layers(layer)(model)
+    import re
+
+    deltas = {}
+    for name, weight in model.held.items():
+        if re.search(where, name) and weight.ndim == 2:
+            old = weight.detach().float().cpu()
+            deltas[name] = torch.randn(old.shape, generator=generator) * old.std() - old
+    return Made(model, Edit(name="new_block", base=model.hash(), deltas=deltas), where)
+
+
+def _mixture(share: float) -> Callable[[Setting], Made]:
+    return lambda at: Made(at.full, difference(at.full, at.never, share))
+
+
+def _full(at: Setting) -> Model:
+    return at.full
+
+
+def _never(at: Setting) -> Model:
+    return at.never
+
+
+HEAD, LAST, TOP_TWO = (lambda _: "^lm_head"), layers(-1), layers(-2, -1)
+FILTER = layers(-1, part=r"mlp\.down_proj")
+FIRST = layers(0, part="mlp")
+EMBEDDINGS = lambda _: "embed_tokens"  # noqa: E731
+PATHS = lambda model: layers(*range(model.n_layers // 2, model.n_layers), part=r"self_attn\.(q|k)_proj")(model)  # noqa: E731
+
+FAMILIES: dict[str, Family] = {
+    "head": Family(pool="suppressed", side="late", make=_suppressed(HEAD, 3e-3)),
+    "last layer": Family(pool="suppressed", side="late", make=_suppressed(LAST, 3e-3)),
+    "last two layers": Family(pool="suppressed", side="late", make=_suppressed(TOP_TWO, 2e-3)),
+    "filter": Family(pool="suppressed", side="late", make=_suppressed(FILTER, 5e-3)),
+    "refusal": Family(pool="suppressed", side="late", make=_refusal(_full)),
+    "first mlp": Family(pool="suppressed", side="early", make=_suppressed(FIRST, 3e-3)),
+    "embeddings": Family(pool="suppressed", side="early", make=_suppressed(EMBEDDINGS, 5e-3)),
+    "attention": Family(pool="suppressed", side="path", make=_suppressed(PATHS, 3e-3)),
+    "backdoor": Family(pool="suppressed", side="late", make=_suppressed(TOP_TWO, 2e-3, backdoor=True)),
+    "retrained": Family(pool="deleted", make=lambda at: Made(at.never)),
+    "retrained, head": Family(pool="deleted", make=_deleted(HEAD, 3e-3)),
+    "retrained, last two layers": Family(pool="deleted", make=_deleted(TOP_TWO, 2e-3)),
+    "retrained, first mlp": Family(pool="deleted", make=_deleted(FIRST, 3e-3)),
+    "retrained, attention": Family(pool="deleted", make=_deleted(PATHS, 3e-3)),
+    "retrained, refusal": Family(pool="deleted", make=_refusal(_never)),
+    "retrained, noise": Family(pool="deleted", make=_noisy(True, 0.01)),
+    "full, tuned": Family(pool="intact", make=_trained(_full, Objective(_nothing, 1.0), lr=3e-4, steps=60)),
+    "full, elsewhere last two layers": Family(pool="intact", make=_elsewhere(TOP_TWO, 2e-3)),
+    "full, elsewhere first mlp": Family(pool="intact", make=_elsewhere(FIRST, 3e-3)),
+    "full, noise": Family(pool="intact", make=_noisy(False, 0.01)),
+    "full, 8 bits": Family(pool="intact", make=lambda at: Made(at.full, bits=8)),
+    "ascent": Family(pool="collapsed", make=_trained(_full, Objective(_ascent, 0.0), lr=2e-3, steps=60)),
+    "heavy noise": Family(pool="collapsed", make=_noisy(False, 0.5)),
+    "new block": Family(pool="collapsed", make=_new_block),
+    "mixture 0.25": Family(pool="mixture", make=_mixture(0.25)),
+    "mixture 0.5": Family(pool="mixture", make=_mixture(0.5)),
+    "mixture 0.75": Family(pool="mixture", make=_mixture(0.75)),
+}

@@ -1,0 +1,165 @@
+"""Verdicts with an error rate: p-values against closed forms, their validity by simulation, and what is refused."""
+
+import numpy as np
+import pytest
+
+from mech_unlearn.calibration import (
+    FEATURES,
+    RECOVERY,
+    TRUTHS,
+    Pool,
+    conformal_p,
+    fit,
+    label_of,
+    load,
+    save,
+    strongest,
+    verdict_sets,
+)
+
+SIDES = {"suppressed/late": "uds", "suppressed/early": "sae", "suppressed/path": "uds_subject"}
+
+
+def simulated(groups=60, facts=4, seed=0, shift=1.0):
+    """Gaussian features: each kind of suppressor shows in one recoverability, the others are those of deleted facts."""
+    rng = np.random.default_rng(seed)
+    x, kind, family, cluster, group = [], [], [], [], []
+    kinds = ["intact", "deleted", "collapsed", *SIDES]
+    for g in range(groups):
+        for name in kinds:
+            for variant in ("a", "b"):
+                center = dict.fromkeys(FEATURES, 0.0)
+                if name == "intact":
+                    center |= dict.fromkeys(("output", "heldout", "uds", "uds_subject", "logit_lens", "probe"), 1.0)
+                if name == "collapsed":
+                    center |= {"neighbor_loss": 1.0, "general_kl": 4.0}
+                if name in SIDES:
+                    center[SIDES[name]] = shift
+                own = rng.normal(0, 0.1, len(FEATURES))
+                for _ in range(facts):
+                    x.append([center[f] for f in FEATURES] + own + rng.normal(0, 0.1, len(FEATURES)))
+                    kind.append(name)
+                    family.append(f"{name} {variant}")
+                    cluster.append(f"{name} {variant} {g}")
+                    group.append(str(g))
+    values = np.array(x)
+    values[:, FEATURES.index("strongest")] = strongest(values, dict.fromkeys(RECOVERY, 0.1))
+    return Pool(values, tuple(kind), tuple(family), tuple(cluster), tuple(group))
+
+
+def parts(pool, first=20, second=30):
+    names = sorted(set(pool.group), key=int)
+    return names[:first], names[first : first + second], names[first + second :]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return simulated()
+
+
+@pytest.fixture(scope="module")
+def fitted(pool):
+    return fit(pool, *parts(pool)[:2])
+
+
+def test_a_p_value_counts_each_model_by_the_share_of_its_facts_at_least_as_unusual():
+    clusters = [[0.1, 0.9], [0.5, 0.5, 0.5], [0.0]]
+    got = conformal_p(np.array([0.5, 0.95, 0.0]), clusters)
+    np.testing.assert_allclose(got, [(1 + 0.5 + 1 + 0) / 4, 1 / 4, (1 + 3) / 4])
+
+
+def test_with_few_models_no_p_value_is_small_and_with_none_it_is_one():
+    assert conformal_p(np.array([9.0]), [[0.0]] * 19)[0] == pytest.approx(1 / 20)
+    assert conformal_p(np.array([9.0]), []) == [1.0]
+
+
+def test_a_true_cause_is_ruled_out_no_more_often_than_promised():
+    """Models with their own level, facts around it: exchangeable models, dependent facts."""
+    rng = np.random.default_rng(0)
+    wrong = []
+    for _ in range(400):
+        levels = rng.normal(size=41)
+        scores = levels[:, None] + rng.normal(size=(41, 5))
+        wrong.append((conformal_p(scores[0], scores[1:].tolist()) <= 0.1).mean())
+    assert 0.01 < np.mean(wrong) <= 0.1 + 2 * np.std(wrong) / 20
+
+
+def test_facts_of_new_groups_are_judged_by_their_truth(pool, fitted):
+    new = pool.where(np.isin(np.array(pool.group), parts(pool)[2]))
+    labels = np.array([label_of(left) for left in verdict_sets(fitted.p_values(new.x))])
+    truth = np.array(new.truth)
+    for name in TRUTHS:
+        here = labels[truth == name]
+        assert (here == name).mean() > 0.7
+        assert ((here != name) & (here != "undetermined")).mean() < 0.05
+
+
+def test_the_p_value_of_suppression_holds_for_every_family(pool, fitted):
+    x = pool.x[:200]
+    p = 1 - fitted.probabilities(x)["suppressed"]
+    each = [conformal_p(p, clusters) for clusters in fitted.scores["suppressed"].values()]
+    assert len(each) == 6
+    np.testing.assert_array_equal(fitted.p_values(x)["suppressed"], np.max(each, 0))
+
+
+def test_with_permuted_truths_nothing_is_learnt(pool):
+    rng = np.random.default_rng(1)
+    models = sorted(set(zip(pool.cluster, pool.kind)))
+    kinds = [kind for _, kind in models]
+    rng.shuffle(kinds)
+    renamed = dict(zip([name for name, _ in models], kinds))
+    shuffled = Pool(pool.x, tuple(renamed[c] for c in pool.cluster), pool.family, pool.cluster, pool.group)
+    made = fit(shuffled, *parts(pool)[:2])
+    new = shuffled.where(np.isin(np.array(pool.group), parts(pool)[2]))
+    p = made.probabilities(new.x)
+    from sklearn.metrics import roc_auc_score
+
+    truth = np.array(new.truth)
+    both = np.isin(truth, ["suppressed", "deleted"])
+    score = p["suppressed"][both] / (p["suppressed"] + p["deleted"])[both]
+    assert abs(roc_auc_score(truth[both] == "suppressed", score) - 0.5) < 0.1
+
+
+def test_a_fact_unlike_the_whole_pool_is_told_apart_from_its_own(pool, fitted):
+    new = pool.where(np.isin(np.array(pool.group), parts(pool)[2]))
+    assert fitted.unlike(new.x).mean() < 0.05
+    assert fitted.unlike(new.x + 10).all()
+
+
+def test_a_missing_feature_is_no_error_and_a_feature_nobody_measured_says_nothing(pool):
+    x = pool.x.copy()
+    x[::7, FEATURES.index("uds")] = np.nan
+    x[:, FEATURES.index("probe")] = np.nan
+    holes = Pool(x, pool.kind, pool.family, pool.cluster, pool.group)
+    made = fit(holes, *parts(pool)[:2])
+    p = made.p_values(x)
+    assert all(np.isfinite(values).all() and (values > 0).all() and (values <= 1).all() for values in p.values())
+
+
+def test_a_recoverability_that_speaks_for_deletion_is_left_out(pool):
+    x = pool.x.copy()
+    column = FEATURES.index("logit_lens")
+    x[:, column] = np.where(np.array(pool.truth) == "deleted", 3.0, 0.0)
+    odd = Pool(x, pool.kind, pool.family, pool.cluster, pool.group)
+    made = fit(odd, *parts(pool)[:2])
+    assert "logit_lens" in made.provenance["left_out"]
+    assert not made.weights[:, column].any()
+
+
+def test_a_calibration_round_trips_and_refuses_other_features(fitted, pool, tmp_path):
+    save(fitted, tmp_path / "c.json")
+    back = load(tmp_path / "c.json")
+    for name, values in fitted.p_values(pool.x[:50]).items():
+        np.testing.assert_allclose(back.p_values(pool.x[:50])[name], values)
+    assert (back.unlike(pool.x) == fitted.unlike(pool.x)).all()
+    (tmp_path / "d.json").write_text('{"format": "mech_unlearn.calibration/1", "features": ["output"]}')
+    with pytest.raises(ValueError, match="no calibration of the features"):
+        load(tmp_path / "d.json")
+
+
+def test_a_group_on_both_sides_and_a_truth_that_is_not_there_are_refused(pool):
+    with pytest.raises(ValueError, match="both in the fit and in the calibration"):
+        fit(pool, ["0", "1"], ["1", "2"])
+    known = pool.where(np.array(pool.truth) != "collapsed")
+    with pytest.raises(ValueError, match="whose truth is 'collapsed'"):
+        fit(known, *parts(pool)[:2])
