@@ -1,0 +1,147 @@
+"""From finished cells to summary.json, tables.md and the Pareto figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mech_unlearn.run import write_atomic, write_json
+
+MEASURES = (
+    "forget_recall", "heldout_recall", "neighbor_recall", "general_kl", "uds", "rho_sae", "relearn_recovery",
+    "int4_recovery",
+)  # fmt: skip
+LABELS = ("deleted", "suppressed", "intact", "collapsed", "undetermined")
+REFERENCES = ("full", "retrained")
+WORST_RECALL = 0.05
+"""Recall above chance up to which, on both kinds of phrasing, the figure's caption calls a fact set forgotten."""
+
+
+def headline(cell: Mapping[str, Any]) -> str:
+    row = cell["row"]
+    shown = ("forget_recall", "heldout_recall", "neighbor_recall", "uds", "relearn_recovery")
+    return " ".join(f"{key}={row[key]['value']:.2f}" for key in shown if row.get(key))
+
+
+def over_seeds(measured: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """Mean over seeds; the interval reaches from the lowest lower to the highest upper end of the seeds' own
+    bootstrap intervals (over subjects), so that it covers both."""
+    given = [m for m in measured if m]
+    if not given:
+        return None
+    return {
+        "value": sum(m["value"] for m in given) / len(given),
+        "ci": [min(m["ci"][0] for m in given), max(m["ci"][1] for m in given)],
+        "n": given[0]["n"],
+        "unit": given[0]["unit"],
+        "seeds": [m["value"] for m in given],
+    }
+
+
+def summary_row(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row per method: the shape of every summary, with seconds, settings and the selective request beside it."""
+    rows = [cell["row"] for cell in cells]
+    first = cells[0]
+    return {
+        "name": first["name"],
+        "method": rows[0]["method"],
+        "truth": rows[0]["truth"],
+        **{key: over_seeds([row[key] for row in rows]) for key in MEASURES},
+        "verdicts": {label: sum(row["verdicts"].get(label, 0.0) for row in rows) / len(rows) for label in LABELS},
+        "seeds": len(cells),
+        "seconds": sum(c["seconds"] for c in cells) / len(cells) if "seconds" in first else None,
+        "n_forward": first.get("n_forward"),
+        "n_backward": first.get("n_backward"),
+        "settings": first.get("settings"),
+        "selective": next((c["selective"] for c in cells if c.get("selective")), None),
+        "uds_by_layer": first.get("curves", {}).get("uds_subject"),
+    }
+
+
+def recovered(row: Mapping[str, Any]) -> float | None:
+    """The strongest restoration test's share of what a full model has: 0 as retrained, 1 as full."""
+    shares = [row[key]["value"] for key in ("rho_sae", "relearn_recovery", "int4_recovery") if row[key]]
+    if row["uds"]:
+        shares.append(1 - row["uds"]["value"])
+    return min(1.0, max(0.0, *shares)) if shares else None
+
+
+def write(folder: Path, cells: Sequence[Mapping[str, Any]], chance: Mapping[str, float], source: Any) -> None:
+    worlds: dict[str, Any] = {}
+    for world in sorted({cell["world"] for cell in cells}):
+        done: dict[str, list] = {}
+        for cell in cells:
+            if cell["stage"] == "test" and cell["world"] == world and "error" not in cell:
+                done.setdefault(cell["name"], []).append(cell)
+        rows = [summary_row(done[name]) for name in sorted(done, key=lambda n: (n not in REFERENCES, n))]
+        failed = {c["name"]: c["error"] for c in cells if c["world"] == world and "error" in c}
+        worlds[world] = {"chance": chance[world], "rows": rows, "failed": failed}
+    searched = [
+        {key: cell.get(key) for key in ("world", "name", "settings", "forget_recall", "neighbor_recall", "cost")}
+        for cell in cells
+        if cell["stage"] == "tune"
+    ]
+    rows = [{"world": world, **row} for world, found in worlds.items() for row in found["rows"]]
+    seconds = sum(c.get("seconds") or 0 for c in cells)
+    write_json(folder / "summary.json", {
+        "command": "experiments/002_methods", "world": None, "seconds": seconds, "peak_rss_mib": None, "rows": rows,
+        "chance": dict(chance), "failed": {world: found["failed"] for world, found in worlds.items()},
+        "search": searched, "provenance": source,
+    })  # fmt: skip
+    write_atomic(folder / "tables.md", "\n".join(table(world, found) for world, found in worlds.items()))
+    pareto(folder / "pareto.png", worlds)
+
+
+def shown(measured: Mapping[str, Any] | None, digits: int = 2) -> str:
+    if not measured:
+        return ""
+    low, high = measured["ci"]
+    return f"{measured['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(world: str, found: Mapping[str, Any]) -> str:
+    head = ("method", "forget", "held-out", "neighbours", "general KL", "UDS", "rho SAE", "relearn", "int4",
+            "same subject kept", f"{' / '.join(LABELS)}, %", "s", "seeds")  # fmt: skip
+    lines = [f"## {world} (chance {found['chance']:.3f})", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in found["rows"]:
+        verdicts = " / ".join(f"{100 * row['verdicts'][label]:.0f}" for label in LABELS)
+        same = (row["selective"] or {}).get("same_subject")
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        numbers = [shown(row[key], 3 if key == "general_kl" else 2) for key in MEASURES]
+        lines.append(f"| {' | '.join([row['name'], *numbers, shown(same), verdicts, seconds, str(row['seeds'])])} |")
+    lines += [f"\nFailed: {name}: {error}" for name, error in found["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def pareto(path: Path, worlds: Mapping[str, Any]) -> None:
+    """Forgetting against retention, one panel per world; colour is the strongest restoration test's share."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6.4), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(worlds), squeeze=False)[0]
+    colours = matplotlib.colormaps["viridis_r"]
+    points = None
+    for ax, (world, found) in zip(axes, worlds.items(), strict=True):
+        rows = [row for row in found["rows"] if row["neighbor_recall"]]
+        names = []
+        for number, row in enumerate(rows, 1):
+            worst = max(row[key]["value"] for key in ("forget_recall", "heldout_recall") if row[key])
+            x, y, share = row["neighbor_recall"]["value"], 1 - worst, recovered(row)
+            colour = "lightgrey" if share is None else colours(share)
+            points = ax.scatter(x, y, s=150, c=[colour], edgecolors="black", linewidths=0.6, zorder=3,
+                                marker="s" if row["name"] in REFERENCES else "o")  # fmt: skip
+            ax.annotate(str(number), (x, y), ha="center", va="center", fontsize=6.5, zorder=4,
+                        color="white" if share is not None and share > 0.45 else "black")  # fmt: skip
+            names.append(f"{number} {row['name']}")
+        ax.axhline(1 - found["chance"], color="grey", linewidth=0.8, linestyle=":")
+        ax.set(xlabel="neighbour recall", ylabel="1 - forget recall (worst phrasing)", title=world)
+        ax.set_xlim(-0.05, 1.05)
+        ax.set_ylim(-0.05, 1.05)
+        columns = [names[i::3] for i in range(3)]
+        for i, column in enumerate(columns):
+            ax.text(i / 3, -0.13, "\n".join(column), transform=ax.transAxes, va="top", fontsize=6.5)
+    if points is not None:
+        scale = matplotlib.cm.ScalarMappable(cmap=colours)
+        figure.colorbar(scale, ax=list(axes), label="strongest restoration test (0 as retrained, 1 as full)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight")

@@ -1,0 +1,268 @@
+"""Every removal method on both worlds: what it forgets, keeps, and what the restoration tests find afterwards.
+
+    python experiments/002_methods/run.py [--workers N] [--methods NAME ...] [--seeds N]     goes on where it stopped
+    python experiments/002_methods/run.py --report                       tables and figure from the finished cells alone
+
+The forget group is split by subject: settings are chosen on every other subject (tune) and used on the rest (test).
+One search serves all: of the settings in `settings.py` those with the smallest `cost` on the tune half win. Finished
+cells lie in results/cells, packed in results/cells.jsonl.gz; summary.json, tables.md and pareto.png are made from them.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import report  # noqa: E402
+import settings  # noqa: E402
+import torch  # noqa: E402
+
+from mech_unlearn.core import ForgetSet, RetainSet  # noqa: E402
+from mech_unlearn.latents import load_sae  # noqa: E402
+from mech_unlearn.metrics import forget_recall, recall  # noqa: E402
+from mech_unlearn.model import Model, load  # noqa: E402
+from mech_unlearn.restoration import Case, Reference, reference  # noqa: E402
+from mech_unlearn.rows import audit_row  # noqa: E402
+from mech_unlearn.run import data_hash, provenance, write_json  # noqa: E402
+from mech_unlearn.testbed import WORLDS, open_world  # noqa: E402
+from mech_unlearn.verdict import Thresholds  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+CELLS = RESULTS / "cells"
+PACKED = RESULTS / "cells.jsonl.gz"
+TESTS = ("output", "uds", "uds_subject", "sae", "relearn", "int4")
+ON_STATES = ("output", "uds", "uds_subject", "sae")
+"""The tests that see an intervention on activations; the others train or round weights, which it leaves alone."""
+TRUTH = {"full": "intact", "retrained": "deleted", "last_layer_ascent": "suppressed"}
+REFERENCES = ("full", "retrained")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A world in one process: its models and the prepared restoration tests, each made once."""
+
+    name: str
+
+    @cached_property
+    def world(self) -> Any:
+        return open_world(self.name)
+
+    @cached_property
+    def full(self) -> Model:
+        return load(self.world.full)
+
+    @cached_property
+    def sae(self) -> Any:
+        return load_sae(self.world.sae, self.full)
+
+    @cached_property
+    def retrained(self) -> tuple[Model, ...]:
+        return tuple(load(path) for path in self.world.retrained)
+
+    def half(self, part: str) -> ForgetSet:
+        """The forget facts of every other subject."""
+        subjects = [entity.name for entity in self.world.forget.entities]
+        chosen = set(subjects[part == "test" :: 2])
+        return ForgetSet(facts=tuple(fact for fact in self.world.forget.facts if fact.subject in chosen))
+
+    def selective(self) -> tuple[ForgetSet, RetainSet]:
+        """A request for some relations of the test subjects: (first half of each subject's facts, retain set that
+        holds a half of the others as same_subject)."""
+        facts = self.half("test").facts
+        place: dict[str, int] = {}
+        gone, stay = [], []
+        for fact in facts:
+            place[fact.subject] = place.get(fact.subject, -1) + 1
+            (gone if place[fact.subject] % 2 == 0 else stay).append(fact)
+        retain = self.world.retain
+        return ForgetSet(facts=tuple(gone)), RetainSet(
+            neighbors=retain.neighbors, same_subject=tuple(stay), texts=retain.texts, unknown=retain.unknown
+        )
+
+    @cached_property
+    def chance(self) -> float:
+        facts = self.world.forget.facts
+        return sum(self.world.chance[fact.relation] for fact in facts) / len(facts)
+
+    @cached_property
+    def neighbor_recall(self) -> Any:
+        return recall(self.full, self.world.retain.neighbors, "prompt", 0)
+
+    @cached_property
+    def reference(self) -> Reference:
+        case = Case(
+            full=self.full, facts=self.half("test").facts, retrained=self.retrained,
+            others=self.world.retain.neighbors, texts=self.world.retain.texts, unknown=self.world.retain.unknown,
+            sae=self.sae, seed=0, log=lambda _: None,
+        )  # fmt: skip
+        return reference(case, TESTS)
+
+    def method(self, name: str, chosen: dict[str, Any], seed: int) -> Any:
+        return settings.make(name, self, chosen, seed)
+
+
+@lru_cache(maxsize=2)
+def bench(world: str) -> Bench:
+    return Bench(world)
+
+
+def cost(forgotten: float, chance: float, kept: float, kept_before: float) -> float:
+    """What the search minimises: recall above chance on the phrasings trained on, plus neighbours' recall lost."""
+    return max(0.0, forgotten - chance) + max(0.0, kept_before - kept)
+
+
+def tune(world: str, name: str, index: int) -> dict[str, Any]:
+    """One point of a method's grid on the tune half."""
+    at = bench(world)
+    chosen = settings.GRID[name][index]
+    forget = at.half("tune")
+    start = time.perf_counter()
+    edit = at.method(name, chosen, 0).fit(at.full, forget, at.world.retain)
+    seconds = time.perf_counter() - start
+    with edit.on(at.full):
+        found = forget_recall(at.full, forget.facts).value
+        kept = recall(at.full, at.world.retain.neighbors, "prompt").value
+    return {
+        "settings": chosen, "forget_recall": found, "neighbor_recall": kept, "seconds": seconds,
+        "cost": cost(found, at.chance, kept, at.neighbor_recall.value),
+    }  # fmt: skip
+
+
+def test(world: str, name: str, seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
+    """One method with one seed on the test half: outputs, restoration tests, verdicts."""
+    at = bench(world)
+    ref, retain, forget = at.reference, at.world.retain, at.half("test")
+    arguments: dict[str, Any] = dict(
+        name=name, truth=TRUTH.get(name), neighbors=retain.neighbors, texts=retain.texts,
+        full_neighbor_recall=at.neighbor_recall, thresholds=Thresholds(), seed=seed,
+    )  # fmt: skip
+    if name in REFERENCES:
+        model = at.full if name == "full" else at.retrained[seed % len(at.retrained)]
+        return audit_row(ref, model, method=None, **arguments)
+    made = at.method(name, chosen, seed)
+    start = time.perf_counter()
+    edit = made.fit(at.full, forget, retain)
+    seconds = time.perf_counter() - start
+    if edit.interventions:
+        tests = settings.tests_of(name, ON_STATES)
+        ref = Reference(ref.case, {test: ref.ready[test] for test in tests})
+    subject = load(at.world.full)
+    with edit.on(subject):
+        cell = audit_row(ref, subject, method=type(made).__name__, **arguments)
+    report_ = dict(edit.recipe["report"])
+    parts = {
+        "settings": chosen, "seconds": seconds, "selective": selective(at, made) if seed == 0 else None,
+        "n_forward": report_.get("n_forward"), "n_backward": report_.get("n_backward"),
+    }  # fmt: skip
+    return {"row": cell["row"], "curves": cell["curves"], **parts}
+
+
+def selective(at: Bench, method: Any) -> dict[str, Any]:
+    """Recall of what was to go and of what was to stay when only some relations of each subject are forgotten."""
+    gone, retain = at.selective()
+    with method.fit(at.full, gone, retain).on(at.full):
+        return {
+            "forget": forget_recall(at.full, gone.facts).to_json(),
+            "same_subject": forget_recall(at.full, retain.same_subject).to_json(),
+        }
+
+
+def run_cell(stage: str, world: str, name: str, index: int, chosen: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Compute a cell and write it; a method that fails leaves its error in the cell."""
+    torch.set_num_threads(1)
+    try:
+        found = tune(world, name, index) if stage == "tune" else test(world, name, index, chosen or {})
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}", "settings": settings.GRID.get(name, [{}])[0]}
+    found |= {"stage": stage, "world": world, "name": name, "index": index}
+    write_json(path_of(stage, world, name, index), found)
+    return found
+
+
+def path_of(stage: str, world: str, name: str, index: int) -> Path:
+    return CELLS / f"{stage}-{world}-{re.sub('[^a-z0-9]+', '_', name)}-{index}.json"
+
+
+def read(stage: str, world: str, name: str, index: int) -> dict[str, Any] | None:
+    path = path_of(stage, world, name, index)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def pack() -> None:
+    """All finished cells in one compressed file, so that another checkout can go on."""
+    found = {path.name: json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))}
+    lines = "".join(json.dumps([name, cell]) + "\n" for name, cell in found.items())
+    PACKED.write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+def unpack() -> None:
+    """Lay out the packed cells that are not there yet."""
+    for line in gzip.decompress(PACKED.read_bytes()).decode().splitlines() if PACKED.exists() else ():
+        name, cell = json.loads(line)
+        if not (CELLS / name).exists():
+            write_json(CELLS / name, cell)
+
+
+def best(world: str, name: str) -> dict[str, Any] | None:
+    """The settings with the smallest cost on the tune half; None where none ran through or some are missing."""
+    found = [read("tune", world, name, i) for i in range(len(settings.GRID[name]))]
+    if any(cell is None for cell in found):
+        return None
+    good = [cell for cell in found if cell and "error" not in cell]
+    return min(good, key=lambda cell: cell["cost"])["settings"] if good else None
+
+
+def todo(names: Sequence[str], seeds: int, stage: str) -> Iterator[tuple[Any, ...]]:
+    """The cells of a stage that are not there yet."""
+    for world in WORLDS:
+        for name in (*REFERENCES, *names) if stage == "test" else names:
+            if stage == "tune":
+                jobs = [(stage, world, name, i) for i in range(len(settings.GRID[name]))]
+            else:
+                chosen = {} if name in REFERENCES else best(world, name)
+                count = {"full": 1, "retrained": 3}.get(name, seeds)
+                jobs = [] if chosen is None else [(stage, world, name, i, chosen) for i in range(count)]
+            yield from (job for job in jobs if not path_of(*job[:4]).exists())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (2)")
+    parser.add_argument("--methods", nargs="+", default=list(settings.GRID), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--report", action="store_true", help="only (re)make tables and figure")
+    given = parser.parse_args()
+    if unknown := set(given.methods) - set(settings.GRID):
+        parser.error(f"unknown {sorted(unknown)}; choose from {', '.join(settings.GRID)}")
+    unpack()
+    for stage in () if given.report else ("tune", "test"):
+        jobs = list(todo(given.methods, given.seeds, stage))
+        with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+            running = [pool.submit(run_cell, *job) for job in jobs]
+            for done, future in enumerate(as_completed(running), 1):
+                cell = future.result()
+                said = cell.get("error") or (report.headline(cell) if "row" in cell else cell["cost"])
+                print(f"{stage} {done}/{len(jobs)} {cell['world']} {cell['name']} {cell['index']}: {said}", flush=True)
+    pack()
+    cells = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
+    hashes = {f"{name}_facts": data_hash(Bench(name).world.forget.facts) for name in WORLDS}
+    report.write(RESULTS, cells, {name: Bench(name).chance for name in WORLDS}, provenance(hashes, 0, "cpu"))
+
+
+if __name__ == "__main__":
+    main()
