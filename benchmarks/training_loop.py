@@ -1,4 +1,4 @@
-"""Eight steps of GradDiff and of NPO with a retain term, four forget and four retained rows of 14 tokens per step.
+"""Thirty-two steps of GradDiff and of NPO with a retain term, four forget and four retained rows of 14 tokens per step.
 
 On four layers of the shape with a vocabulary of at most 8,192, so that a run takes seconds. Reference: a bare torch
 loop on a copy of the Hugging Face model: the same batches, losses, AdamW, weight decay and clipping, written out. Both
@@ -23,7 +23,7 @@ from mech_unlearn.methods.objective import Objective
 from mech_unlearn.methods.training import Schedule, train
 
 Loss = Literal["grad_diff", "npo"]
-FACTS, BATCH, EPOCHS, LR, DECAY, CLIP, BETA = 8, 4, 4, 1e-5, 0.01, 1.0, 0.1
+FACTS, BATCH, EPOCHS, LR, DECAY, CLIP, BETA = 8, 4, 16, 1e-5, 0.01, 1.0, 0.1
 
 
 def _small(shape: Shape) -> Shape:
