@@ -12,8 +12,8 @@ MEASURES = (
 )  # fmt: skip
 LABELS = ("deleted", "suppressed", "intact", "collapsed", "undetermined")
 REFERENCES = ("full", "retrained")
-WORST_RECALL = 0.05
-"""Recall above chance up to which, on both kinds of phrasing, the figure's caption calls a fact set forgotten."""
+FLOOR = 0.003
+"""Smallest share that the figure's logarithmic axes show."""
 
 
 def headline(cell: Mapping[str, Any]) -> str:
@@ -113,35 +113,37 @@ def table(world: str, found: Mapping[str, Any]) -> str:
 
 
 def pareto(path: Path, worlds: Mapping[str, Any]) -> None:
-    """Forgetting against retention, one panel per world; colour is the strongest restoration test's share."""
+    """Forgetting against retention, one panel per world, both as what is missing, on logarithmic axes; colour is the
+    strongest restoration test's share. Lower left and light is better."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(14, 7.6), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(worlds), squeeze=False)[0]
     colours = matplotlib.colormaps["viridis_r"]
-    points = None
     for ax, (world, found) in zip(axes, worlds.items(), strict=True):
         rows = [row for row in found["rows"] if row["neighbor_recall"]]
         names = []
         for number, row in enumerate(rows, 1):
             worst = max(row[key]["value"] for key in ("forget_recall", "heldout_recall") if row[key])
-            x, y, share = row["neighbor_recall"]["value"], 1 - worst, recovered(row)
+            x, y = max(FLOOR, 1 - row["neighbor_recall"]["value"]), max(FLOOR, worst)
+            share = recovered(row)
             colour = "lightgrey" if share is None else colours(share)
-            points = ax.scatter(x, y, s=150, c=[colour], edgecolors="black", linewidths=0.6, zorder=3,
-                                marker="s" if row["name"] in REFERENCES else "o")  # fmt: skip
+            ax.scatter(x, y, s=170, c=[colour], edgecolors="black", linewidths=0.6, zorder=3, alpha=0.85,
+                       marker="s" if row["name"] in REFERENCES else "o")  # fmt: skip
             ax.annotate(str(number), (x, y), ha="center", va="center", fontsize=6.5, zorder=4,
                         color="white" if share is not None and share > 0.45 else "black")  # fmt: skip
             names.append(f"{number} {row['name']}")
-        ax.axhline(1 - found["chance"], color="grey", linewidth=0.8, linestyle=":")
-        ax.set(xlabel="neighbour recall", ylabel="1 - forget recall (worst phrasing)", title=world)
-        ax.set_xlim(-0.05, 1.05)
-        ax.set_ylim(-0.05, 1.05)
-        columns = [names[i::3] for i in range(3)]
-        for i, column in enumerate(columns):
-            ax.text(i / 3, -0.13, "\n".join(column), transform=ax.transAxes, va="top", fontsize=6.5)
-    if points is not None:
-        scale = matplotlib.cm.ScalarMappable(cmap=colours)
-        figure.colorbar(scale, ax=list(axes), label="strongest restoration test (0 as retrained, 1 as full)")
+        ax.axhline(max(FLOOR, found["chance"]), color="grey", linewidth=0.8, linestyle=":")
+        ax.set(xscale="log", yscale="log", xlim=(FLOOR / 1.4, 1.3), ylim=(FLOOR / 1.4, 1.3), title=world)
+        ax.set_xlabel(f"neighbour recall lost (at most {FLOOR} at the left edge)")
+        ax.set_ylabel("forget recall left, worse of trained and held-out phrasings (dotted: chance)")
+        third = -(-len(names) // 3)
+        for i in range(3):
+            column = names[i * third : (i + 1) * third]
+            ax.text(i / 3, -0.12, "\n".join(column), transform=ax.transAxes, va="top", fontsize=6.5)
+    scale = matplotlib.cm.ScalarMappable(cmap=colours)
+    label = "strongest restoration test: 0 as retrained, 1 as full (grey: none could be made)"
+    figure.colorbar(scale, ax=list(axes), label=label)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight")
