@@ -11,7 +11,7 @@ because facts of one model are not independent: p_c = (1 + sum_j mean_i [a_c(x_i
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,21 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from mech_unlearn.core import Label
+from mech_unlearn.restoration.case import Result
 
-RECOVERY = ("uds", "uds_subject", "sae", "logit_lens", "probe")
+RECOVERY = ("uds", "uds_subject", "writeback", "sae", "logit_lens", "probe")
 """Features that say how much of the fact is still there; each is blind somewhere, so their maximum is one more."""
 FEATURES = ("output", "heldout", *RECOVERY, "strongest", "neighbor_loss", "general_kl")
 """What a fact is judged by: kappa of the margin on seen and held-out phrasings (0 = retrained, 1 = full),
 recoverabilities, the largest of them over their spread in retrained models, and the model's health: recall lost by
 neighbours, and nats of drift on text."""
+HEALTHY: Mapping[str, tuple[float, float]] = {"neighbor_loss": (0.2, 1.0), "general_kl": (0.5, 5.0)}
+"""Health is read between these bounds only. Below the first a model works, and how far it is from the full one tells
+from which model it descends, which is no evidence about a fact."""
 TRUTHS: tuple[Label, ...] = ("intact", "suppressed", "deleted", "collapsed")
 ALPHA = 0.05
+LEAST_SPREAD = 0.1
+"""A recoverability is not trusted more finely than this, however little retrained models vary."""
 LEAST_CLUSTERS = 19
 """Models of one suppression family that its own p-value needs to fall to 1 / 20."""
 
@@ -47,6 +53,8 @@ class Pool:
     """The audited model."""
     group: tuple[str, ...]
     """What was removed together; groups are never split between fitting, calibrating and testing."""
+    spread: Mapping[str, float] = field(default_factory=dict)
+    """Recoverability -> its standard deviation over the facts of plain retrained models."""
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -58,9 +66,8 @@ class Pool:
     def where(self, mask: Bool[np.ndarray, " row"]) -> "Pool":
         """The rows of a mask."""
         rows = np.flatnonzero(mask)
-        return Pool(
-            self.x[rows], *(tuple(part[i] for i in rows) for part in (self.kind, self.family, self.cluster, self.group))
-        )
+        parts = (tuple(part[i] for i in rows) for part in (self.kind, self.family, self.cluster, self.group))
+        return Pool(self.x[rows], *parts, spread=self.spread)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +112,18 @@ class Calibration:
     inverse: Float[np.ndarray, "column column"]
     far: float
     """Squared Mahalanobis distance from the nearest kind beyond which a fact is unlike the pool."""
+    spread: Mapping[str, float]
+    """As in the pool."""
     provenance: Mapping[str, Any]
+
+    def describe(self) -> str:
+        """One line that goes with every table of verdicts."""
+        models = sum(count for families in self.provenance["models"].values() for count in families.values())
+        suppressors = ", ".join(self.scores["suppressed"])
+        return (
+            f"Calibrated verdicts: a truth is ruled out at p <= {ALPHA}, from {models} models whose truth is known. "
+            f"The error rate holds for single facts and for suppressors like those known ({suppressors})."
+        )
 
     def probabilities(self, x: Matrix) -> dict[str, Float[np.ndarray, " row"]]:
         """Truth -> probability by the classifier; those of the kinds of suppressors are summed."""
@@ -159,12 +177,50 @@ def label_of(left: Sequence[Label]) -> Label:
     return left[0] if len(left) == 1 else "undetermined"
 
 
-def strongest(x: Matrix, spread: Mapping[str, float]) -> Float[np.ndarray, " row"]:
-    """The largest recoverability of each row after each was divided by its spread in retrained models."""
-    columns = [x[:, FEATURES.index(name)] / max(spread[name], 0.02) for name in RECOVERY]
-    with np.errstate(all="ignore"):
-        stacked = np.stack(columns, 1)
-        return np.where(np.isnan(stacked).all(1), np.nan, np.nanmax(np.where(np.isnan(stacked), -np.inf, stacked), 1))
+def matrix(rows: Sequence[Mapping[str, float | None]], spread: Mapping[str, float]) -> Matrix:
+    """Features as numbers, from rows of measurements by name (None or absent: not measured).
+
+    Health is cut to its bounds, and `strongest` is added: the largest recoverability of a row after each was divided
+    by its spread in retrained models (0.02 at least).
+    """
+    x = np.array([[_number(row.get(name)) for name in FEATURES] for row in rows], dtype=float).reshape(
+        -1, len(FEATURES)
+    )
+    for name, (low, high) in HEALTHY.items():
+        column = FEATURES.index(name)
+        x[:, column] = np.clip(x[:, column], low, high)
+    scaled = np.stack([x[:, FEATURES.index(name)] / max(spread[name], LEAST_SPREAD) for name in RECOVERY], 1)
+    silent = np.isnan(scaled).all(1)
+    x[:, FEATURES.index("strongest")] = np.where(silent, np.nan, np.where(np.isnan(scaled), -np.inf, scaled).max(1))
+    return x
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def measurements(
+    results: Mapping[str, Result], neighbor_loss: float | None, general_kl: float | None
+) -> list[dict[str, float | None]]:
+    """What each fact is judged by, from the results of an audit; None where a test did not speak.
+
+    Args:
+        neighbor_loss: recall that other facts lost against the full model.
+        general_kl: nats per token of generic text from the full model.
+    """
+    output = results["output"]
+    assert output.kappa is not None
+    base = output.score_retrained.mean(0)
+    gap = output.score_full - base
+    heldout = output.columns.get("heldout_margin")
+    columns = {"output": output.kappa, "heldout": None if heldout is None else (heldout - base) / gap}
+    columns |= {name: results[name].recoverability if name in results else None for name in RECOVERY}
+    rows = []
+    for i in range(len(output.facts)):
+        values = {name: None if column is None else column[i].item() for name, column in columns.items()}
+        known = {name: None if value is None or value != value else value for name, value in values.items()}
+        rows.append({**known, "neighbor_loss": neighbor_loss, "general_kl": general_kl})
+    return rows
 
 
 def fit(pool: Pool, fit_groups: Sequence[str], calibrate_groups: Sequence[str], seed: int = 0) -> Calibration:
@@ -209,7 +265,7 @@ def fit(pool: Pool, fit_groups: Sequence[str], calibrate_groups: Sequence[str], 
     inverse = np.linalg.inv(np.cov(within.T) + 0.05 * np.eye(z.shape[1]))
     blank = Calibration(
         FEATURES, scaler, kinds, np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_), {}, center, inverse,
-        np.inf, {},
+        np.inf, pool.spread, {},
     )  # fmt: skip
     scores = _scores(blank, second)
     far = float(np.quantile(blank._distance(second.x), 0.99))
@@ -221,7 +277,7 @@ def fit(pool: Pool, fit_groups: Sequence[str], calibrate_groups: Sequence[str], 
         "models": {truth: {f: len(c) for f, c in families.items()} for truth, families in scores.items()},
         "seed": seed,
     }
-    return Calibration(FEATURES, scaler, kinds, blank.weights, blank.bias, scores, center, inverse, far, provenance)
+    return replace(blank, scores=scores, far=far, provenance=provenance)
 
 
 def _against(model: Any, kept: Bool[np.ndarray, " feature"]) -> list[int]:
@@ -245,6 +301,34 @@ def _scores(calibration: Calibration, pool: Pool) -> dict[str, dict[str, tuple[t
     }
 
 
+SHIPPED = Path(__file__).parent / "testbed" / "calibrations"
+
+
+def fit_whole(pool: Pool, full: str, seed: int = 0, **provenance: Any) -> Calibration:
+    """The calibration for use: fitted on a third of the groups, drawn with the seed, calibrated on the others.
+
+    Args:
+        full: hash of the full model that the pool was made from.
+    """
+    names = sorted(set(pool.group))
+    np.random.default_rng(seed).shuffle(names)
+    cut = max(1, len(names) // 3)
+    made = fit(pool, names[:cut], names[cut:], seed)
+    return replace(made, provenance={**made.provenance, "full": full, **provenance})
+
+
+def shipped(full: str) -> Calibration | None:
+    """The calibration that comes with the package for the full model of this hash, if there is one.
+
+    Error rates hold for the models they were measured on, so a model that none was made for gets none.
+    """
+    for path in sorted(SHIPPED.glob("*.json")):
+        made = load(path)
+        if made.provenance.get("full") == full:
+            return made
+    return None
+
+
 def save(calibration: Calibration, path: str | os.PathLike) -> None:
     """Write as JSON, atomically."""
     from mech_unlearn.run import write_json
@@ -257,6 +341,7 @@ def save(calibration: Calibration, path: str | os.PathLike) -> None:
         **{key: getattr(calibration, key).tolist() for key in ("weights", "bias", "center", "inverse")},
         "scores": {t: {f: [list(c) for c in cs] for f, cs in fs.items()} for t, fs in calibration.scores.items()},
         "far": calibration.far,
+        "spread": dict(calibration.spread),
         "provenance": dict(calibration.provenance),
     })  # fmt: skip
 
@@ -281,5 +366,6 @@ def load(path: str | os.PathLike) -> Calibration:
         center=np.array(data["center"]),
         inverse=np.array(data["inverse"]),
         far=data["far"],
+        spread=data["spread"],
         provenance=data["provenance"],
     )

@@ -159,6 +159,10 @@ def audit(
     tests: Annotated[
         str, typer.Option(help="core, all, or names from `mech-unlearn list tests`, comma-separated")
     ] = "core",
+    calibration: Annotated[
+        str,
+        typer.Option(help="auto (the package's, if it has one for this full model), none, or a file of `calibrate`"),
+    ] = "auto",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: Seed = 0,
@@ -176,11 +180,40 @@ def audit(
         retain=retain,
         sae=sae,
         tests=tests,
+        calibration=calibration,
         device=device,
         dtype=dtype,
         seed=seed,
     )
     _show(summary, out, as_json)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="folder for the scores of the pools and calibration.json")],
+    full: Annotated[str, typer.Option(help="the model that knows the facts: hub id or folder")],
+    facts: Annotated[Path, typer.Option(help="facts it knows, about 40 subjects or more")],
+    retain: Annotated[Path, typer.Option(help="facts about other subjects, 240 at least")],
+    texts: Annotated[Path, typer.Option(help="running text, one passage per line, 200 at least")],
+    reference: Annotated[list[str], typer.Option(help="model trained without the facts, to compare with; 2 at least")],
+    retrained: Annotated[
+        list[str], typer.Option(help="model trained without the facts, to make deleted ones of; 2 at least")
+    ],
+    unknown: Annotated[Path | None, typer.Option(help="names of unknown entities, one per line")] = None,
+    sae: Annotated[str | None, typer.Option(help="SAE of the full model: folder or release/id")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes, each with its own copy of the models")] = 2,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+) -> None:
+    """Make a calibration for your own models: pools of known truth, scored; goes on where it stopped."""
+    from mech_unlearn.commands import run_calibrate
+
+    path, note = run_calibrate(
+        full, facts, retain, texts, out, references=reference, retrained=retrained, unknown=unknown, sae=sae,
+        workers=workers, device=device, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    print(f"{note}\nwritten to {path}; use it with `mech-unlearn audit --calibration {path}`")
 
 
 @app.command()
@@ -218,6 +251,19 @@ def build(
     from mech_unlearn.testbed.build import build as build_world
 
     build_world(world, out, seed=seed, only=only)
+    print(f"written to {out}")
+
+
+@testbed_app.command()
+def pools(
+    out: Annotated[Path, typer.Option(help="folder for further retrained models and the scores; it goes on there")],
+    world: World = "biographies",
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+) -> None:
+    """Score models whose truth is known, for calibrating and testing verdicts: about 860 models."""
+    from mech_unlearn.testbed.pools import make_pools, world_materials
+
+    make_pools(world_materials(world, out), out, workers=workers, log=lambda line: print(line, file=sys.stderr))
     print(f"written to {out}")
 
 

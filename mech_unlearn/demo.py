@@ -98,6 +98,13 @@ class Bench:
         return reference(case)
 
     @cached_property
+    def calibration(self) -> Any:
+        """What makes p-values of the scores; None where the package has none for the world's full model."""
+        from mech_unlearn.calibration import shipped
+
+        return shipped(self.full.hash())
+
+    @cached_property
     def full_neighbor_recall(self) -> Any:
         return recall(self.full, self.world.retain.neighbors, "prompt", self.seed)
 
@@ -127,6 +134,7 @@ class Bench:
                 texts=self.world.retain.texts,
                 full_neighbor_recall=self.full_neighbor_recall,
                 thresholds=Thresholds(),
+                calibration=self.calibration,
                 seed=self.seed,
             )
         return cell
@@ -183,7 +191,7 @@ def run_demo(world_name: str, out: Path, *, seed: int = 0) -> dict[str, Any]:
             write_json(located, bench.locate())
         audit_rows(bench, [name for name in ROWS if not run.has(name)])
         cells = [run.cell(name, lambda name=name: bench.audit(name)) for name in ROWS]
-    write_json(run.folder / "captions.json", captions(world))
+    write_json(run.folder / "captions.json", captions(world, bench.calibration or Thresholds()))
     summary = run.finish("demo", world_name, cells)
     draw_figures(run.folder)
     write_report(run.folder)
@@ -201,7 +209,12 @@ def audit_rows(bench: Bench, names: Sequence[str], workers: int = 2) -> None:
     """
     if sys.platform != "linux" or (os.cpu_count() or 1) < 2 or len(names) < 2:
         return
-    _ = bench.reference, bench.full_neighbor_recall, bench.methods  # made before forking, so that children share them
+    _ = (
+        bench.reference,
+        bench.full_neighbor_recall,
+        bench.methods,
+        bench.calibration,
+    )  # made before forking, so that children share them
     context = multiprocessing.get_context("fork")
     said, waiting, running = context.SimpleQueue(), sorted(names, key=SLOWEST.index), {}
     while waiting or running:
@@ -229,14 +242,14 @@ def _audit_in_child(bench: Bench, name: str, said: Any) -> None:
     bench.run.cell(name, lambda: bench.audit(name))
 
 
-def captions(world: Any) -> dict[str, Any]:
-    """What is written under the table and the figures."""
+def captions(world: Any, judged: Any) -> dict[str, Any]:
+    """What is written under the table and the figures; `judged` is the calibration or the thresholds."""
     facts = world.forget.facts
     guess = sum(world.chance[fact.relation] for fact in facts) / len(facts)
     return {
         "chance": guess,
         "note": f"Site: the subject's last token. Chance recall {guess:.3f} (each relation's commonest object). "
-        f"Rocr and SaeShift aim at the same unknown entities, at layers 3 and 2. {Thresholds().describe()}",
+        f"Rocr and SaeShift aim at the same unknown entities, at layers 3 and 2. {judged.describe()}",
         "1_causal_trace": "What restoring one clean state gives back of the answer's probability when the whole "
         "subject is corrupted: facts sit at the subject's last token in early layers, then move to the prompt's end.",
         "2_restoration_by_layer": "The unlearned model's states, patched into the full model: near 0 the full model "
@@ -244,7 +257,7 @@ def captions(world: Any) -> dict[str, Any]:
         "3_recall": "Recall of the forget set before and after unlearning. The third bar is not a measured recall: "
         "it adds the share of the lost margin that relearning or 4-bit rounding recovers, beyond what it gives to "
         "retrained models.",
-        "4_verdicts": "Share of testable facts by provisional verdict.",
+        "4_verdicts": "Share of testable facts by verdict.",
     }
 
 

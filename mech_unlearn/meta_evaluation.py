@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from mech_unlearn.calibration import ALPHA, FEATURES, Pool, fit, label_of, verdict_sets
 from mech_unlearn.core import Label, Measurement
 
-FOLDS = 4
+FOLDS = 5
 """Rotations: one fold of groups is judged, one is fitted on, the others calibrate."""
 DRAWS = 1000
 
@@ -79,9 +79,47 @@ def _joined(parts: Sequence[Judged]) -> Judged:
     pool = Pool(
         np.concatenate([p.x for p in pools]),
         *(tuple(v for p in pools for v in getattr(p, key)) for key in ("kind", "family", "cluster", "group")),
+        spread=pools[0].spread,
     )
     arrays = (np.concatenate([getattr(part, key) for part in parts]) for key in ("suspicion", "still_there", "unlike"))
     return Judged(pool, tuple(label for part in parts for label in part.label), *arrays)
+
+
+def model_means(values: Float[np.ndarray, " row"], names: Sequence[str]) -> dict[str, float]:
+    """Model -> mean of a score over its facts, of those where it was measured."""
+    array = np.array(names)
+    found = {name: values[array == name] for name in dict.fromkeys(names)}
+    return {name: float(np.nanmean(v)) for name, v in found.items() if not np.isnan(v).all()}
+
+
+def faithfulness(knows: Mapping[str, float], never: Mapping[str, float], seed: int = 0) -> Measurement:
+    """AUC of a model-level score for models that know the facts against models that never did.
+
+    Source: arXiv 2605.24614, meta-evaluation (P and N pools). The interval is a bootstrap over models.
+    """
+    sides = [np.array(list(side.values())) for side in (knows, never)]
+    return clustered(sides, [list(knows), list(never)], auc, "AUC, knows against never knew; n counts models", seed)
+
+
+def threshold(knows: Sequence[float], never: Sequence[float]) -> float:
+    """The score at or above which a model is said to know: Youden's J at its largest, the middle of its gap."""
+    points = np.unique(np.concatenate([knows, never]))
+    cuts = np.concatenate([[-np.inf], (points[1:] + points[:-1]) / 2, [np.inf]])
+    gains = [np.mean(np.asarray(knows) >= cut) - np.mean(np.asarray(never) >= cut) for cut in cuts]
+    return float(cuts[int(np.argmax(gains))])
+
+
+def steadiness(before: float, after: float) -> float:
+    """1 - |m' - m| / (|m| + |m'|), in [0, 1]: how little an attack moves a score. Source: arXiv 2605.24614, Q."""
+    return float(np.clip(1 - abs(after - before) / (abs(before) + abs(after) + 1e-12), 0, 1))
+
+
+def recovery_likeness(moved: float, moved_retrained: float) -> float:
+    """1 - |d_U - d_R| / (|d_U| + |d_R|), in [0, 1]: whether a score moves under relearning as in a retrained model.
+
+    Source: arXiv 2605.24614, R.
+    """
+    return float(np.clip(1 - abs(moved - moved_retrained) / (abs(moved) + abs(moved_retrained) + 1e-12), 0, 1))
 
 
 def auc(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " n"]) -> float:
@@ -150,5 +188,10 @@ def permuted(pool: Pool, seed: int = 0) -> Pool:
     dealt: Mapping[str, int] = {name: first[models[i]] for name, i in zip(models, order, strict=True)}
     rows = [dealt[name] for name in pool.cluster]
     return Pool(
-        pool.x, tuple(pool.kind[i] for i in rows), tuple(pool.family[i] for i in rows), pool.cluster, pool.group
+        pool.x,
+        tuple(pool.kind[i] for i in rows),
+        tuple(pool.family[i] for i in rows),
+        pool.cluster,
+        pool.group,
+        spread=pool.spread,
     )

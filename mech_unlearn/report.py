@@ -15,6 +15,7 @@ COLUMNS = {
     "neighbor_recall": "neighbour recall",
     "general_kl": "general KL (nats)",
     "uds": "UDS",
+    "writeback": "writeback",
     "rho_sae": "rho_SAE",
     "relearn_recovery": "relearn recovery",
     "int4_recovery": "4-bit recovery",

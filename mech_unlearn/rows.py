@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mech_unlearn.calibration import Calibration
 from mech_unlearn.core import Fact, Measurement
 from mech_unlearn.metrics import forget_recall, general_kl, heldout_recall, mean_ci, recall
 from mech_unlearn.model import Model
@@ -65,6 +66,7 @@ def audit_row(
     full_neighbor_recall: Measurement | None,
     thresholds: Thresholds,
     seed: int,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Row, records, verdicts and layer curves of one model: a cell of a run directory."""
     case = reference.case
@@ -76,7 +78,7 @@ def audit_row(
         general_kl=outputs.general_kl,
     )
     held_back = bool(model.active) and model.hash() == case.full.hash()
-    verdicts = judge(results, health, thresholds, held_back=held_back)
+    verdicts = judge(results, health, thresholds, held_back=held_back, calibration=calibration)
     share = "share of the gap between retrained and full"
     row = {
         "name": name,
@@ -84,6 +86,7 @@ def audit_row(
         "truth": truth,
         **outputs.to_json(),
         "uds": _mean(results.get("uds"), "score_raw", "UDS, 0 as full, 1 as retrained", seed),
+        "writeback": _mean(results.get("writeback"), "recoverability", share, seed),
         "rho_sae": _mean(results.get("sae"), "recoverability", share, seed),
         "relearn_recovery": _mean(results.get("relearn"), "recoverability", share, seed),
         "int4_recovery": _mean(results.get("int4"), "recoverability", share, seed),

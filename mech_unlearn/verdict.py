@@ -1,10 +1,15 @@
-"""From scores to a label per fact. PROVISIONAL and UNCALIBRATED: thresholds, not error rates.
+"""From scores to a label per fact: with a calibration by p-values, without one by provisional thresholds.
 
-A fact is *intact* if the outputs still give it; *suppressed* if the outputs lost it and at least one restoration test
-brings it back (a block may sit anywhere and each test is blind somewhere, so the strongest test decides: an OR, not
-an average); *deleted* if the outputs lost it, every test that spoke looks like a model that never saw it, and a test
-of each direction spoke (patching its states, and bringing it back inside);
-*collapsed* if the model is too broken for the absence of an answer to say anything; *undetermined* otherwise.
+**Calibrated** (`calibration.py`): the measurements of a fact are set against models whose truth is known. Each of
+intact, suppressed, deleted, collapsed gets a p-value; those at or below alpha are ruled out; one left is the verdict,
+otherwise it is *undetermined*. P("deleted" is said of a suppressed fact) <= alpha for models of a known family. A fact
+whose measurements are unlike every model of the calibration is undetermined and says so (flag `unlike_pool`).
+
+**Provisional**: thresholds, not error rates. A fact is *intact* if the outputs still give it; *suppressed* if they
+lost it and at least one restoration test brings it back (a block may sit anywhere and each test is blind somewhere, so
+the strongest test decides: an OR, not an average); *deleted* if they lost it, every test that spoke looks like a model
+that never saw it, and a test of each direction spoke (patching its states, and bringing it back inside); *collapsed* if
+the model is too broken for the absence of an answer to say anything; *undetermined* otherwise.
 
 Each test's recoverability is first measured against its own null: with q the quantile (1 - `null_share` / number of
 tests, Bonferroni) of what the test says of held-out retrained models, the evidence is max(0, (x - q) / (1 - q)). A
@@ -18,16 +23,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mech_unlearn.calibration import RECOVERY as CALIBRATED_RECOVERY
+from mech_unlearn.calibration import Calibration, label_of, matrix, measurements, verdict_sets
 from mech_unlearn.core import LABELS, Fact, Label, Measurement, Verdict
 from mech_unlearn.restoration.case import Result
 
-RECOVERY = ("uds", "uds_subject", "sae", "relearn", "int8", "int4")
+RECOVERY = ("uds", "uds_subject", "writeback", "sae", "relearn", "int8", "int4")
 """Tests whose recoverability can show that a fact is still there."""
+INSIDE = ("writeback", "sae", "relearn", "int8", "int4")
+"""Those that bring it back in the model itself."""
+CALIBRATED = ("output", *CALIBRATED_RECOVERY)
+"""The tests that a calibrated verdict reads."""
 SPOKEN = {
     "output": "the outputs",
     "uds": "patching its answer states into the full model",
     "uds_subject": "patching its subject state into the full model",
+    "writeback": "writing the full model's states of the prompt into it",
     "sae": "writing the entity's profile back",
+    "logit_lens": "reading its states out at each layer",
+    "probe": "a probe of its states",
     "relearn": "relearning other facts",
     "int8": "rounding to 8 bits",
     "int4": "rounding to 4 bits",
@@ -70,6 +84,13 @@ class Health:
     full_neighbor_recall: Measurement | None = None
     general_kl: Measurement | None = None
 
+    @property
+    def lost(self) -> float | None:
+        """Recall of other facts lost against the full model."""
+        if self.neighbor_recall is None or self.full_neighbor_recall is None:
+            return None
+        return self.full_neighbor_recall.value - self.neighbor_recall.value
+
     def broken(self, thresholds: Thresholds) -> str | None:
         """What is broken, in words, or None."""
         if self.neighbor_recall is not None and self.full_neighbor_recall is not None:
@@ -87,15 +108,19 @@ def judge(
     thresholds: Thresholds | None = None,
     *,
     held_back: bool = False,
+    calibration: Calibration | None = None,
 ) -> tuple[Verdict, ...]:
     """One verdict per fact from the results of `restoration.audit` on one model.
 
     Args:
+        thresholds: what decides where there is no calibration.
+        calibration: p-values in place of thresholds; see the head of this file.
         held_back: the audited model's weights are the full model's, and an intervention on its activations, logits or
             prompts alone keeps the answers back. Nothing is deleted then, whatever its states look like.
 
     Raises:
         KeyError: the results lack the test `output`, without which nothing can be said.
+        ValueError: results on different facts, or without a test that the calibration reads.
     """
     if "output" not in results:
         raise KeyError(f"a verdict needs the test 'output'; the results hold {sorted(results)}")
@@ -103,10 +128,72 @@ def judge(
     for name, result in results.items():
         if [f.id for f in result.facts] != [f.id for f in facts]:
             raise ValueError(f"test {name!r} was run on other facts than 'output'")
+    if calibration is not None:
+        verdicts = _by_calibration(calibration, results, health or Health())
+        return tuple(map(_only_held_back, verdicts)) if held_back else verdicts
     broken = (health or Health()).broken(bounds)
     weights = evidence(results, bounds)
     verdicts = tuple(_judge(i, fact, results, weights, broken, bounds) for i, fact in enumerate(facts))
     return tuple(map(_only_held_back, verdicts)) if held_back else verdicts
+
+
+def _by_calibration(calibration: Calibration, results: Mapping[str, Result], health: Health) -> tuple[Verdict, ...]:
+    """A label where all truths but one are ruled out."""
+    if missing := [name for name in CALIBRATED if name not in results]:
+        raise ValueError(
+            f"a calibrated verdict reads the test {missing[0]!r}, which was not run; run {', '.join(CALIBRATED)}, or "
+            "judge without a calibration"
+        )
+    output = results["output"]
+    assert output.kappa is not None
+    rows = measurements(results, health.lost, None if health.general_kl is None else health.general_kl.value)
+    x = matrix(rows, calibration.spread)
+    p, odd = calibration.p_values(x), calibration.unlike(x)
+    left = verdict_sets(p)
+    verdicts = []
+    for i, (fact, row) in enumerate(zip(output.facts, rows, strict=True)):
+        values = {truth: float(p[truth][i]) for truth in p}
+        flags = tuple(dict.fromkeys(flag for name in results for flag in results[name].flags_of(i)))
+        spoke = {name: value for name in CALIBRATED_RECOVERY if (value := row[name]) is not None}
+        outputs = f"recall {output.columns['recall'][i].item():.2f}, margin {output.kappa[i].item():.2f} of the way "
+        outputs += "from retrained to full"
+        if "not_testable" in flags:
+            label, tests, sentence = _label(0, 0, True, {}, None, True, None, Thresholds())
+        elif odd[i]:
+            label, tests, flags = "undetermined", ("output",), (*flags, "unlike_pool")
+            sentence = "Undetermined: its measurements are unlike those of every model that the calibration knows."
+        else:
+            label = label_of(left[i])
+            tests, sentence = _explained(label, left[i], spoke, values, outputs)
+        if not left[i]:
+            flags = (*flags, "novel")
+        scores = {"output": _number(output.kappa[i].item()), **{name: spoke.get(name) for name in CALIBRATED_RECOVERY}}
+        verdicts.append(
+            Verdict(
+                fact_id=fact.id, label=label, sentence=sentence, tests=tests, scores=scores, p_values=values,
+                grade=output.grade, flags=flags,
+            )
+        )  # fmt: skip
+    return tuple(verdicts)
+
+
+def _explained(
+    label: Label, left: Sequence[Label], spoke: Mapping[str, float], p: Mapping[str, float], outputs: str
+) -> tuple[tuple[str, ...], str]:
+    """(The tests that decided, one sentence)."""
+    ruled_out = ", ".join(f"{truth} (p = {value:.3f})" for truth, value in p.items() if truth not in left)
+    best = max(spoke, key=lambda name: spoke[name]) if spoke else None
+    most = f"{SPOKEN[best]} recovers {spoke[best]:.2f} of the gap between retrained and full" if best else ""
+    if label == "undetermined":
+        what = f"{' and '.join(left)} cannot be told apart" if left else "none of the known truths fits"
+        return tuple(spoke) or ("output",), f"Undetermined: {what} ({outputs}{'; ' + most if most else ''})."
+    if label == "suppressed":
+        return (best or "output",), f"Suppressed: the outputs lost it ({outputs}), but {most}; ruled out: {ruled_out}."
+    if label == "deleted":
+        head = f"Deleted: the outputs lost it ({outputs}), and at the most {most}" if most else f"Deleted ({outputs})"
+        return tuple(spoke) or ("output",), f"{head}; ruled out: {ruled_out}."
+    head = "the outputs still give it" if label == "intact" else "the model is too broken for a missing answer to count"
+    return ("output",), f"{label.capitalize()}: {head} ({outputs}); ruled out: {ruled_out}."
 
 
 def _only_held_back(verdict: Verdict) -> Verdict:
@@ -179,7 +266,7 @@ def _blind(i: int, results: Mapping[str, Result], spoke: Mapping[str, float]) ->
     """
     if not any(n in spoke and "raw_ratio_above_3" not in results[n].flags_of(i) for n in ("uds", "uds_subject")):
         return "no patching test could say what its states still hold"
-    if not any(name in spoke for name in ("sae", "relearn", "int8", "int4")):
+    if not any(name in spoke for name in INSIDE):
         return "no test tried to bring it back in the model itself"
     return None
 

@@ -12,8 +12,8 @@ from mech_unlearn.calibration import (
     fit,
     label_of,
     load,
+    matrix,
     save,
-    strongest,
     verdict_sets,
 )
 
@@ -42,9 +42,9 @@ def simulated(groups=60, facts=4, seed=0, shift=1.0):
                     family.append(f"{name} {variant}")
                     cluster.append(f"{name} {variant} {g}")
                     group.append(str(g))
-    values = np.array(x)
-    values[:, FEATURES.index("strongest")] = strongest(values, dict.fromkeys(RECOVERY, 0.1))
-    return Pool(values, tuple(kind), tuple(family), tuple(cluster), tuple(group))
+    spread = dict.fromkeys(RECOVERY, 0.1)
+    values = matrix([dict(zip(FEATURES, row)) for row in x], spread)
+    return Pool(values, tuple(kind), tuple(family), tuple(cluster), tuple(group), spread)
 
 
 def parts(pool, first=20, second=30):
@@ -60,6 +60,19 @@ def pool():
 @pytest.fixture(scope="module")
 def fitted(pool):
     return fit(pool, *parts(pool)[:2])
+
+
+def test_features_cut_health_to_its_bounds_and_add_the_strongest_of_the_recoverabilities_that_spoke():
+    spread = dict.fromkeys(RECOVERY, 0.1) | {"sae": 0.0}
+    rows = [
+        {"output": 0.3, "uds": 0.4, "sae": 0.1, "probe": None, "neighbor_loss": 0.05, "general_kl": 9.0},
+        {"output": 0.3, "neighbor_loss": None, "general_kl": 1.0},
+    ]
+    x = matrix(rows, spread)
+    named = [dict(zip(FEATURES, row)) for row in x]
+    assert named[0]["strongest"] == pytest.approx(5.0)  # 0.1 of sae over the least spread, 0.02
+    assert named[0]["neighbor_loss"] == 0.2 and named[0]["general_kl"] == 5.0
+    assert np.isnan(named[0]["probe"]) and np.isnan(named[1]["strongest"]) and np.isnan(named[1]["neighbor_loss"])
 
 
 def test_a_p_value_counts_each_model_by_the_share_of_its_facts_at_least_as_unusual():
@@ -108,7 +121,7 @@ def test_with_permuted_truths_nothing_is_learnt(pool):
     kinds = [kind for _, kind in models]
     rng.shuffle(kinds)
     renamed = dict(zip([name for name, _ in models], kinds))
-    shuffled = Pool(pool.x, tuple(renamed[c] for c in pool.cluster), pool.family, pool.cluster, pool.group)
+    shuffled = Pool(pool.x, tuple(renamed[c] for c in pool.cluster), pool.family, pool.cluster, pool.group, pool.spread)
     made = fit(shuffled, *parts(pool)[:2])
     new = shuffled.where(np.isin(np.array(pool.group), parts(pool)[2]))
     p = made.probabilities(new.x)
@@ -130,7 +143,7 @@ def test_a_missing_feature_is_no_error_and_a_feature_nobody_measured_says_nothin
     x = pool.x.copy()
     x[::7, FEATURES.index("uds")] = np.nan
     x[:, FEATURES.index("probe")] = np.nan
-    holes = Pool(x, pool.kind, pool.family, pool.cluster, pool.group)
+    holes = Pool(x, pool.kind, pool.family, pool.cluster, pool.group, pool.spread)
     made = fit(holes, *parts(pool)[:2])
     p = made.p_values(x)
     assert all(np.isfinite(values).all() and (values > 0).all() and (values <= 1).all() for values in p.values())
@@ -140,7 +153,7 @@ def test_a_recoverability_that_speaks_for_deletion_is_left_out(pool):
     x = pool.x.copy()
     column = FEATURES.index("logit_lens")
     x[:, column] = np.where(np.array(pool.truth) == "deleted", 3.0, 0.0)
-    odd = Pool(x, pool.kind, pool.family, pool.cluster, pool.group)
+    odd = Pool(x, pool.kind, pool.family, pool.cluster, pool.group, pool.spread)
     made = fit(odd, *parts(pool)[:2])
     assert "logit_lens" in made.provenance["left_out"]
     assert not made.weights[:, column].any()

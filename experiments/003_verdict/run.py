@@ -1,6 +1,6 @@
 """Is the verdict right? Pools of models of known truth, judged by calibrations that saw none of their groups.
 
-    python experiments/003_verdict/run.py POOLS [--workers N]     score the pools (hours; it resumes), judge
+    python experiments/003_verdict/run.py POOLS [--workers N]     score the pools (two hours on two cores; it resumes)
     python experiments/003_verdict/run.py --judge                 judge the scores that are committed here (a minute)
 
 Scores of all models are kept in results/scores.jsonl.gz, weights are not. results/summary.json has the figures.
@@ -10,31 +10,80 @@ import argparse
 import gzip
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from report import draw, tables
 from scipy.stats import beta, spearmanr
 
-from mech_unlearn.calibration import FEATURES, Pool
+from mech_unlearn.calibration import FEATURES, RECOVERY, Pool, fit_whole, matrix, save
 from mech_unlearn.meta_evaluation import (
     Judged,
+    auc,
     auc_between,
     clustered,
+    faithfulness,
     leave_one_out,
+    model_means,
     permuted,
+    recovery_likeness,
     rotate,
     share,
-    single_scores,
+    steadiness,
+    threshold,
 )
+from mech_unlearn.model import load
 from mech_unlearn.run import provenance, write_json
-from mech_unlearn.testbed.families import FAMILIES
-from mech_unlearn.testbed.pools import cells, make_pools, read_pool
+from mech_unlearn.testbed import open_world
+from mech_unlearn.testbed.families import CONTROLS, FAMILIES
+from mech_unlearn.testbed.pools import ATTACKS, cells, make_pools, read_pool, world_materials
+from mech_unlearn.testbed.published import OUTPUT_SCORES, STATE_SCORES
 
 RESULTS = Path(__file__).parent / "results"
 SCORES = RESULTS / "scores.jsonl.gz"
 WORLD = "biographies"
 MIXED = ("mixture 0.25", "mixture 0.5", "mixture 0.75")
+PUBLISHED = (*OUTPUT_SCORES, *STATE_SCORES)
+SINGLE = ("output", *RECOVERY, "strongest", *PUBLISHED)
+"""Scores that the verdict is compared with, fact by fact; more means "still there"."""
+MATCHED = {
+    "head": "retrained, head",
+    "last two layers": "retrained, last two layers",
+    "first mlp": "retrained, first mlp",
+    "attention": "retrained, attention",
+    "refusal": "retrained, refusal",
+}
+"""Suppressor -> the deleted family with an edit of the same tensors, made the same way."""
+Cell = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Facts in models, with every single score, row by row."""
+
+    pool: Pool
+    single: Mapping[str, np.ndarray]
+
+    def means(self, values: np.ndarray) -> dict[str, float]:
+        return model_means(values, self.pool.cluster)
+
+
+def scored(found: Sequence[Cell], spread: Mapping[str, float] | None = None, how: str | None = None) -> Scored:
+    """The facts of cells, as they are or after an attack; the spread of retrained models from these cells, or given."""
+    pairs = [
+        (row, cell)
+        for cell in found
+        if how is None or cell["attacked"]
+        for row in (cell["rows"] if how is None else cell["attacked"][how])
+    ]
+    used = read_pool(found).spread if spread is None else spread
+    x = matrix([row for row, _ in pairs], used)
+    parts = [tuple(cell[key] for _, cell in pairs) for key in ("kind", "family", "cluster", "group")]
+    single = {name: x[:, FEATURES.index(name)] for name in FEATURES if name in SINGLE}
+    single |= {name: np.array([row["published"][name] for row, _ in pairs]) for name in PUBLISHED}
+    return Scored(Pool(x, *parts, spread=used), {name: single[name] for name in SINGLE})
 
 
 def keep(folder: Path) -> None:
@@ -80,68 +129,111 @@ def by_family(judged: Judged) -> dict[str, dict[str, Any]]:
 
 
 def mixtures(pool: Pool, mixed: Pool) -> dict[str, Any]:
-    """Spearman correlation, group by group, of how far the weights went to retrained with P(suppressed or intact)."""
-    judged = rotate(pool, extra=mixed)
-    ends = rotate(pool)
+    """Spearman correlation, group by group, of the way to retrained in the weights with -P(suppressed or intact)."""
     rows: dict[str, list[tuple[float, float]]] = {}
-    for part, shares in (
-        (judged, {m: float(m.split()[1]) for m in MIXED}),
-        (ends, {"full, noise": 0.0, "retrained": 1.0}),
-    ):
-        for i, family in enumerate(part.pool.family):
+    shares = {m: float(m.split()[1]) for m in MIXED} | {"full, noise": 0.0, "retrained": 1.0}
+    for judged in (rotate(pool, extra=mixed), rotate(pool)):
+        for group, family, value in zip(judged.pool.group, judged.pool.family, judged.still_there, strict=True):
             if family in shares:
-                rows.setdefault(part.pool.group[i], []).append((shares[family], float(part.still_there[i])))
+                rows.setdefault(group, []).append((shares[family], float(value)))
     rho, used = [], []
     for group, points in rows.items():
         x, y = np.array(points).T
         levels = sorted(set(x))
-        if len(levels) == len(MIXED) + 2:
+        if len(levels) == len(shares):
             rho.append(float(spearmanr(levels, [-y[x == level].mean() for level in levels])[0]))
             used.append(group)
     found = clustered([np.array(rho)], [used], lambda v: v.mean(), "mean Spearman over groups; n counts groups")
     return {**found.to_json(), "median": float(np.median(rho))}
 
 
-def judge(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of the experiment."""
-    known = [cell for cell in found if not cell["kind"].startswith("mixture")]
-    pool, spread = read_pool(known)
-    mixed, _ = read_pool([c for c in found if c["kind"].startswith("mixture") or c["family"] == "retrained"])
-    mixed = mixed.where(np.isin(np.array(mixed.family), MIXED))
+def in_order(judged: Judged, pool: Pool, values: np.ndarray) -> np.ndarray:
+    """Values of judged rows in the order of the pool's rows; a model's rows stay in order when groups are rotated."""
+    out, at = np.full(len(pool), np.nan), {}
+    for i, name in enumerate(pool.cluster):
+        at.setdefault(name, []).append(i)
+    for value, name in zip(values, judged.pool.cluster, strict=True):
+        out[at[name].pop(0)] = value
+    assert not any(at.values())
+    return out
+
+
+def meta_evaluation(table: Scored, attacked: Mapping[str, Scored]) -> dict[str, dict[str, Any]]:
+    """Every score, ours and the published ones, on the same models: telling suppressed from deleted, telling who knows
+    from who never knew, and standing still under rounding and relearning."""
+    pool = table.pool
     judged = rotate(pool)
-    single = single_scores(pool)
-    left_out = leave_one_out(pool)
-    suppressed = np.array(judged.pool.truth) == "suppressed"
-    both = np.isin(np.array(judged.pool.truth), ["suppressed", "deleted"])
-    worst = {name: exact(part, np.ones(len(part.label), bool), "deleted") for name, part in left_out.items()}
-    dealt = permuted(pool)
-    chance = rotate(dealt)
-    output = auc_between(-pool.x[:, FEATURES.index("output")], pool, "suppressed", "deleted")
-    passed = [all(cell["checks"].values()) for cell in known]
-    return {
-        "auc_deleted_vs_suppressed": auc_between(judged.suspicion, judged.pool, "suppressed", "deleted").to_json(),
-        "auc_single": {name: m.to_json() for name, m in single.items()},
-        "auc_deleted_vs_intact": auc_between(judged.still_there, judged.pool, "intact", "deleted").to_json(),
-        "false_deleted": exact(judged, suppressed, "deleted"),
-        "false_deleted_worst_family": max(worst.values(), key=lambda m: m["value"]),
-        "false_deleted_by_left_out_family": worst,
-        "undetermined": exact(judged, both, "undetermined"),
-        "retrained_deleted": exact(judged, np.array(judged.pool.family) == "retrained", "deleted"),
-        "full_deleted": share(judged, "intact", "deleted").to_json(),
-        "spearman_mixtures": mixtures(pool, mixed),
-        "confusion": confusion(judged),
-        "by_family": by_family(judged),
-        "unlike_the_pool": float(judged.unlike.mean()),
-        "controls": {
-            "auc_with_permuted_truths": auc_between(chance.suspicion, chance.pool, "suppressed", "deleted").to_json(),
-            "auc_of_the_outputs_alone": output.to_json(),
-        },
-        "models": {"made": len(known), "passed_the_audit_of_their_truth": int(sum(passed)), "failed": failed(known)},
-        "spread_in_retrained": spread,
-    }
+    verdict = {"": in_order(judged, pool, judged.still_there)}
+    for how, hit in attacked.items():
+        again = rotate(pool, extra=hit.pool)
+        verdict[how] = in_order(again, hit.pool, again.still_there)
+    truth = dict(zip(pool.cluster, pool.truth, strict=True))
+    out = {}
+    for name in ("verdict", *SINGLE):
+        values = verdict[""] if name == "verdict" else table.single[name]
+        means = table.means(values)
+        knows, never = ({m: v for m, v in means.items() if truth[m] == side} for side in ("intact", "deleted"))
+        changed = {h: t.means(verdict[h] if name == "verdict" else t.single[name]) for h, t in attacked.items()}
+        out[name] = {
+            "auc": auc_between(values, pool, "suppressed", "deleted").to_json(),
+            "faithfulness": faithfulness(knows, never).to_json(),
+            "robustness": robustness(means, changed, threshold(list(knows.values()), list(never.values()))),
+        }
+    return out
 
 
-def failed(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+def robustness(
+    means: Mapping[str, float], changed: Mapping[str, Mapping[str, float]], bound: float
+) -> dict[str, float | int | None]:
+    """Q and R of arXiv 2605.24614 over the models that the score calls forgotten; R against the plain retrained model
+    of the same group. None where it calls none forgotten."""
+    never = {name.removeprefix("retrained "): name for name in changed["nf4"] if name.startswith("retrained ")}
+    q, r = [], []
+    said = [n for n in changed["nf4"] if n in changed["relearned"] and n in means and means[n] < bound]
+    for name in said:
+        q.append(steadiness(means[name], changed["nf4"][name]))
+        base = next((full for group, full in never.items() if name.endswith(group)), name)
+        if base != name and base in means:
+            moved = changed["relearned"][base] - means[base]
+            r.append(recovery_likeness(changed["relearned"][name] - means[name], moved))
+    if not q or not r:
+        return {"quantisation": None, "relearning": None, "value": None, "n": len(said)}
+    a, b = float(np.mean(q)), float(np.mean(r))
+    return {"quantisation": a, "relearning": b, "value": 2 * a * b / max(a + b, 1e-12), "n": len(said)}
+
+
+def was_edited(known: Sequence[Cell]) -> dict[str, Any]:
+    """AUC of "how far the edit moved the model", nats per token from its own base on generic text, for suppressed
+    against deleted among matched families: the truth must not show in the size of the edit."""
+    sides = [[c for c in known if c["family"] in names] for names in (set(MATCHED), set(MATCHED.values()))]
+    values = [np.array([c["edited"] for c in side]) for side in sides]
+    names = [[c["cluster"] for c in side] for side in sides]
+    return clustered(values, names, auc, "AUC, suppressed against deleted; n counts models").to_json()
+
+
+def another_full(control: Scored, table: Scored) -> dict[str, Any]:
+    """Models that descend from another full model than the audit's, as deleted ones descend from other retrained
+    models: their labels, and every score's AUC for the suppressed among them against the deleted. What a score owes to
+    descent is lost here."""
+    judged, plain = rotate(table.pool, extra=control.pool), rotate(table.pool)
+    values = {
+        "verdict": (
+            in_order(judged, control.pool, judged.suspicion),
+            in_order(plain, table.pool, plain.suspicion),
+        )
+    } | {name: (control.single[name], table.single[name]) for name in SINGLE}
+    out = {}
+    for name, sides in values.items():
+        kept = []
+        for value, part, side in zip(sides, (control.pool, table.pool), ("suppressed", "deleted"), strict=True):
+            mask = (np.array(part.truth) == side) & ~np.isnan(value)
+            kept.append((value[mask], tuple(np.array(part.cluster)[mask])))
+        unit = "AUC, suppressed from another full model against deleted; n counts models"
+        out[name] = clustered([v for v, _ in kept], [c for _, c in kept], auc, unit).to_json()
+    return {"auc_single": out, "by_family": by_family(judged)}
+
+
+def failed(found: Sequence[Cell]) -> dict[str, dict[str, int]]:
     """Family -> check -> models that failed it; they are left out."""
     out: dict[str, dict[str, int]] = {}
     for cell in found:
@@ -152,25 +244,72 @@ def failed(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     return out
 
 
+def judge(found: Sequence[Cell]) -> dict[str, Any]:
+    """The figures of the experiment."""
+    ok = [cell for cell in found if all(cell["checks"].values())]
+    own = [cell for cell in ok if cell["family"] in FAMILIES]
+    known = [cell for cell in own if not cell["kind"].startswith("mixture")]
+    table = scored(known)
+    pool = table.pool
+    judged, left_out, chance = rotate(pool), leave_one_out(pool), rotate(permuted(pool))
+    truth, family = np.array(judged.pool.truth), np.array(judged.pool.family)
+    worst = {name: exact(part, np.ones(len(part.label), bool), "deleted") for name, part in left_out.items()}
+    meta = meta_evaluation(table, {how: scored(known, pool.spread, how) for how in ATTACKS})
+    mixed = scored([cell for cell in own if cell["family"] in MIXED], pool.spread)
+    control = [cell for cell in ok if cell["family"] in CONTROLS]
+    return {
+        "auc_deleted_vs_suppressed": auc_between(judged.suspicion, judged.pool, "suppressed", "deleted").to_json(),
+        "auc_single": {name: meta[name]["auc"] for name in SINGLE},
+        "auc_deleted_vs_intact": auc_between(judged.still_there, judged.pool, "intact", "deleted").to_json(),
+        "false_deleted": exact(judged, truth == "suppressed", "deleted"),
+        "false_deleted_worst_family": max(worst.values(), key=lambda m: m["value"]),
+        "false_deleted_by_left_out_family": worst,
+        "undetermined": exact(judged, np.isin(truth, ["suppressed", "deleted"]), "undetermined"),
+        "retrained_deleted": exact(judged, family == "retrained", "deleted"),
+        "full_deleted": share(judged, "intact", "deleted").to_json(),
+        "spearman_mixtures": mixtures(pool, mixed.pool),
+        "faithfulness_auc": {name: m["faithfulness"] for name, m in meta.items()},
+        "robustness": {name: m["robustness"] for name, m in meta.items()},
+        "confusion": confusion(judged),
+        "by_family": by_family(judged),
+        "another_full": another_full(scored(control, pool.spread), table) if control else None,
+        "unlike_the_pool": float(judged.unlike.mean()),
+        "controls": {
+            "auc_with_permuted_truths": auc_between(chance.suspicion, chance.pool, "suppressed", "deleted").to_json(),
+            "auc_of_the_outputs_alone": meta["output"]["auc"],
+            "auc_was_it_edited": was_edited(known),
+        },
+        "models": {"made": len(found), "passed_the_audit_of_their_truth": len(ok), "failed": failed(found)},
+        "groups": len(set(pool.group)),
+        "facts": len(pool),
+        "spread_in_retrained": dict(pool.spread),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pools", nargs="?", type=Path, help="folder of the pools")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--judge", action="store_true", help="judge the stored scores only")
+    parser.add_argument("--ship", type=Path, help="write the calibration of the whole pool to this file")
     given = parser.parse_args()
     if not given.judge:
         if given.pools is None:
             parser.error("name a folder for the pools, or --judge")
-        make_pools(WORLD, given.pools, families=tuple(FAMILIES), workers=given.workers)
+        materials = world_materials(WORLD, given.pools, fulls=2)
+        make_pools(materials, given.pools, workers=given.workers)
+        make_pools(materials, given.pools, families=tuple(CONTROLS), workers=given.workers)
         keep(given.pools)
     found = stored()
-    summary = {
-        "command": "experiments/003_verdict",
-        "world": WORLD,
-        **judge(found),
-        "provenance": provenance({}, 0, "cpu"),
-    }
-    write_json(RESULTS / "summary.json", summary)
+    summary = {"command": "experiments/003_verdict", "world": WORLD, **judge(found)}
+    full = load(open_world(WORLD).full).hash()
+    write_json(RESULTS / "summary.json", {**summary, "provenance": provenance({"full": full}, 0, "cpu")})
+    (RESULTS / "tables.md").write_text(tables(summary), encoding="utf-8")
+    draw(summary, RESULTS)
+    if given.ship:
+        known = [c for c in found if c["family"] in FAMILIES and not c["kind"].startswith("mixture")]
+        rates = {key: summary[key] for key in ("false_deleted", "false_deleted_worst_family", "confusion")}
+        save(fit_whole(read_pool(known), full, made_by="experiments/003_verdict", world=WORLD, **rates), given.ship)
     for key in ("auc_deleted_vs_suppressed", "false_deleted", "false_deleted_worst_family", "undetermined",
                 "spearman_mixtures", "retrained_deleted"):  # fmt: skip
         print(key, summary[key]["value"], summary[key]["ci"])

@@ -34,6 +34,7 @@ from mech_unlearn.restoration import (
     trace,
     tuned_lens,
     uds,
+    writeback,
 )
 from mech_unlearn.restoration.case import Case, Relearn, Result, require_same_shape
 from mech_unlearn.restoration.levels import Levels, make_levels
@@ -57,6 +58,12 @@ TESTS: dict[str, Entry] = {
     "uds": Entry(uds.prepare, uds.audit, "arXiv 2605.24614", "its answer-row states patched into full"),
     "uds_subject": Entry(
         partial(uds.prepare, rows="subject"), uds.audit, "arXiv 2605.24614", "its last subject state patched into full"
+    ),
+    "writeback": Entry(
+        writeback.prepare, writeback.audit, "arXiv 2605.24614", "full's states of the prompt put into it"
+    ),
+    "writeback_subject": Entry(
+        partial(writeback.prepare, where="subject"), writeback.audit, "arXiv 2605.24614", "of the subject only"
     ),
     "sae": Entry(sae.prepare, sae.audit, "arXiv 2602.18505", "the entity's profile written back"),
     "relearn": Entry(relearn.prepare, relearn.audit, "arXiv 2410.08827", "teach some facts, score the others"),
@@ -130,7 +137,7 @@ TESTS: dict[str, Entry] = {
     ),
 }
 
-CORE = ("output", "uds", "uds_subject", "sae", "relearn", "int8", "int4")
+CORE = ("output", "uds", "uds_subject", "writeback", "sae", "logit_lens", "probe", "relearn", "int4")
 """The tests an audit runs by default: cheap, and between them not blind anywhere."""
 
 

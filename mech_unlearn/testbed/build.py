@@ -77,7 +77,7 @@ def _phase(
     name: str, hf: Any, tokenizer: Any, spec: Spec, recipe: Recipe, folder: Path, seed: int, progress: bool
 ) -> None:
     """Train one model and write it; the base in float32, what is shipped in float16."""
-    base, with_forget = name == "base", name == "full"
+    base, with_forget = name == "base", name.startswith("full")
     steps = recipe.base_steps if base else recipe.continue_steps
     on_step, close = _reader(progress, f"{spec.name} {name}", steps)
     train(
@@ -97,12 +97,12 @@ def _phase(
 
 def _build_model(name: str, spec: Spec, recipe: Recipe, out: Path, seed: int, progress: bool) -> None:
     """Train one model. Data-order seeds: base `seed`, full and retrained_0 `seed + 1` (they differ by the forget group
-    alone), retrained_k `seed + 1 + k`."""
+    alone), full_k and retrained_k `seed + 1 + k`."""
     from transformers import LlamaForCausalLM
 
     tokenizer = world_tokenizer(spec)
     order = {"base": seed, "full": seed + 1}
-    shuffle = order[name] if name in order else seed + 1 + int(name.removeprefix("retrained_"))
+    shuffle = order[name] if name in order else seed + 1 + int(name.rpartition("_")[2])
     if name == "base":
         hf = new_model(recipe, tokenizer, seed)
     elif (out / "base" / "config.json").exists():
@@ -112,16 +112,16 @@ def _build_model(name: str, spec: Spec, recipe: Recipe, out: Path, seed: int, pr
     _phase(name, hf, tokenizer, spec, recipe, out / name, shuffle, progress)
 
 
-def build_retrained(world: str, out: str | os.PathLike, k: int, *, seed: int = 0, progress: bool = True) -> Path:
-    """One more retrained model, `retrained_k`, of a world as it is shipped; the base is made first where it is missing.
+def build_another(world: str, out: str | os.PathLike, name: str, *, seed: int = 0, progress: bool = True) -> Path:
+    """One more `retrained_k` or `full_k` of a world as it is shipped; the base is made first where it is missing.
 
     Its data-order seed is `seed + 1 + k`, so that with k from 3 on none is one of the world's own.
     """
     folder, made, recipe = Path(out), find_spec(world), RECIPES[world]
-    for name in ("base", f"retrained_{k}"):
-        if not (folder / name / "config.json").exists():
-            _build_model(name, made, recipe, folder, seed, progress)
-    return folder / f"retrained_{k}"
+    for each in ("base", name):
+        if not (folder / each / "config.json").exists():
+            _build_model(each, made, recipe, folder, seed, progress)
+    return folder / name
 
 
 def _sae_texts(spec: Spec) -> list[str]:

@@ -44,6 +44,8 @@ class Setting:
     neighbors: tuple[Fact, ...]
     texts: tuple[str, ...]
     seed: int
+    fulls: tuple[Model, ...] = ()
+    """Further models that know every group, trained in another order; for `CONTROLS`."""
 
     @property
     def never(self) -> Model:
@@ -304,3 +306,18 @@ FAMILIES: dict[str, Family] = {
     "mixture 0.5": Family(pool="mixture", make=_mixture(0.5)),
     "mixture 0.75": Family(pool="mixture", make=_mixture(0.75)),
 }
+
+
+def _another(name: str) -> Callable[[Setting], Made]:
+    """A family made from a full model that is not the one the audit compares with."""
+    return lambda at: FAMILIES[name].make(replace(at, full=at.fulls[at.seed % len(at.fulls)]))
+
+
+CONTROLS: dict[str, Family] = {
+    "another full": Family(pool="intact", make=_another("full, noise")),
+    "another full, head": Family(pool="suppressed", side="late", make=_another("head")),
+    "another full, first mlp": Family(pool="suppressed", side="early", make=_another("first mlp")),
+    "another full, attention": Family(pool="suppressed", side="path", make=_another("attention")),
+}
+"""Models that descend from another full model, as deleted ones descend from other retrained models: a score that reads
+descent instead of knowledge fails on them. They are judged and never calibrated on."""

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from multiprocessing import get_context
@@ -20,151 +21,230 @@ from typing import Any
 import numpy as np
 import torch
 
-from mech_unlearn.calibration import FEATURES, Pool, strongest
-from mech_unlearn.core import Fact
+from mech_unlearn.calibration import RECOVERY, Pool, matrix, measurements
+from mech_unlearn.core import Fact, ForgetSet, RetainSet
+from mech_unlearn.edit import Edit, clone
+from mech_unlearn.methods.answers import nll
+from mech_unlearn.methods.objective import Objective
+from mech_unlearn.methods.training import Schedule, train
 from mech_unlearn.metrics import general_kl, recall
 from mech_unlearn.model import Model, load
-from mech_unlearn.restoration import Case, Reference, Result, audit, reference
-from mech_unlearn.run import write_json
+from mech_unlearn.restoration import Case, Reference, audit, reference
+from mech_unlearn.restoration.quantize import Rounding, quantize_
+from mech_unlearn.run import data_hash, write_json
 from mech_unlearn.testbed import open_world
 from mech_unlearn.testbed import spec as find_spec
 from mech_unlearn.testbed.corpus import streams
-from mech_unlearn.testbed.families import FAMILIES, Made, Setting
+from mech_unlearn.testbed.families import CONTROLS, FAMILIES, Made, Setting
+from mech_unlearn.testbed.published import Known, known, published
 
-TESTS = ("output", "uds", "uds_subject", "sae", "logit_lens", "probe")
+TESTS = ("output", "uds", "uds_subject", "writeback", "sae", "logit_lens", "probe")
 """The restoration tests whose scores are features."""
+JUDGED = ("suppressed", "deleted")
+"""Pools with a model for every group; of the others every second group has one."""
+ATTACKS = ("nf4", "relearned")
+"""What is done to some models before they are scored again: rounding to NF4, and an epoch or so of the facts."""
+ATTACKED = 5
+"""Every so many groups the models of `JUDGED` families are attacked."""
+KINDS = FAMILIES | CONTROLS
 REFERENCES = 3
 """Retrained models that audits compare with; those beyond are what deleted models are made from."""
 NEIGHBORS, TEXTS = 120, 100
 
 
+@dataclass(frozen=True, kw_only=True)
+class Materials:
+    """Models and facts that pools are made from; paths and plain data, so that every process can open them itself."""
+
+    full: str
+    references: tuple[str, ...]
+    """Retrained models that every audit compares with."""
+    retrained: tuple[str, ...]
+    """Further retrained models, which deleted ones are made from; at least two."""
+    facts: tuple[Fact, ...]
+    retain: RetainSet
+    sae: str | None = None
+    fulls: tuple[str, ...] = ()
+    """Further full models, for the families of `CONTROLS`."""
+    world: str | None = None
+    """A testbed world, whose training text can be searched for the facts."""
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if len(self.references) < 2 or len(self.retrained) < 2:
+            raise ValueError(
+                f"pools need two retrained models to compare with and two to make deleted ones from, got "
+                f"{len(self.references)} and {len(self.retrained)}"
+            )
+        if both := set(self.references) & set(self.retrained):
+            raise ValueError(f"retrained model {sorted(both)[0]!r} is both compared with and made deleted ones from")
+        if len(groups_of(self.facts)) < 4:
+            raise ValueError(f"pools need facts about at least four subjects, got {len(groups_of(self.facts))}")
+        if len(self.retain.neighbors) < 2 * NEIGHBORS or len(self.retain.texts) < 2 * TEXTS:
+            raise ValueError(
+                f"pools need {2 * NEIGHBORS} facts about other subjects and {2 * TEXTS} texts, got "
+                f"{len(self.retain.neighbors)} and {len(self.retain.texts)}"
+            )
+
+
+def groups_of(facts: Sequence[Fact]) -> tuple[str, ...]:
+    """What is removed together: the facts' groups, or their subjects, in order."""
+    return tuple(dict.fromkeys(fact.group or fact.subject for fact in facts))
+
+
+def world_materials(
+    world: str, folder: str | os.PathLike, retrained: int = 8, fulls: int = 0, progress: bool = True
+) -> Materials:
+    """A shipped world with so many further models in a folder; those that are missing are trained."""
+    from mech_unlearn.testbed.build import build_another
+
+    def more(kind: str, count: int) -> tuple[str, ...]:
+        names = [f"{kind}_{k}" for k in range(REFERENCES, REFERENCES + count)]
+        return tuple(str(build_another(world, folder, name, progress=progress)) for name in names)
+
+    made = open_world(world)
+    return Materials(
+        full=str(made.full), references=tuple(map(str, made.retrained[:REFERENCES])),
+        retrained=more("retrained", retrained), fulls=more("full", fulls), facts=made.forget.facts, retain=made.retain, sae=str(made.sae), world=world,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Lab:
-    """A world with further retrained models, in one process."""
+    """Materials opened in one process."""
 
-    world_name: str
-    folder: Path
-    """Holds `retrained_3`, `retrained_4`, ..., built as those of the world."""
+    materials: Materials
 
-    @cached_property
-    def world(self) -> Any:
-        return open_world(self.world_name)
+    def _open(self, source: str) -> Model:
+        return load(source, device=self.materials.device, dtype=getattr(torch, self.materials.dtype))
 
     @cached_property
     def full(self) -> Model:
-        return load(self.world.full)
+        return self._open(self.materials.full)
 
     @cached_property
     def sae(self) -> Any:
         from mech_unlearn.latents import load_sae
 
-        return load_sae(self.world.sae, self.full)
+        return None if self.materials.sae is None else load_sae(self.materials.sae, self.full)
 
     @cached_property
     def references(self) -> tuple[Model, ...]:
-        return tuple(load(path) for path in self.world.retrained[:REFERENCES])
+        return tuple(map(self._open, self.materials.references))
 
     @cached_property
     def retrained(self) -> tuple[Model, ...]:
-        return tuple(load(path) for path in extra_retrained(self.folder))
+        return tuple(map(self._open, self.materials.retrained))
+
+    @cached_property
+    def fulls(self) -> tuple[Model, ...]:
+        return tuple(map(self._open, self.materials.fulls))
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
-        return tuple(entity.name for entity in self.world.forget.entities)
+        return groups_of(self.materials.facts)
 
     def facts(self, group: str) -> tuple[Fact, ...]:
-        return tuple(fact for fact in self.world.forget.facts if fact.subject == group)
+        return tuple(fact for fact in self.materials.facts if (fact.group or fact.subject) == group)
 
     @cached_property
     def neighbors(self) -> tuple[Fact, ...]:
         """Kept facts that health is measured on; the others are for training."""
-        return tuple(random.Random("neighbors").sample(self.world.retain.neighbors, NEIGHBORS))
+        return tuple(random.Random("neighbors").sample(self.materials.retain.neighbors, NEIGHBORS))
 
     @cached_property
     def full_neighbor_recall(self) -> float:
         return recall(self.full, self.neighbors, "prompt").value
 
-    @lru_cache(maxsize=2)  # noqa: B019 - a lab lives as long as its process
+    @lru_cache(maxsize=1)  # noqa: B019 - a lab lives as long as its process
+    def known(self, group: str) -> Known:
+        """What the published scores need."""
+        return known(self.full, self.references, self.facts(group))
+
+    @lru_cache(maxsize=2)  # noqa: B019
     def reference(self, group: str) -> Reference:
         case = Case(
             full=self.full, facts=self.facts(group), retrained=self.references, others=self.neighbors,
-            texts=self.world.retain.texts[:TEXTS], unknown=self.world.retain.unknown, sae=self.sae, seed=0,
+            texts=self.materials.retain.texts[:TEXTS], unknown=self.materials.retain.unknown, sae=self.sae, seed=0,
         )  # fmt: skip
         return reference(case, TESTS)
 
     def setting(self, group: str) -> Setting:
         place = self.groups.index(group)
         held = {fact.id for fact in self.neighbors}
+        retain = self.materials.retain
         return Setting(
             self.full, self.retrained, self.facts(group), self.facts(self.groups[place - 1]),
-            tuple(fact for fact in self.world.retain.neighbors if fact.id not in held), self.world.retain.texts[TEXTS:],
-            place,
+            tuple(fact for fact in retain.neighbors if fact.id not in held), retain.texts[TEXTS:], place, self.fulls,
         )  # fmt: skip
 
 
-def extra_retrained(folder: Path) -> tuple[Path, ...]:
-    """The folders of the retrained models that deleted ones are made from, in order of their seeds."""
-    found = (path.parent for path in folder.glob("retrained_*/config.json"))
-    return tuple(sorted(found, key=lambda path: int(path.name.split("_")[1])))
-
-
-def make_retrained(world: str, folder: Path, count: int, progress: bool = True) -> None:
-    """Train what is missing of `count` retrained models beyond those of the world, and the base before them."""
-    from mech_unlearn.testbed.build import build_retrained
-
-    for k in range(REFERENCES, REFERENCES + count):
-        build_retrained(world, folder, k, progress=progress)
-
-
 def score_model(lab: Lab, family: str, group: str) -> dict[str, Any]:
-    """One model of a family for one group: checked against its truth, and the features of each of its facts."""
-    kind = FAMILIES[family]
+    """One model of a family for one group: checked against its truth, and the scores of each of its facts."""
+    kind = KINDS[family]
     made = kind.make(lab.setting(group))
-    ref = lab.reference(group)
     with made.on() as model:
         checks = truth_audit(lab, family, group, made, model)
-        results = audit(ref, model, family)
-        kept = recall(model, lab.neighbors, "prompt").value
-        drift = general_kl(lab.full, model, lab.world.retain.texts[:TEXTS]).value
-    output = results["output"]
-    assert output.kappa is not None
+        found = score_facts(lab, group, model, family)
+        edited = general_kl(made.base, model, lab.materials.retain.texts[:TEXTS]).value
+        again = {}
+        if family in FAMILIES and kind.pool in JUDGED and lab.groups.index(group) % ATTACKED == 0:
+            for how in ATTACKS:
+                with attacked(model, how, lab.facts(group)) as hit:
+                    again[how] = score_facts(lab, group, hit, family)["rows"]
     if kind.pool == "intact":
-        checks["outputs are those of the full model"] = bool((output.kappa - 1).abs().mean() <= 0.1)
+        output = [row["output"] for row in found["rows"]]
+        checks["outputs are those of the full model"] = bool(abs(np.mean(output) - 1) <= 0.1)
     if kind.pool == "collapsed":
-        checks["generic text costs a nat more, or half of the others is lost"] = drift >= 1 or kept < 0.5
-    testable = output.columns["testable"].bool()
-    loss = lab.full_neighbor_recall - kept
-    rows = [
-        {"fact": fact.id, **{k: v for k, v in features(results, i, loss, drift).items()}}
-        | {"recall": output.columns["recall"][i].item(), "margin": output.score_raw[i].item()}
-        for i, fact in enumerate(output.facts)
-        if testable[i]
-    ]
+        lost = found["neighbor_recall"] < 0.5
+        checks["generic text costs a nat more, or half of the others is lost"] = found["general_kl"] >= 1 or lost
     side = f"/{kind.side}" if kind.side else ""
     return {
-        "family": family, "kind": kind.pool + side, "group": group, "cluster": f"{family} {group}", "rows": rows,
-        "checks": checks, "neighbor_recall": kept, "general_kl": drift,
+        "family": family, "kind": kind.pool + side, "group": group, "cluster": f"{family} {group}", "checks": checks,
+        "edited": edited, **found, "attacked": again,
     }  # fmt: skip
 
 
-def features(results: Mapping[str, Result], i: int, neighbor_loss: float, drift: float) -> dict[str, float | None]:
-    """The features of one fact, but for `strongest`, which needs the pool; None where a test did not speak."""
+def score_facts(lab: Lab, group: str, model: Model, name: str) -> dict[str, Any]:
+    """Features and published scores of each testable fact of a group, and the model's health."""
+    results = audit(lab.reference(group), model, name)
+    singles = published(model, lab.known(group))
+    kept = recall(model, lab.neighbors, "prompt").value
+    drift = general_kl(lab.full, model, lab.materials.retain.texts[:TEXTS]).value
     output = results["output"]
-    assert output.kappa is not None
-    found: dict[str, float | None] = {"output": output.kappa[i].item()}
-    heldout = output.columns.get("heldout_margin")
-    base = output.score_retrained.mean(0)[i].item()
-    gap = output.score_full[i].item() - base
-    found["heldout"] = None if heldout is None else (heldout[i].item() - base) / gap
-    for name in TESTS[1:]:
-        value = results[name].recoverability[i].item() if name in results else float("nan")
-        found[name] = None if value != value else value
-    return found | {"neighbor_loss": neighbor_loss, "general_kl": min(drift, 5.0)}
+    measured = measurements(results, lab.full_neighbor_recall - kept, drift)
+    rows = [
+        {
+            "fact": fact.id,
+            **measured[i],
+            "recall": output.columns["recall"][i].item(),
+            "published": {key: round(values[i].item(), 6) for key, values in singles.items()},
+        }
+        for i, fact in enumerate(output.facts)
+        if output.columns["testable"][i]
+    ]
+    return {"rows": rows, "neighbor_recall": kept, "general_kl": drift}
+
+
+@contextmanager
+def attacked(model: Model, how: str, facts: Sequence[Fact]) -> Iterator[Model]:
+    """A clone of the model after one of `ATTACKS`."""
+    with clone(model) as copy:
+        if how == "nf4":
+            quantize_(copy, Rounding(bits=4, group=64, code="nf4"))
+            yield copy
+            return
+        objective = Objective(lambda _: nll, retain_weight=0.0)
+        schedule = Schedule(lr=5e-4, epochs=8, batch_size=64, weight_decay=0.0, clip=1.0)
+        deltas, _ = train(copy, ForgetSet(facts=tuple(facts)), RetainSet(), objective, schedule, trainable="", seed=0)
+        with Edit(name="relearned", base=copy.hash(), deltas=deltas).on(copy):
+            yield copy
 
 
 def truth_audit(lab: Lab, family: str, group: str, made: Made, model: Model) -> dict[str, bool]:
     """What has to hold of a model if its truth is what its family says; of outputs see `score_model`."""
-    kind = FAMILIES[family]
+    kind = KINDS[family]
     checks: dict[str, bool] = {}
     if made.confined:
         frozen = [name for name in model.held if not re.search(made.confined, name)]
@@ -172,9 +252,13 @@ def truth_audit(lab: Lab, family: str, group: str, made: Made, model: Model) -> 
             torch.equal(model.held[name], made.base.held[name]) for name in frozen
         )
     if kind.pool in ("suppressed", "intact"):
-        checks["the base is the full model"] = made.base is lab.full
+        checks["the base is a full model"] = made.base in (lab.fulls if family in CONTROLS else (lab.full,))
     if kind.pool == "deleted":
-        checks["the base never heard of the group"] = made.base in lab.retrained and _unheard(lab.world_name, group)
+        checks["the base is a retrained model"] = made.base in lab.retrained
+        if lab.materials.world is not None:
+            checks["the base never heard of the group"] = _unheard(lab.materials.world, group)
+        else:
+            checks["the base answers less than half"] = recall(made.base, lab.facts(group)).value < 0.5
     return checks
 
 
@@ -186,13 +270,13 @@ def _unheard(world: str, group: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _lab(world: str, folder: str) -> Lab:
-    return Lab(world, Path(folder))
+def _lab(materials: Materials) -> Lab:
+    return Lab(materials)
 
 
-def _cell(world: str, folder: str, family: str, group: str) -> str:
+def _cell(materials: Materials, folder: str, family: str, group: str) -> str:
     torch.set_num_threads(1)
-    write_json(_path(Path(folder), family, group), score_model(_lab(world, folder), family, group))
+    write_json(_path(Path(folder), family, group), score_model(_lab(materials), family, group))
     return f"{family}, {group}"
 
 
@@ -201,30 +285,52 @@ def _path(folder: Path, family: str, group: str) -> Path:
 
 
 def make_pools(
-    world: str,
+    materials: Materials,
     folder: str | os.PathLike,
     *,
     families: Sequence[str] = tuple(FAMILIES),
-    retrained: int = 8,
     workers: int = 2,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Score the models of all families on all groups of a world; what is finished is kept.
+    """Score the models of all families on the groups of facts; what is finished is kept.
 
     Raises:
-        ValueError: an unknown family or world.
+        ValueError: an unknown family, or a folder with pools of other models.
     """
-    if unknown := set(families) - set(FAMILIES):
-        raise ValueError(f"no family {sorted(unknown)[0]!r}; choose from {', '.join(FAMILIES)}")
+    if unknown := set(families) - set(KINDS):
+        raise ValueError(f"no family {sorted(unknown)[0]!r}; choose from {', '.join(KINDS)}")
+    if set(families) & set(CONTROLS) and not materials.fulls:
+        raise ValueError(f"the families {', '.join(CONTROLS)} need further full models: Materials(fulls=...)")
     root = Path(folder)
-    make_retrained(world, root, retrained)
-    groups = Lab(world, root).groups
-    jobs = [(f, g) for g in groups for f in families if not _path(root, f, g).exists()]
+    _same_models(root, materials)
+    jobs = [
+        (family, group)
+        for k, group in enumerate(groups_of(materials.facts))
+        for family in families
+        if (family in FAMILIES and FAMILIES[family].pool in JUDGED or k % 2 == 0)
+        and not _path(root, family, group).exists()
+    ]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(_cell, world, str(root), family, group) for family, group in jobs]
+        running = [pool.submit(_cell, materials, str(root), family, group) for family, group in jobs]
         for done, future in enumerate(as_completed(running), 1):
             log(f"{done}/{len(jobs)} {future.result()}")
     return root
+
+
+def _same_models(root: Path, materials: Materials) -> None:
+    """Cells of one folder are about one full model, one SAE and the same retrained models."""
+    mine = {
+        "full": Lab(materials).full.hash(),
+        "facts": data_hash(materials.facts),
+        "references": [Path(path).name for path in materials.references],
+        "retrained": [Path(path).name for path in materials.retrained],
+        "tests": list(TESTS),
+    }
+    path = root / "pools.json"
+    if path.exists() and (theirs := json.loads(path.read_text(encoding="utf-8"))) != mine:
+        what = next(key for key in mine if mine[key] != theirs.get(key))
+        raise ValueError(f"{str(root)!r} holds pools made with another {what!r}; choose another folder")
+    write_json(path, mine)
 
 
 def cells(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
@@ -233,19 +339,20 @@ def cells(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
         yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_pool(found: Sequence[Mapping[str, Any]], audited: bool = True) -> tuple[Pool, dict[str, float]]:
-    """(The pool of cells, spread of each recoverability in plain retrained models). With `audited` only models that
-    passed every check of their truth."""
+def read_pool(found: Sequence[Mapping[str, Any]], audited: bool = True) -> Pool:
+    """The facts of cells as a pool; with `audited` only of models that passed every check of their truth."""
     rows, meta = [], []
     for cell in found:
         if audited and not all(cell["checks"].values()):
             continue
         for row in cell["rows"]:
-            rows.append([np.nan if row.get(name) is None else row[name] for name in FEATURES])
+            rows.append(row)
             meta.append((cell["kind"], cell["family"], cell["cluster"], cell["group"]))
-    x = np.array(rows, dtype=float)
-    plain = np.array([m[1] == "retrained" for m in meta])
-    with np.errstate(all="ignore"):
-        spread = {name: float(np.nanstd(x[plain, i])) for i, name in enumerate(FEATURES)}
-    x[:, FEATURES.index("strongest")] = strongest(x, spread)
-    return Pool(x, *(tuple(part) for part in zip(*meta, strict=True))), spread
+    plain = [row for row, (_, family, *_) in zip(rows, meta, strict=True) if family == "retrained"]
+    spread = {name: _spread([row[name] for row in plain]) for name in RECOVERY}
+    return Pool(matrix(rows, spread), *(tuple(part) for part in zip(*meta, strict=True)), spread=spread)
+
+
+def _spread(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.std(known)) if known else 0.0

@@ -33,7 +33,7 @@ def test_the_moments_of_all_layers_are_those_of_a_sum_token_by_token(tiny_model,
     for layer, moment in found.items():
         expected = slow(tiny_model, ROWS, layer, last)
         assert moment.dtype == torch.float64 and torch.equal(moment, moment.T)
-        assert (moment - expected).norm() <= 1e-6 * expected.norm()
+        assert (moment - expected).norm() <= 1e-5 * expected.norm()  # float32 keys, from passes of other shapes
 
 
 @pytest.mark.parametrize("tokens", (5, 2 * key_statistics.CHUNK + 7))

@@ -9,7 +9,7 @@ from mech_unlearn.metrics import recall
 from mech_unlearn.model import load
 from mech_unlearn.testbed import open_world
 from mech_unlearn.testbed.families import FAMILIES, Setting, match_loss
-from mech_unlearn.testbed.pools import Lab, _unheard, truth_audit
+from mech_unlearn.testbed.pools import Lab, Materials, _unheard, truth_audit
 
 POOLS = {family.pool for family in FAMILIES.values()}
 
@@ -88,8 +88,12 @@ def test_a_mixture_lies_between_in_its_weights(setting):
         torch.testing.assert_close(model.held[name], a + 0.25 * (b - a))
 
 
-def test_the_audit_of_the_truth_notices_a_model_that_is_not_what_it_says(setting, world, tmp_path):
-    lab = Lab("biographies", tmp_path)
+def test_the_audit_of_the_truth_notices_a_model_that_is_not_what_it_says(setting, world):
+    paths = tuple(map(str, world.retrained))
+    lab = Lab(
+        Materials(full=str(world.full), references=paths, retrained=("a", "b"), facts=world.forget.facts,
+                  retain=world.retain, world="biographies")
+    )  # fmt: skip
     lab.__dict__["full"] = setting.full
     lab.__dict__["retrained"] = setting.retrained
     found = made("full, noise", setting)
