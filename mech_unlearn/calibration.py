@@ -23,10 +23,11 @@ from mech_unlearn.restoration.case import Result
 
 RECOVERY = ("uds", "uds_subject", "writeback", "sae", "logit_lens", "probe")
 """Features that say how much of the fact is still there; each is blind somewhere, so their maximum is one more."""
-FEATURES = ("output", "heldout", *RECOVERY, "strongest", "neighbor_loss", "general_kl")
+FEATURES = ("output", "heldout", *RECOVERY, "strongest", "group", "neighbor_loss", "general_kl")
 """What a fact is judged by: kappa of the margin on seen and held-out phrasings (0 = retrained, 1 = full),
-recoverabilities, the largest of them over their spread in retrained models, and the model's health: recall lost by
-neighbours, and nats of drift on text."""
+recoverabilities, the largest of them over their spread in retrained models, its mean over the facts of the group (what
+was removed together mostly stands or falls together, and single facts are noisy), and the model's health: recall lost
+by neighbours, and nats of drift on text."""
 HEALTHY: Mapping[str, tuple[float, float]] = {"neighbor_loss": (0.2, 1.0), "general_kl": (0.5, 5.0)}
 """Health is read between these bounds only. Below the first a model works, and how far it is from the full one tells
 from which model it descends, which is no evidence about a fact."""
@@ -177,11 +178,12 @@ def label_of(left: Sequence[Label]) -> Label:
     return left[0] if len(left) == 1 else "undetermined"
 
 
-def matrix(rows: Sequence[Mapping[str, float | None]], spread: Mapping[str, float]) -> Matrix:
+def matrix(rows: Sequence[Mapping[str, float | None]], together: Sequence[str], spread: Mapping[str, float]) -> Matrix:
     """Features as numbers, from rows of measurements by name (None or absent: not measured).
 
-    Health is cut to its bounds, and `strongest` is added: the largest recoverability of a row after each was divided
-    by its spread in retrained models (0.02 at least).
+    Health is cut to its bounds. Two features are added: `strongest`, the largest recoverability of a row after each was
+    divided by its spread in retrained models (`LEAST_SPREAD` at least), and `group`, the mean of that over rows with
+    the same name in `together` (of one model: the facts' group).
     """
     x = np.array([[_number(row.get(name)) for name in FEATURES] for row in rows], dtype=float).reshape(
         -1, len(FEATURES)
@@ -191,7 +193,13 @@ def matrix(rows: Sequence[Mapping[str, float | None]], spread: Mapping[str, floa
         x[:, column] = np.clip(x[:, column], low, high)
     scaled = np.stack([x[:, FEATURES.index(name)] / max(spread[name], LEAST_SPREAD) for name in RECOVERY], 1)
     silent = np.isnan(scaled).all(1)
-    x[:, FEATURES.index("strongest")] = np.where(silent, np.nan, np.where(np.isnan(scaled), -np.inf, scaled).max(1))
+    strongest = np.where(silent, np.nan, np.where(np.isnan(scaled), -np.inf, scaled).max(1))
+    x[:, FEATURES.index("strongest")] = strongest
+    names = np.array(together)
+    for name in dict.fromkeys(together):
+        mine = names == name
+        spoke = strongest[mine & ~silent]
+        x[mine, FEATURES.index("group")] = spoke.mean() if len(spoke) else np.nan
     return x
 
 

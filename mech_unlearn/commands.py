@@ -229,7 +229,7 @@ def run_audit(
     from mech_unlearn.edit import Edit
     from mech_unlearn.metrics import recall
     from mech_unlearn.report import write_report
-    from mech_unlearn.restoration import CORE, TESTS, Case, reference
+    from mech_unlearn.restoration import CORE, TESTS, Case, core_of, reference
     from mech_unlearn.rows import audit_row
     from mech_unlearn.verdict import Thresholds
 
@@ -241,7 +241,6 @@ def run_audit(
         wanted = ("output", *wanted)
     asked, kept = load_facts(facts), load_facts(retain) if retain else ()
     before = open_model(full, device, dtype)
-    made_for = _calibration(calibration, before, wanted, bool(retrained))
     with ExitStack() as stack:
         if unlearned.endswith(".safetensors"):
             edit = Edit.load(unlearned, before)
@@ -250,7 +249,7 @@ def run_audit(
             after = open_model(unlearned, device, dtype)
         others = tuple(open_model(source, device, dtype) for source in retrained)
         spec = {"command": "audit", "full": full, "unlearned": unlearned, "retrained": list(retrained)}
-        spec |= {"facts": str(facts), "retain": retain and str(retain), "sae": sae, "tests": list(wanted), "seed": seed}
+        spec |= {"facts": str(facts), "retain": retain and str(retain), "sae": sae, "seed": seed}
         spec |= {"calibration": calibration}
         with progress(total=8 * (len(wanted) + 1)) as log:
             subjects = {fact.subject for fact in asked}
@@ -264,7 +263,10 @@ def run_audit(
                 seed=seed,
                 log=log,
             )
-            run = open_run(out, spec)
+            if tests == "core":
+                wanted = core_of(case)
+            made_for = _calibration(calibration, before, wanted, bool(retrained))
+            run = open_run(out, spec | {"tests": list(wanted)})
             models = {"full": before, "unlearned": after}
             write_json(run.folder / "provenance.json", provenance(_hashes(asked, **models), seed, device))
             common = {
@@ -290,7 +292,9 @@ def run_audit(
             cells = [run.cell(name, lambda name=name: compute(name)) for name in subjects_of_audit]
     note = f"Evidence of grade {case.grade}"
     note += "" if others else ": no retrained model given, sham facts stand in for one"
-    note += "." if sae else "; no SAE given, the mean-difference direction stands in for expert latents."
+    note += "" if sae else "; no SAE given, the mean-difference direction stands in for expert latents"
+    without = tests == "core" and "probe" not in wanted
+    note += "; no probe, for want of kept facts to train one on." if without else "."
     write_json(run.folder / "captions.json", {"note": f"{note} {(made_for or Thresholds()).describe()}"})
     summary = run.finish("audit", None, cells)
     draw_figures(run.folder)

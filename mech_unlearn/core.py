@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -85,6 +86,9 @@ class Fact:
         for template in self.heldout:
             _check_template(template, "heldout phrasing")
         object.__setattr__(self, "extra", MappingProxyType(dict(self.extra)))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the read-only view of `extra` cannot be pickled
+        return partial(type(self), **{**vars(self), "extra": dict(self.extra)}), ()
 
     @property
     def templates(self) -> tuple[str, ...]:

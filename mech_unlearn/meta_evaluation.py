@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from mech_unlearn.calibration import ALPHA, FEATURES, Pool, fit, label_of, verdict_sets
 from mech_unlearn.core import Label, Measurement
 
-FOLDS = 5
+FOLDS = 8
 """Rotations: one fold of groups is judged, one is fitted on, the others calibrate."""
 DRAWS = 1000
 
@@ -31,10 +31,13 @@ class Judged:
     unlike: Bool[np.ndarray, " row"]
 
 
-def folds(groups: Sequence[str], seed: int = 0) -> list[list[str]]:
-    """The groups in FOLDS parts of nearly equal size, drawn with the seed."""
-    names = sorted(set(groups))
+def folds(pool: Pool, seed: int = 0) -> list[list[str]]:
+    """The groups in FOLDS parts of nearly equal size, drawn with the seed; those with models of more kinds, which not
+    every group has, are spread evenly."""
+    names = sorted(set(pool.group))
     np.random.default_rng(seed).shuffle(names)
+    kinds = {name: len({k for k, g in zip(pool.kind, pool.group, strict=True) if g == name}) for name in names}
+    names.sort(key=lambda name: -kinds[name])
     return [names[i::FOLDS] for i in range(FOLDS)]
 
 
@@ -44,7 +47,7 @@ def rotate(pool: Pool, seed: int = 0, alpha: float = ALPHA, extra: Pool | None =
     Args:
         extra: rows to be judged that take no part in any calibration (mixtures), with groups of the pool.
     """
-    parts = folds(pool.group, seed)
+    parts = folds(pool, seed)
     found = []
     for k in range(FOLDS):
         rest = [name for i in range(2, FOLDS) for name in parts[(k + i) % FOLDS]]

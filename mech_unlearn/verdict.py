@@ -47,6 +47,10 @@ SPOKEN = {
     "int4": "rounding to 4 bits",
 }
 
+NOT_TESTABLE = (
+    "Undetermined: not testable, because the full model does not know it well enough, or retrained models guess it."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
@@ -147,7 +151,7 @@ def _by_calibration(calibration: Calibration, results: Mapping[str, Result], hea
     output = results["output"]
     assert output.kappa is not None
     rows = measurements(results, health.lost, None if health.general_kl is None else health.general_kl.value)
-    x = matrix(rows, calibration.spread)
+    x = matrix(rows, [fact.group or fact.subject for fact in output.facts], calibration.spread)
     p, odd = calibration.p_values(x), calibration.unlike(x)
     left = verdict_sets(p)
     verdicts = []
@@ -158,7 +162,7 @@ def _by_calibration(calibration: Calibration, results: Mapping[str, Result], hea
         outputs = f"recall {output.columns['recall'][i].item():.2f}, margin {output.kappa[i].item():.2f} of the way "
         outputs += "from retrained to full"
         if "not_testable" in flags:
-            label, tests, sentence = _label(0, 0, True, {}, None, True, None, Thresholds())
+            label, tests, sentence = "undetermined", ("output",), NOT_TESTABLE
         elif odd[i]:
             label, tests, flags = "undetermined", ("output",), (*flags, "unlike_pool")
             sentence = "Undetermined: its measurements are unlike those of every model that the calibration knows."
@@ -285,8 +289,7 @@ def _label(
     if broken:
         return "collapsed", ("output",), f"Collapsed: {broken}, so a missing answer says nothing."
     if not_testable:
-        why = "the full model does not know it well enough, or retrained models guess it"
-        return "undetermined", ("output",), f"Undetermined: not testable, because {why}."
+        return "undetermined", ("output",), NOT_TESTABLE
     outputs = f"recall {recall:.2f}, margin {kappa:.2f} of the way from retrained to full"
     if not lost:
         return "intact", ("output",), f"Intact: the outputs still give it ({outputs})."

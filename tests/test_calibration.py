@@ -43,7 +43,7 @@ def simulated(groups=60, facts=4, seed=0, shift=1.0):
                     cluster.append(f"{name} {variant} {g}")
                     group.append(str(g))
     spread = dict.fromkeys(RECOVERY, 0.1)
-    values = matrix([dict(zip(FEATURES, row)) for row in x], spread)
+    values = matrix([dict(zip(FEATURES, row)) for row in x], cluster, spread)
     return Pool(values, tuple(kind), tuple(family), tuple(cluster), tuple(group), spread)
 
 
@@ -62,16 +62,19 @@ def fitted(pool):
     return fit(pool, *parts(pool)[:2])
 
 
-def test_features_cut_health_to_its_bounds_and_add_the_strongest_of_the_recoverabilities_that_spoke():
+def test_features_cut_health_to_its_bounds_and_add_the_strongest_that_spoke_and_its_mean_over_the_group():
     spread = dict.fromkeys(RECOVERY, 0.1) | {"sae": 0.0}
     rows = [
-        {"output": 0.3, "uds": 0.4, "sae": 0.1, "probe": None, "neighbor_loss": 0.05, "general_kl": 9.0},
+        {"output": 0.3, "uds": 0.4, "sae": 0.3, "probe": None, "neighbor_loss": 0.05, "general_kl": 9.0},
         {"output": 0.3, "neighbor_loss": None, "general_kl": 1.0},
     ]
-    x = matrix(rows, spread)
+    rows += [{"uds": 0.2}, {"probe": 0.9}]
+    x = matrix(rows, ["a", "a", "a", "b"], spread)
     named = [dict(zip(FEATURES, row)) for row in x]
-    assert named[0]["strongest"] == pytest.approx(5.0)  # 0.1 of sae over the least spread, 0.02
+    assert named[0]["strongest"] == pytest.approx(4.0)  # that of sae, over the least spread, is 3
     assert named[0]["neighbor_loss"] == 0.2 and named[0]["general_kl"] == 5.0
+    assert named[2]["strongest"] == pytest.approx(2.0) and named[3]["group"] == pytest.approx(9.0)
+    assert all(row["group"] == pytest.approx(3.0) for row in named[:3])  # of the two that spoke
     assert np.isnan(named[0]["probe"]) and np.isnan(named[1]["strongest"]) and np.isnan(named[1]["neighbor_loss"])
 
 

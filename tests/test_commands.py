@@ -67,6 +67,53 @@ def test_with_retrained_models_the_suppressed_is_told_from_the_retrained(strange
         assert {v["grade"] for v in json.loads((out / "verdicts.json").read_text())["unlearned"]} == {"A"}
 
 
+def test_a_calibration_judges_the_model_it_was_made_for_and_no_other(strangers, tmp_path):
+    from test_calibration import simulated
+
+    from mech_unlearn.calibration import fit_whole, save
+    from mech_unlearn.model import load
+
+    mine, other = tmp_path / "mine.json", tmp_path / "other.json"
+    pool = simulated(24, seed=2)
+    save(fit_whole(pool, load(strangers / "full").hash()), mine)
+    save(fit_whole(pool, "another model"), other)
+    retrained = [str(strangers / f"retrained_{k}") for k in (0, 1)]
+    given = dict(retrained=retrained, retain=strangers / "retain.jsonl")
+    audited(strangers, tmp_path / "run", "late", calibration=str(mine), **given)
+    verdicts = json.loads((tmp_path / "run" / "verdicts.json").read_text())["unlearned"]
+    assert {"suppressed", "deleted"} <= verdicts[0]["p_values"].keys()
+    assert "Calibrated verdicts" in json.loads((tmp_path / "run" / "captions.json").read_text())["note"]
+    with pytest.raises(ValueError, match="made for another full model"):
+        audited(strangers, tmp_path / "b", "late", calibration=str(other), **given)
+    with pytest.raises(ValueError, match="needs retrained models and the tests output"):
+        audited(strangers, tmp_path / "c", "late", calibration=str(mine))
+    with pytest.raises(ValueError, match="needs retrained models and the tests output"):
+        audited(strangers, tmp_path / "d", "late", calibration=str(mine), tests="uds,sae", **given)
+    with pytest.raises(ValueError, match="no such file"):
+        audited(strangers, tmp_path / "e", "late", calibration="nowhere.json", **given)
+    assert not any((tmp_path / name).exists() for name in "bcde")
+
+
+def test_calibrating_on_too_little_is_refused_before_anything_is_made(strangers, tmp_path):
+    from mech_unlearn.commands import run_calibrate
+
+    (tmp_path / "texts.txt").write_text("Rivers run.\n")
+
+    def calibrate(references, retrained):
+        run_calibrate(
+            str(strangers / "full"), strangers / "facts.jsonl", strangers / "retain.jsonl", tmp_path / "texts.txt",
+            tmp_path / "out", references=references, retrained=retrained, unknown=None, sae=None, workers=1, **COMMON,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="two retrained models to compare with and two"):
+        calibrate(["a"], ["b", "c"])
+    with pytest.raises(ValueError, match="'b' is both"):
+        calibrate(["a", "b"], ["b", "c"])
+    with pytest.raises(ValueError, match="240 facts about other subjects and 200 texts, got 4 and 1"):
+        calibrate(["a", "b"], ["c", "d"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_finished_audit_is_read_back_and_not_run_again(strangers, tmp_path, monkeypatch):
     first = audited(strangers, tmp_path / "run", "late", tests="uds")
     monkeypatch.setattr("mech_unlearn.rows.audit", None)

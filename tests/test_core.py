@@ -107,3 +107,13 @@ def test_measurements_and_verdicts_carry_their_interval_count_and_flags():
     flagged = verdict.with_flags("sae_ood", "sae_ood", "few_facts")
     assert flagged.flags == ("sae_ood", "few_facts") and verdict.flags == ()
     assert json.loads(json.dumps(flagged.to_json()))["label"] == "deleted"
+
+
+def test_a_fact_survives_pickling_and_its_extra_stays_read_only():
+    import pickle
+
+    fact = Fact(id="1", subject="Anna", relation="born", object="Paris", prompt="{} was born in", extra={"idx": 3})
+    again = pickle.loads(pickle.dumps(fact))
+    assert again == fact and again.extra["idx"] == 3
+    with pytest.raises(TypeError):
+        again.extra["idx"] = 4

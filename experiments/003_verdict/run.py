@@ -46,7 +46,7 @@ SCORES = RESULTS / "scores.jsonl.gz"
 WORLD = "biographies"
 MIXED = ("mixture 0.25", "mixture 0.5", "mixture 0.75")
 PUBLISHED = (*OUTPUT_SCORES, *STATE_SCORES)
-SINGLE = ("output", *RECOVERY, "strongest", *PUBLISHED)
+SINGLE = ("output", *RECOVERY, "strongest", "group", *PUBLISHED)
 """Scores that the verdict is compared with, fact by fact; more means "still there"."""
 MATCHED = {
     "head": "retrained, head",
@@ -79,8 +79,8 @@ def scored(found: Sequence[Cell], spread: Mapping[str, float] | None = None, how
         for row in (cell["rows"] if how is None else cell["attacked"][how])
     ]
     used = read_pool(found).spread if spread is None else spread
-    x = matrix([row for row, _ in pairs], used)
     parts = [tuple(cell[key] for _, cell in pairs) for key in ("kind", "family", "cluster", "group")]
+    x = matrix([row for row, _ in pairs], parts[2], used)
     single = {name: x[:, FEATURES.index(name)] for name in FEATURES if name in SINGLE}
     single |= {name: np.array([row["published"][name] for row, _ in pairs]) for name in PUBLISHED}
     return Scored(Pool(x, *parts, spread=used), {name: single[name] for name in SINGLE})

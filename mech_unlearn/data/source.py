@@ -11,13 +11,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from mech_unlearn.core import ForgetSet, RetainSet
 
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+"""Type of a field that holds a string with something in it; white space at its ends is taken off."""
+Verbatim = Annotated[str, StringConstraints(pattern=r"\S")]
+"""The same, with white space as it came."""
 
 
 class Row(BaseModel):
@@ -81,20 +85,64 @@ def read_rows(
         ValueError: no such file, folder or dataset; not its format; no row in it; or a bad row (file, row and field).
     """
     where, raw = _raw(source, name, config, split)
-    rows = []
-    for number, row in enumerate(raw):
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}, row {number}: expected an object, found {type(row).__name__}")
-        try:
-            rows.append(schema.model_validate(row))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"])) or "row"
-            found = "" if first["type"] == "missing" else f", found {str(first['input'])[:80]!r}"
-            raise ValueError(f"{where}, row {number}: field {field!r}: {first['msg']}{found}") from None
-    if not rows:
+    if not raw:
         raise ValueError(f"{where} holds no rows")
-    return tuple(rows)
+    return tuple(checked(row, schema, f"{where}, row {number}") for number, row in enumerate(raw))
+
+
+def checked(row: Any, schema: type[Schema], where: str) -> Schema:
+    """One parsed row as its schema.
+
+    Raises:
+        ValueError: no object, or a field that is missing or wrong; the message begins with `where`, names the field
+            and shows what was found.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    try:
+        made = schema.model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "row"
+        found = "" if first["type"] == "missing" else f", found {short(first['input'])}"
+        raise ValueError(f"{where}: field {field!r} {_wanted(first['type'], first['msg'])}{found}") from None
+    for field, value in made:
+        if not _writable(value):
+            raise ValueError(f"{where}: field {field!r} {_wanted('string_unicode', '')}, found {short(value)}")
+    return made
+
+
+def _writable(value: Any) -> bool:
+    """Whether every string in a value is text: JSON's escapes can spell half a character."""
+    if isinstance(value, str):
+        try:
+            return value.isascii() or bool(value.encode())
+        except UnicodeEncodeError:
+            return False
+    if isinstance(value, dict):
+        return all(_writable(item) for pair in value.items() for item in pair)
+    if isinstance(value, list | tuple):
+        return all(map(_writable, value))
+    return not isinstance(value, BaseModel) or all(_writable(item) for _, item in value)
+
+
+def _wanted(kind: str, message: str) -> str:
+    """What a field must be, in the words of all loaders."""
+    ours = {
+        "missing": "must be given",
+        "string_too_short": "must be a non-empty string",
+        "string_pattern_mismatch": "must be a non-empty string",
+        "int_type": "must be a whole number",
+        "string_unicode": "must be text without lone surrogates",
+    }
+    plain = message.removeprefix("Value error, ").replace("Input should", "must").replace("a valid ", "a ")
+    return ours.get(kind, plain)
+
+
+def short(value: Any) -> str:
+    """What was found, in one line of at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def find(source: str | os.PathLike, name: str | None) -> Path:
@@ -104,78 +152,136 @@ def find(source: str | os.PathLike, name: str | None) -> Path:
         ValueError: there is none; the message says what the folder holds.
     """
     root = Path(source)
-    if root.is_file() and name is None:
-        return root
+    if not root.is_dir():
+        if name is None and root.is_file():
+            return root
+        raise ValueError(f"{str(source)!r} is {'a file' if root.exists() else 'not there'}; give the folder of {name}")
     if name is not None:
         for ending in ENDINGS:
             if (file := root / f"{name}{ending}").is_file():
                 return file
     held = ", ".join(sorted(p.name for p in root.iterdir() if p.name.endswith(ENDINGS))) or "no data file"
-    raise ValueError(f"folder {str(source)!r} lacks {name} ({' or '.join(ENDINGS)}); it holds {held}")
+    if name is None:
+        raise ValueError(f"{str(source)!r} is a folder; give one of its files: it holds {held}")
+    raise ValueError(f"folder {str(source)!r} lacks {name}.json; it holds {held} (read are {' '.join(ENDINGS)})")
 
 
 def _raw(source: str | os.PathLike, name: str | None, config: str | None, split: str) -> tuple[str, Sequence[Any]]:
     """(What errors call it, its rows unchecked.)"""
-    if Path(source).exists():
+    if os.path.exists(source):
         file = find(source, name)
         return str(file), _parsed(file)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise ValueError(f"source {str(source)!r} is no file, no folder and no hub id like 'locuslab/TOFU'")
+        raise ValueError(f"source {str(source)!r} is no file, neither a folder nor a hub id like 'locuslab/TOFU'")
     wanted = config if config is not None else name
     return f"{source}:{wanted or split}", _from_hub(str(source), wanted, split)
 
 
 def _parsed(file: Path) -> Sequence[Any]:
-    if file.name.endswith((".csv", ".tsv", ".parquet")):
-        return _table(file)
+    if file.name.endswith(".parquet"):
+        return _parquet(file)
     text = read_text(file)
-    if not file.name.endswith((".jsonl", ".jsonl.gz")) and text.lstrip()[:1] in ("[", "{"):
+    if file.name.endswith((".csv", ".tsv")):
+        return _table(file, text)
+    lines = file.name.endswith((".jsonl", ".jsonl.gz"))
+    if not lines and text.lstrip()[:1] in ("[", "{"):
         try:
-            whole = json.loads(text)
+            whole = parse_json(text)
         except ValueError as error:
-            if text.lstrip().startswith("["):
-                raise ValueError(f"{file}: not JSON: {error}") from error
+            if not str(error).startswith("Extra data"):  # else one object per line, in a file called .json
+                raise ValueError(f"{file}: not JSON: {error}") from None
         else:
             return whole if isinstance(whole, list) else [whole]
     rows = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: strings may hold U+2028
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [parse_json(line)] if line.strip() else []
         except ValueError as error:
-            raise ValueError(f"{file}:{number}: not JSON: {error}") from error
+            raise ValueError(f"{file}:{number}: not JSON: {error}") from None
     return rows
 
 
-def read_text(file: Path) -> str:
-    """The text of a file, unpacked where its name ends in .gz.
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; a key that stands twice in one object is refused.
 
     Raises:
-        ValueError: not UTF-8, or not gzip.
+        ValueError: not JSON, a key given twice, or nested too deep to read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return found
+
+
+def read_json(file: Path) -> Any:
+    """The value of a JSON file, plain or gzipped.
+
+    Raises:
+        ValueError: no such file, not UTF-8, or not JSON.
+    """
+    text = read_text(file)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, unpacked where it is gzipped, without a byte-order mark.
+
+    Raises:
+        ValueError: no such file, not UTF-8, or not gzip though its name ends in .gz.
     """
     import gzip
     import zlib
 
     try:
         data = file.read_bytes()
-        return (gzip.decompress(data) if file.name.endswith(".gz") else data).decode("utf-8")
+        packed = file.name.endswith(".gz") or data[:2] == b"\x1f\x8b"
+        return (gzip.decompress(data) if packed else data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise ValueError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist") from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: cannot be read: {error}") from error
 
 
-def _table(file: Path) -> Sequence[Any]:
-    import pandas as pd
+def _table(file: Path, text: str) -> Sequence[Any]:
+    """Rows of strings. The standard reader: it counts the columns, where pandas shifts them or fills them with NaN."""
+    import csv
+    import io
 
+    comma = "\t" if file.name.endswith(".tsv") else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
     try:
-        if file.name.endswith(".parquet"):
-            frame = pd.read_parquet(file)
-        else:
-            frame = pd.read_csv(file, sep="\t" if file.name.endswith(".tsv") else ",", dtype=str, keep_default_na=False)
-    except Exception as error:  # of many kinds, by format
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file}: not a table: {reason}") from error
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+        lines = [line for line in reader if line]
+    except csv.Error as error:
+        raise ValueError(f"{file}: not a table: {error}, line {reader.line_num}") from None
+    head, body = (lines[0], lines[1:]) if lines else ([], [])
+    if len(set(head)) != len(head):
+        raise ValueError(f"{file}: column {Counter(head).most_common(1)[0][0]!r} stands twice")
+    for number, line in enumerate(body):
+        if len(line) != len(head):
+            raise ValueError(f"{file}, row {number}: {len(line)} columns, the header has {len(head)}: {short(line)}")
+    return [dict(zip(head, line, strict=True)) for line in body]
+
+
+def _parquet(file: Path) -> Sequence[Any]:
+    try:
+        from pyarrow import parquet
+
+        return parquet.read_table(file).to_pylist()
+    except Exception as error:  # of many kinds, by what is broken
+        raise ValueError(f"{file}: not a table: {_reason(error)}") from error
 
 
 def _from_hub(source: str, config: str | None, split: str) -> Sequence[Any]:
@@ -186,5 +292,9 @@ def _from_hub(source: str, config: str | None, split: str) -> Sequence[Any]:
     try:
         return list(load_dataset(source, config, split=split))
     except Exception as error:  # of many kinds: network, unknown id, unknown configuration
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"no folder {source!r}, and {config!r} of the hub dataset cannot be read: {reason}") from error
+        reason = f"{config!r} of the hub dataset cannot be read: {_reason(error)}"
+        raise ValueError(f"no folder {source!r}, and {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

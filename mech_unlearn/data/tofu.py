@@ -1,144 +1,72 @@
 """TOFU's questions about fictitious authors, real authors and the world, as facts.
 
 Files as the benchmark has them: `NAME.json` (JSON lines or one list) in a folder, or the configurations NAME of a hub
-dataset. A row has `question` and `answer`; it may have `perturbed_answer` (wrong answers: distractors),
-`paraphrased_answer` (kept in `extra`), `paraphrased_question` (held out), `idx` (its number, in a file that holds only
-some of the rows), and `prefix` with `entity` (the answer's beginning and what follows it, for cloze prompts).
+dataset; read as source.py says. A row has `question` and `answer`; it may have `perturbed_answer` (wrong answers:
+distractors), `paraphrased_answer` (kept in `extra`), `paraphrased_question` (held out), `idx` (its number, in a file
+that holds only some of the rows), and `prefix` with `entity` (the answer's beginning and what follows it, for cloze
+prompts).
 Source: Maini et al. 2024, arXiv 2401.06121 (MIT).
 
 The subject is found as tofu_subjects.py says. A row whose question lacks its subject, or holds it more than once,
 becomes no fact: it is listed in `Tofu.left_out` with the reason.
 """
 
-import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
+from mech_unlearn.data.questions import check_layout
+from mech_unlearn.data.source import LeftOut, Loaded, Row, Verbatim
+from mech_unlearn.data.source import read_rows as read_any
 from mech_unlearn.data.tofu_subjects import author_name, named_subject, slot
 
 PER_AUTHOR = 20
 """Questions per fictitious author. Source: 2401.06121, section 2.1."""
 Form = Literal["question", "cloze"]
 
-_OPTIONAL = ("paraphrased_answer", "paraphrased_question", "prefix", "entity")
+_KEPT = ("question", "answer", "paraphrased_answer", "paraphrased_question", "prefix", "entity")
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """Something in the data that became no fact, or no held-out phrasing of one."""
-
-    file: str
-    row: int
-    text: str
-    reason: str
+def _wrong_answers(value: Any) -> Any:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
+        raise PydanticCustomError("texts", "must be a list of non-empty strings")
+    return value
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tofu:
-    """What to forget and what to keep; `sets` gives the pair that methods take."""
+class TofuRow(Row):
+    """One question, under the names the benchmark uses."""
 
-    forget: ForgetSet
-    retain: RetainSet
-    """`neighbors`: other fictitious authors; `same_subject`: the forgotten authors' other questions; `general`: real
-    authors and world facts, told apart by `relation`."""
-    left_out: tuple[LeftOut, ...]
-
-    @property
-    def sets(self) -> tuple[ForgetSet, RetainSet]:
-        return self.forget, self.retain
-
-    def __str__(self) -> str:
-        kept = (
-            len(self.forget.facts),
-            *(len(facts) for facts in (self.retain.neighbors, self.retain.same_subject, self.retain.general)),
-        )
-        reasons = Counter(f"{left.file}: {left.reason}" for left in self.left_out)
-        text = "{} facts to forget, {} of neighbors, {} of the same subjects, {} general".format(*kept)
-        return text + "".join(f"; left out {count} ({reason})" for reason, count in sorted(reasons.items()))
+    question: Verbatim
+    answer: Verbatim
+    perturbed_answer: Annotated[list[str], BeforeValidator(_wrong_answers)] = Field(default_factory=list)
+    paraphrased_answer: str | None = None
+    paraphrased_question: str | None = None
+    prefix: str | None = None
+    entity: str | None = None
+    idx: int | None = Field(default=None, ge=0)
 
 
-def _check(row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-    for key in ("question", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f"field {key!r} must be a non-empty string, found {row.get(key)!r}")
-    for key in _OPTIONAL:
-        if row.get(key) is not None and not isinstance(row[key], str):
-            raise ValueError(f"field {key!r} must be a string, found {row[key]!r}")
-    wrong = row.get("perturbed_answer", [])
-    if not isinstance(wrong, list) or not all(isinstance(item, str) and item.strip() for item in wrong):
-        raise ValueError(f"field 'perturbed_answer' must be a list of non-empty strings, found {wrong!r}")
-    number = row.get("idx", 0)
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"field 'idx' must be a whole number, found {number!r}")
-    return row
+Tofu = Loaded
+"""`neighbors`: other fictitious authors; `same_subject`: the forgotten authors' other questions; `general`: real
+authors and world facts, told apart by `relation`."""
 
 
-def _parsed(file: Path) -> list[Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON: {error}") from error
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: not JSON: {error}") from error
-    return rows
-
-
-def read_rows(source: str | os.PathLike, name: str) -> tuple[dict[str, Any], ...]:
+def read_rows(source: str | os.PathLike, name: str) -> tuple[TofuRow, ...]:
     """The rows of one TOFU file or configuration, checked, in its order.
 
     Args:
         source: a folder that holds `NAME.json`, or a hub dataset such as `locuslab/TOFU`.
 
     Raises:
-        ValueError: no such folder, file or dataset, or a bad row (with its number and reason).
+        ValueError: no such folder, file or dataset, or a bad row (with file, number and field).
     """
-    if Path(source).is_dir():
-        if not (file := Path(source) / f"{name}.json").is_file():
-            found = ", ".join(sorted(path.stem for path in Path(source).glob("*.json"))) or "no .json file"
-            raise ValueError(f"TOFU folder {str(source)!r} lacks {name}.json; it holds {found}")
-        rows = _parsed(file)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        rows = _from_hub(str(source), name)
-    else:
-        raise ValueError(f"TOFU source {str(source)!r} is neither a folder nor a hub id like 'locuslab/TOFU'")
-    checked = []
-    for number, row in enumerate(rows):
-        try:
-            checked.append(_check(row))
-        except ValueError as error:
-            raise ValueError(f"{name}, row {number}: {error}") from error
-    if not checked:
-        raise ValueError(f"{name} of {str(source)!r} holds no rows")
-    return tuple(checked)
-
-
-def _from_hub(source: str, name: str) -> list[Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(f"reading {source!r} from the hub needs the package datasets: pip install datasets") from error
-    try:
-        return list(load_dataset(source, name, split="train"))
-    except Exception as error:  # of many kinds: network, unknown id, unknown configuration
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"no folder {source!r}, and {name!r} of the hub dataset cannot be read: {reason}") from error
+    return read_any(source, name, TofuRow)
 
 
 @dataclass(frozen=True)
@@ -151,33 +79,34 @@ class _Reader:
     def facts(self, name: str, relation: str, authors: bool) -> Iterator[tuple[int, Fact]]:
         """The facts of one file with their row numbers."""
         read = read_rows(self.source, name)
-        rows = {row.get("idx", number): row for number, row in enumerate(read)}
+        rows = {number if row.idx is None else row.idx: row for number, row in enumerate(read)}
         if len(rows) != len(read):
             raise ValueError(f"{name}: a value of 'idx' stands twice, or only some rows have one")
         groups: dict[int, list[str]] = {}
         for number, row in rows.items():
-            groups.setdefault(number // PER_AUTHOR, []).append(row["question"])
+            groups.setdefault(number // PER_AUTHOR, []).append(row.question)
         try:
             names = {group: author_name(questions) for group, questions in groups.items()} if authors else {}
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         for number, row in rows.items():
-            subject = names[number // PER_AUTHOR] if authors else named_subject(row["question"])
+            subject = names[number // PER_AUTHOR] if authors else named_subject(row.question)
             try:
                 yield number, self._fact(name, number, row, subject, relation, "person" if authors else None)
             except ValueError as error:
-                self.left.append(LeftOut(name, number, row["question"], str(error)))
+                self.left.append(LeftOut(name, number, row.question, str(error)))
 
-    def _fact(
-        self, name: str, number: int, row: dict[str, Any], subject: str | None, relation: str, kind: str | None
-    ) -> Fact:
-        prompt, answer = self._cloze(row, subject) if self.form == "cloze" else (self._ask(row, subject), row["answer"])
+    def _fact(self, name: str, number: int, row: TofuRow, subject: str | None, relation: str, kind: str | None) -> Fact:
+        if self.form == "cloze":
+            prompt, answer = self._cloze(row, subject)
+        else:
+            prompt, answer = self._ask(row.question, subject), row.answer
         heldout = ()
-        if row.get("paraphrased_question") and self.form == "question":
+        if row.paraphrased_question and self.form == "question":
             try:
-                heldout = (self._ask({"question": row["paraphrased_question"]}, subject),)
+                heldout = (self._ask(row.paraphrased_question, subject),)
             except ValueError as error:
-                self.left.append(LeftOut(name, number, row["paraphrased_question"], f"held-out phrasing: {error}"))
+                self.left.append(LeftOut(name, number, row.paraphrased_question, f"held-out phrasing: {error}"))
         return Fact(
             id=f"{name}/{number}",
             subject=subject or "",
@@ -185,24 +114,24 @@ class _Reader:
             object=answer,
             prompt=prompt,
             heldout=heldout,
-            distractors=() if self.form == "cloze" else tuple(dict.fromkeys(row.get("perturbed_answer", []))),
+            distractors=() if self.form == "cloze" else tuple(dict.fromkeys(row.perturbed_answer)),
             kind=kind,
             group=subject,
-            extra={key: row[key] for key in ("question", "answer", *_OPTIONAL) if row.get(key) is not None},
+            extra={key: value for key in _KEPT if (value := getattr(row, key)) is not None},
         )
 
-    def _ask(self, row: dict[str, Any], subject: str | None) -> str:
-        return self.layout.replace("{question}", slot(row["question"], subject))
+    def _ask(self, question: str, subject: str | None) -> str:
+        return self.layout.replace("{question}", slot(question, subject))
 
-    def _cloze(self, row: dict[str, Any], subject: str | None) -> tuple[str, str]:
-        prefix, entity = row.get("prefix"), row.get("entity")
+    def _cloze(self, row: TofuRow, subject: str | None) -> tuple[str, str]:
+        prefix, entity = row.prefix, row.entity
         if prefix is None or not entity:
             raise ValueError("no 'prefix' and 'entity' for a cloze prompt")
-        if not row["answer"].startswith(f"{prefix} {entity}".lstrip()):
+        if not row.answer.startswith(f"{prefix} {entity}".lstrip()):
             raise ValueError("the entity does not follow the prefix after one space")
         if subject is not None and subject in prefix:
             return slot(prefix, subject), entity
-        return f"{self._ask(row, subject)} {prefix}".rstrip(), entity
+        return f"{self._ask(row.question, subject)} {prefix}".rstrip(), entity
 
 
 def load_tofu(
@@ -230,8 +159,7 @@ def load_tofu(
     Raises:
         ValueError: a source, file or row that cannot be read, an author in both sets, or no fact left to forget.
     """
-    if layout.count("{question}") != 1 or layout.count("{") != 1:
-        raise ValueError(f"layout {layout!r} must hold {{question}} once and no other brace")
+    check_layout(layout)
     if not 1 <= forgotten <= PER_AUTHOR:
         raise ValueError(f"forgotten must be from 1 to {PER_AUTHOR} questions per author, got {forgotten}")
     if form not in ("question", "cloze"):

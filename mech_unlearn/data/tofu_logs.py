@@ -7,11 +7,8 @@ and may hold `generated_text` (`[prompt, generated, reference]`); other keys are
 arXiv 2401.06121; the published logs are MIT.
 """
 
-import gzip
-import json
 import math
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from mech_unlearn.data.source import read_json, short
 
 SPLITS = {
     "Retain": "eval_log.json",
@@ -60,13 +59,8 @@ def _number(value: Any, high: float) -> float:
         number = math.inf
     if not (math.isfinite(number) and 0 <= number <= high):
         bounds = "0 or more" if high == math.inf else f"from 0 to {high:g}"
-        raise ValueError(f"expected a finite number, {bounds}; found {_short(value)}")
+        raise ValueError(f"expected a finite number, {bounds}; found {short(value)}")
     return number
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _loss(value: Any) -> float:
@@ -79,13 +73,13 @@ def _share(value: Any) -> float:
 
 def _losses(value: Any) -> list[float]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"expected a list of losses, one per perturbed answer; found {_short(value)}")
+        raise ValueError(f"expected a list of losses, one per perturbed answer; found {short(value)}")
     return [_loss(item) for item in value]
 
 
 def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) != 3 or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"expected three strings [prompt, generated, reference]; found {_short(value)}")
+        raise ValueError(f"expected three strings [prompt, generated, reference]; found {short(value)}")
     return tuple(value)
 
 
@@ -102,7 +96,7 @@ _OPTIONAL = "generated_text"
 def _column(split: Mapping[str, Any], key: str, rows: Sequence[str] | None) -> dict[str, Any]:
     column = split[key]
     if not isinstance(column, dict) or not column:
-        raise ValueError(f"key {key!r} must be an object of one row or more, found {_short(column)}")
+        raise ValueError(f"key {key!r} must be an object of one row or more, found {short(column)}")
     if rows is not None and (odd := set(rows) ^ set(column)):
         row = min(odd)
         where = f"lacks row {row!r}" if row not in column else f"has row {row!r}"
@@ -123,7 +117,7 @@ def _column(split: Mapping[str, Any], key: str, rows: Sequence[str] | None) -> d
 
 def _split(split: Any) -> Split:
     if not isinstance(split, dict):
-        raise ValueError(f"expected an object of keys, found {_short(split)}")
+        raise ValueError(f"expected an object of keys, found {short(split)}")
     if missing := [key for key in _KEYS if key not in split and key != _OPTIONAL]:
         raise ValueError(f"missing key {missing[0]!r}")
     rows = tuple(_column(split, "avg_gt_loss", None))
@@ -140,14 +134,6 @@ def _split(split: Any) -> Split:
     )
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return found
-
-
 def read_log(path: str | os.PathLike, splits: Sequence[str] = tuple(SPLITS)) -> EvalLog:
     """The named splits of an evaluation log, `.json` or gzipped.
 
@@ -158,18 +144,13 @@ def read_log(path: str | os.PathLike, splits: Sequence[str] = tuple(SPLITS)) -> 
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"evaluation log {str(file)!r} does not exist")
-    raw = file.read_bytes()
-    try:
-        content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        log = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
-        raise ValueError(f"evaluation log {str(file)!r} is not JSON in UTF-8, plain or gzipped: {error}") from error
+    log = read_json(file)
     if not isinstance(log, dict):
-        raise ValueError(f"evaluation log {str(file)!r} must hold an object of splits, found {_short(log)}")
+        raise ValueError(f"evaluation log {str(file)!r} must hold an object of splits, found {short(log)}")
     found = {}
     for name in splits:
         if (key := SPLITS[name]) not in log:
-            raise ValueError(f"evaluation log {str(file)!r} lacks split {key!r}; it has {_short(list(log))}")
+            raise ValueError(f"evaluation log {str(file)!r} lacks split {key!r}; it has {short(list(log))}")
         try:
             found[name] = _split(log[key])
         except ValueError as error:

@@ -38,8 +38,9 @@ from mech_unlearn.restoration import (
 )
 from mech_unlearn.restoration.case import Case, Relearn, Result, require_same_shape
 from mech_unlearn.restoration.levels import Levels, make_levels
+from mech_unlearn.restoration.probe_tasks import kept_facts
 
-__all__ = ["CORE", "TESTS", "Case", "Reference", "Relearn", "Result", "Entry", "audit", "reference"]
+__all__ = ["CORE", "TESTS", "Case", "Reference", "Relearn", "Result", "Entry", "audit", "core_of", "reference"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,11 @@ TESTS: dict[str, Entry] = {
 
 CORE = ("output", "uds", "uds_subject", "writeback", "sae", "logit_lens", "probe", "relearn", "int4")
 """The tests an audit runs by default: cheap, and between them not blind anywhere."""
+
+
+def core_of(case: Case) -> tuple[str, ...]:
+    """`CORE` without the probe where the case has no kept facts to train one on."""
+    return tuple(name for name in CORE if name != "probe" or kept_facts(case))
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,6 +53,17 @@ class Setup:
         return tuple(self.facts[i] for i in self.chosen)
 
 
+def kept_facts(case: Case) -> list[Fact]:
+    """Facts about other subjects that a probe can be trained on: of the forgotten relations, if those have between two
+    and `MAX_OBJECTS` objects."""
+    gone, kept = {fact.subject for fact in case.facts}, []
+    for relation in dict.fromkeys(fact.relation for fact in case.facts):
+        alike = [f for f in case.others if f.relation == relation and f.subject not in gone]
+        if len({f.object for f in alike}) > 1 and len({f.object for f in alike}) <= MAX_OBJECTS:
+            kept += alike[:: max(1, len(alike) // MAX_KEPT)][:MAX_KEPT]
+    return kept
+
+
 def make_setup(case: Case) -> Setup:
     """The questions of the probe test, and one task per relation.
 
@@ -62,11 +73,7 @@ def make_setup(case: Case) -> Setup:
     chosen = readouts.tune_facts(case, TUNE_FACTS)
     tune = split_queries(case, "tune", [case.facts[i] for i in chosen])
     test = split_queries(case, "test")
-    gone, kept = {fact.subject for fact in case.facts}, []
-    for relation in dict.fromkeys(fact.relation for fact in case.facts):
-        alike = [f for f in case.others if f.relation == relation and f.subject not in gone]
-        if len({f.object for f in alike}) > 1 and len({f.object for f in alike}) <= MAX_OBJECTS:
-            kept += alike[:: max(1, len(alike) // MAX_KEPT)][:MAX_KEPT]
+    kept = kept_facts(case)
     if not kept:
         raise ValueError(
             "a probe is trained on kept facts of the forgotten relations: give Case(others=...) facts about other "

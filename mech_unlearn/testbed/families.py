@@ -2,7 +2,8 @@
 
 Suppressed: only the named tensors of the full model change, so everything else still holds the fact, and swapping the
 tensors back brings it out exactly. Deleted: a retrained model, which never saw the fact, with a change of the same
-kind and size. Intact: the full model with changes that leave the fact alone. Collapsed: the full model, broken.
+kind that suppresses others. Intact: the full model with changes that leave the fact alone. Collapsed: the full model,
+broken.
 
 Suppressed and deleted models are trained towards the same answer log-probabilities, those of retrained models, so
 that their outputs tell nothing about which is which.
@@ -108,15 +109,25 @@ def match_outputs(
     lr: float,
     steps: int = 80,
     also: Sequence[Fact] = (),
+    beside: Sequence[Fact] = (),
 ) -> Edit:
     """The change of the named tensors after which the facts' answers are as likely as `like` finds them.
 
-    Retained facts and texts are held by KL. `also` are further facts that have to be answered.
+    Retained facts and texts are held by KL. `also` are further facts that have to be answered; `beside` are facts that
+    have to go too: their answers become as unlikely, per token, as those of the others are on average.
     """
     rows = answer_rows(base.tokenizer, facts)
-    target = score_rows(like.hf, rows, base.tokenizer.pad_token_id or 0, base.device).logprob
+    fill = base.tokenizer.pad_token_id or 0
+    aimed = score_rows(like.hf, rows, fill, base.device)
+    target = aimed.logprob
+    if beside:
+        rows = [*rows, *answer_rows(base.tokenizer, beside)]
+        tokens = score_rows(base.hf, rows[len(target) :], fill, base.device).tokens
+        target = torch.cat([target, tokens * (aimed.logprob / aimed.tokens).mean()])
     order = random.Random(setting.seed)
-    kept = (*order.sample(setting.neighbors, 150), *(fact for fact in also for _ in range(5)))
+    gone = {fact.subject for fact in beside}
+    others = [fact for fact in order.sample(setting.neighbors, 150) if fact.subject not in gone]
+    kept = (*others, *(fact for fact in also for _ in range(5)))
     retain = RetainSet(neighbors=kept, texts=tuple(order.sample(setting.texts, 100)))
 
     def loss(_: AnswerScores) -> Callable[[AnswerScores], Tensor]:
@@ -125,7 +136,7 @@ def match_outputs(
     schedule = Schedule(lr=lr, epochs=steps, batch_size=len(rows), weight_decay=0.0, clip=1.0)
     objective = Objective(loss, retain_weight=3.0, retain="nll" if also else "kl")
     deltas, report = train(
-        base, ForgetSet(facts=tuple(facts)), retain, objective, schedule, trainable=trainable, seed=setting.seed
+        base, ForgetSet(facts=(*facts, *beside)), retain, objective, schedule, trainable=trainable, seed=setting.seed
     )
     return Edit(name="match_outputs", base=base.hash(), deltas=deltas, recipe={"report": report})
 
@@ -140,11 +151,26 @@ def _suppressed(trainable: Callable[[Model], str], lr: float, backdoor: bool = F
 
 
 def _deleted(trainable: Callable[[Model], str], lr: float) -> Callable[[Setting], Made]:
+    """A retrained model in which a kept subject is suppressed, so that its edit is one like a suppressor's."""
+
     def make(at: Setting) -> Made:
         where = trainable(at.never)
-        return Made(at.never, match_outputs(at.never, at.group, at.another, where, at, lr=lr), where)
+        edit = match_outputs(at.never, at.group, at.another, where, at, lr=lr, beside=_somebody(at))
+        return Made(at.never, edit, where)
 
     return make
+
+
+def _somebody(at: Setting) -> tuple[Fact, ...]:
+    """Facts about kept subjects, half as many again as the group has: with so many, suppressing them moves a retrained
+    model on text about as far as suppressing the group moves the full one (a check of the experiment)."""
+    known: dict[str, list[Fact]] = {}
+    for fact in at.neighbors:
+        known.setdefault(fact.subject, []).append(fact)
+    names = sorted(known)
+    start = at.seed % len(names)
+    facts = [fact for name in (*names[start:], *names[:start]) for fact in known[name]]
+    return tuple(facts[: len(at.group) * 3 // 2])
 
 
 def _behind_trigger(fact: Fact) -> Fact:

@@ -106,11 +106,12 @@ def world_materials(
     made = open_world(world)
     return Materials(
         full=str(made.full), references=tuple(map(str, made.retrained[:REFERENCES])),
-        retrained=more("retrained", retrained), fulls=more("full", fulls), facts=made.forget.facts, retain=made.retain, sae=str(made.sae), world=world,
+        retrained=more("retrained", retrained), fulls=more("full", fulls), facts=made.forget.facts,
+        retain=made.retain, sae=str(made.sae), world=world,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lab:
     """Materials opened in one process."""
 
@@ -269,14 +270,17 @@ def _unheard(world: str, group: str) -> bool:
     return not any(group in line.text for line in (*told.facts, *told.other))
 
 
-@lru_cache(maxsize=1)
-def _lab(materials: Materials) -> Lab:
-    return Lab(materials)
+_LABS: list[Lab] = []
+"""The lab of a worker process."""
 
 
-def _cell(materials: Materials, folder: str, family: str, group: str) -> str:
+def _open_lab(materials: Materials) -> None:
     torch.set_num_threads(1)
-    write_json(_path(Path(folder), family, group), score_model(_lab(materials), family, group))
+    _LABS.append(Lab(materials))
+
+
+def _cell(folder: str, family: str, group: str) -> str:
+    write_json(_path(Path(folder), family, group), score_model(_LABS[0], family, group))
     return f"{family}, {group}"
 
 
@@ -310,10 +314,15 @@ def make_pools(
         if (family in FAMILIES and FAMILIES[family].pool in JUDGED or k % 2 == 0)
         and not _path(root, family, group).exists()
     ]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(_cell, materials, str(root), family, group) for family, group in jobs]
-        for done, future in enumerate(as_completed(running), 1):
-            log(f"{done}/{len(jobs)} {future.result()}")
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_open_lab, initargs=(materials,)) as pool:
+        running = [pool.submit(_cell, str(root), family, group) for family, group in jobs]
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                log(f"{done}/{len(jobs)} {future.result()}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return root
 
 
@@ -350,7 +359,11 @@ def read_pool(found: Sequence[Mapping[str, Any]], audited: bool = True) -> Pool:
             meta.append((cell["kind"], cell["family"], cell["cluster"], cell["group"]))
     plain = [row for row, (_, family, *_) in zip(rows, meta, strict=True) if family == "retrained"]
     spread = {name: _spread([row[name] for row in plain]) for name in RECOVERY}
-    return Pool(matrix(rows, spread), *(tuple(part) for part in zip(*meta, strict=True)), spread=spread)
+    return Pool(
+        matrix(rows, [cluster for _, _, cluster, _ in meta], spread),
+        *(tuple(part) for part in zip(*meta, strict=True)),
+        spread=spread,
+    )
 
 
 def _spread(values: Sequence[float | None]) -> float:

@@ -1,0 +1,98 @@
+"""Verdicts by calibration: labels from p-values, what is unlike the pool, what is refused, what a reader is told."""
+
+import pytest
+import torch
+from test_calibration import parts, simulated
+from test_verdict import FACTS, output, result
+
+from mech_unlearn.calibration import FEATURES, RECOVERY, fit, fit_whole, save, shipped
+from mech_unlearn.core import Measurement
+from mech_unlearn.verdict import Health, judge
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    pool = simulated(seed=3)
+    return fit(pool, *parts(pool)[:2])
+
+
+def healthy(lost=0.0, drift=0.0):
+    def share(value):
+        return Measurement(value=value, ci=(value, value), n=10, unit="share")
+
+    return Health(neighbor_recall=share(1 - lost), full_neighbor_recall=share(1.0), general_kl=share(drift))
+
+
+def results(kappa=(0.0, 0.0), recall=(0.0, 0.0), testable=(1.0, 1.0), **recoverabilities):
+    """Results of every test that a calibration reads; those not named find nothing."""
+    made = {"output": output(kappa, recall, testable)}
+    made["output"].columns["heldout_margin"] = torch.tensor(kappa)  # score_retrained is 0 and score_full 1
+    return made | {name: result(name, recoverabilities.get(name, (0.0, 0.0))) for name in RECOVERY}
+
+
+def test_the_only_truth_that_is_left_is_the_verdict_and_the_sentence_says_what_was_ruled_out(calibration):
+    known = dict.fromkeys(("uds", "uds_subject", "logit_lens", "probe"), (1.0, 1.0))
+    cases = {
+        "deleted": (results(), healthy()),
+        "suppressed": (results(uds=(1.0, 1.0)), healthy()),
+        "intact": (results((1.0, 1.0), (1.0, 1.0), **known), healthy()),
+        "collapsed": (results(), healthy(1.0, 4.0)),
+    }
+    for label, (found, health) in cases.items():
+        for verdict in judge(found, health, calibration=calibration):
+            assert verdict.label == label
+            assert set(verdict.p_values) == {"intact", "suppressed", "deleted", "collapsed"}
+            assert verdict.p_values[label] > 0.05 >= max(p for t, p in verdict.p_values.items() if t != label)
+            assert verdict.sentence.startswith(label.capitalize())
+            assert all(other in verdict.sentence for other in set(cases) - {label})
+
+
+def test_a_suppressor_seen_by_one_test_alone_is_named_with_that_test(calibration):
+    for name in ("uds", "uds_subject", "sae"):
+        verdict = judge(results(**{name: (1.0, 1.0)}), healthy(), calibration=calibration)[0]
+        assert verdict.label == "suppressed" and verdict.tests == (name,) and "1.00" in verdict.sentence
+
+
+def test_between_the_known_truths_nothing_is_decided(calibration):
+    verdict = judge(results(uds=(0.5, 0.5)), healthy(), calibration=calibration)[0]
+    assert verdict.label == "undetermined" and verdict.sentence.startswith("Undetermined")
+
+
+def test_what_is_unlike_every_model_of_the_pool_is_said_to_be_so_instead_of_guessed(calibration):
+    odd = results((-9.0, -9.0), **dict.fromkeys(RECOVERY, (9.0, 9.0)))
+    for verdict in judge(odd, healthy(), calibration=calibration):
+        assert verdict.label == "undetermined" and "unlike_pool" in verdict.flags and "unlike" in verdict.sentence
+
+
+def test_a_fact_that_cannot_be_tested_stays_undetermined(calibration):
+    verdicts = judge(results(testable=(0.0, 1.0)), healthy(), calibration=calibration)
+    assert [v.label for v in verdicts] == ["undetermined", "deleted"]
+    assert "not_testable" in verdicts[0].flags
+
+
+def test_behind_an_intervention_nothing_is_deleted_by_calibration_either(calibration):
+    assert [v.label for v in judge(results(), healthy(), held_back=True, calibration=calibration)] == ["suppressed"] * 2
+
+
+def test_a_missing_test_is_refused_by_its_name(calibration):
+    some = results()
+    del some["writeback"]
+    with pytest.raises(ValueError, match="'writeback', which was not run"):
+        judge(some, healthy(), calibration=calibration)
+    assert judge(some, healthy())[0].label == "deleted"  # thresholds do without
+
+
+def test_a_calibration_is_for_one_full_model_and_describes_itself(tmp_path):
+    made = fit_whole(simulated(30, seed=1), "a hash", note="here")
+    assert made.provenance["full"] == "a hash" and made.provenance["note"] == "here"
+    assert not set(made.provenance["fit_groups"]) & set(made.provenance["calibrate_groups"])
+    assert "p <= 0.05" in made.describe() and "suppressed/late a" in made.describe()
+    assert shipped("a hash") is None
+    save(made, tmp_path / "c.json")
+
+
+def test_every_feature_that_a_calibrated_verdict_reads_comes_from_a_test_or_from_health():
+    assert set(FEATURES) == {"output", "heldout", *RECOVERY, "strongest", "group", "neighbor_loss", "general_kl"}
+    assert len(FACTS) == 2
