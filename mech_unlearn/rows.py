@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mech_unlearn.calibration import Calibration
-from mech_unlearn.core import Fact, Measurement
+from mech_unlearn.claims import corrected_shares
+from mech_unlearn.core import Fact, Measurement, Verdict
 from mech_unlearn.metrics import forget_recall, general_kl, heldout_recall, mean_ci, recall
 from mech_unlearn.model import Model
 from mech_unlearn.restoration import Reference, Result, audit
@@ -91,6 +92,7 @@ def audit_row(
         "relearn_recovery": _mean(results.get("relearn"), "recoverability", share, seed),
         "int4_recovery": _mean(results.get("int4"), "recoverability", share, seed),
         "verdicts": shares(verdicts),
+        "corrected": _corrected(verdicts, calibration),
     }
     return {
         "row": row,
@@ -98,6 +100,14 @@ def audit_row(
         "verdicts": [verdict.to_json() for verdict in verdicts],
         "curves": {test: layer_curve(results[test]) for test in ("uds", "uds_subject") if test in results},
     }
+
+
+def _corrected(verdicts: Sequence[Verdict], calibration: Calibration | None) -> dict[str, float] | None:
+    """The shares freed from the verdict's own errors; None without a calibration whose errors were measured."""
+    found = shares(verdicts)
+    if calibration is None or "confusion" not in calibration.provenance or not sum(found.values()):
+        return None
+    return corrected_shares(found, calibration.provenance["confusion"])
 
 
 def layer_curve(result: Result) -> list[float | None]:
