@@ -313,16 +313,25 @@ SHIPPED = Path(__file__).parent / "testbed" / "calibrations"
 
 
 def fit_whole(pool: Pool, full: str, seed: int = 0, **provenance: Any) -> Calibration:
-    """The calibration for use: fitted on a third of the groups, drawn with the seed, calibrated on the others.
+    """The calibration for use: fitted on a third of the groups, calibrated on the others.
 
     Args:
         full: hash of the full model that the pool was made from.
     """
+    names = spread_out(pool, seed)
+    made = fit(pool, names[::3], [name for i, name in enumerate(names) if i % 3], seed)
+    return replace(made, provenance={**made.provenance, "full": full, **provenance})
+
+
+def spread_out(pool: Pool, seed: int = 0) -> list[str]:
+    """The groups in an order drawn with the seed, those with models of most kinds first, which not every group has.
+
+    Dealt out in turn, every hand gets its share of them.
+    """
     names = sorted(set(pool.group))
     np.random.default_rng(seed).shuffle(names)
-    cut = max(1, len(names) // 3)
-    made = fit(pool, names[:cut], names[cut:], seed)
-    return replace(made, provenance={**made.provenance, "full": full, **provenance})
+    kinds = {name: len({k for k, g in zip(pool.kind, pool.group, strict=True) if g == name}) for name in names}
+    return sorted(names, key=lambda name: -kinds[name])
 
 
 def shipped(full: str) -> Calibration | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mech_unlearn.calibration import ALPHA, FEATURES, Pool, fit, label_of, verdict_sets
+from mech_unlearn.calibration import ALPHA, FEATURES, Pool, fit, label_of, spread_out, verdict_sets
 from mech_unlearn.core import Label, Measurement
 
 FOLDS = 8
@@ -32,12 +32,8 @@ class Judged:
 
 
 def folds(pool: Pool, seed: int = 0) -> list[list[str]]:
-    """The groups in FOLDS parts of nearly equal size, drawn with the seed; those with models of more kinds, which not
-    every group has, are spread evenly."""
-    names = sorted(set(pool.group))
-    np.random.default_rng(seed).shuffle(names)
-    kinds = {name: len({k for k, g in zip(pool.kind, pool.group, strict=True) if g == name}) for name in names}
-    names.sort(key=lambda name: -kinds[name])
+    """The groups in FOLDS parts of nearly equal size and make-up, drawn with the seed."""
+    names = spread_out(pool, seed)
     return [names[i::FOLDS] for i in range(FOLDS)]
 
 

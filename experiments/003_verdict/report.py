@@ -43,6 +43,17 @@ def tables(summary: Mapping[str, Any]) -> str:
         other = _text(away["auc_single"].get(name)) if away else "–"
         faithful = _text(summary["faithfulness_auc"].get(name))
         lines.append(f"| {name} | {_text(own)} | {other} | {faithful} | {' | '.join(shown)} |")
+    cost = summary.get("cost_fe", {})
+    lines += ["", "| test | forward passes of one prompt, per fact and audited model |", "|---|---|"]
+    lines += [f"| {name} | {value:.0f} |" for name, value in cost.items()]
+    lines += [
+        f"| verdict: all of them | {sum(cost.values()):.0f} |",
+        "| ES, EM, probability, loss, zlib, Min-K, Min-K++ | 1 |",
+        "| paraphrased probability | one per phrasing |",
+        "| truth ratio | one per candidate |",
+        "| ROUGE | one per answer token |",
+        "| masked Fisher | 3 (a backward pass counts as two) |",
+    ]
     lines += ["", f"| family | facts | {' | '.join(LABELS)} |", "|---|---|" + "---|" * len(LABELS)]
     families = dict(summary["by_family"]) | (away["by_family"] if away else {})
     for name, row in families.items():

@@ -19,6 +19,7 @@ from report import draw, tables
 from scipy.stats import beta, spearmanr
 
 from mech_unlearn.calibration import FEATURES, RECOVERY, Pool, fit_whole, matrix, save
+from mech_unlearn.latents import load_sae
 from mech_unlearn.meta_evaluation import (
     Judged,
     auc,
@@ -35,10 +36,11 @@ from mech_unlearn.meta_evaluation import (
     threshold,
 )
 from mech_unlearn.model import load
+from mech_unlearn.restoration import Case, audit, reference
 from mech_unlearn.run import provenance, write_json
 from mech_unlearn.testbed import open_world
 from mech_unlearn.testbed.families import CONTROLS, FAMILIES
-from mech_unlearn.testbed.pools import ATTACKS, cells, make_pools, read_pool, world_materials
+from mech_unlearn.testbed.pools import ATTACKS, TESTS, cells, make_pools, read_pool, world_materials
 from mech_unlearn.testbed.published import OUTPUT_SCORES, STATE_SCORES
 
 RESULTS = Path(__file__).parent / "results"
@@ -233,6 +235,19 @@ def another_full(control: Scored, table: Scored) -> dict[str, Any]:
     return {"auc_single": out, "by_family": by_family(judged)}
 
 
+def costs() -> dict[str, float]:
+    """Test -> forward passes of one prompt per fact and audited model, as the tests count them, for one person."""
+    world = open_world(WORLD)
+    full, retrained = load(world.full), tuple(map(load, world.retrained))
+    facts = tuple(fact for fact in world.forget.facts if fact.subject == world.forget.facts[0].subject)
+    case = Case(
+        full=full, facts=facts, retrained=retrained, others=world.retain.neighbors[:120],
+        texts=world.retain.texts[:100], unknown=world.retain.unknown, sae=load_sae(world.sae, full),
+    )  # fmt: skip
+    found = audit(reference(case, TESTS), load(world.full), "full")
+    return {name: result.cost_fe for name, result in found.items()}
+
+
 def failed(found: Sequence[Cell]) -> dict[str, dict[str, int]]:
     """Family -> check -> models that failed it; they are left out."""
     out: dict[str, dict[str, int]] = {}
@@ -302,6 +317,7 @@ def main() -> None:
         keep(given.pools)
     found = stored()
     summary = {"command": "experiments/003_verdict", "world": WORLD, **judge(found)}
+    summary["cost_fe"] = costs()
     full = load(open_world(WORLD).full).hash()
     write_json(RESULTS / "summary.json", {**summary, "provenance": provenance({"full": full}, 0, "cpu")})
     (RESULTS / "tables.md").write_text(tables(summary), encoding="utf-8")
