@@ -1,5 +1,6 @@
 """What the commands on a user's own models and files do, without the printing: locate, unlearn, audit."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -368,7 +369,7 @@ def run_calibrate(
         dtype=dtype,
     )
     model = open_model(full, device, dtype)
-    make_pools(materials, out, workers=workers)
+    make_pools(materials, out, workers=workers, log=lambda line: print(line, file=sys.stderr))
     pool = read_pool([cell for cell in cells(out) if not cell["kind"].startswith("mixture")])
     made = fit_whole(pool, model.hash(), seed, models_from="pools of your own models")
     save(made, out / "calibration.json")
