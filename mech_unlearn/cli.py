@@ -1,7 +1,8 @@
 """`mech-unlearn ...`: a thin command line over the package.
 
 Progress goes to stderr, one short table (or one JSON object with --json) to stdout. Exit status: 0 on success, 2 on a
-user's mistake with one line that names it, 1 on anything else. Slow imports stay inside the commands.
+user's mistake with one line that names it, 1 on anything else. Slow imports stay inside the commands. Over 300 lines,
+because a command's options are its arguments.
 """
 
 import json
@@ -169,7 +170,7 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Deleted or only suppressed? Restoration tests on any before/after pair of checkpoints."""
-    from mech_unlearn.commands import run_audit
+    from mech_unlearn.auditing import run_audit
 
     summary = run_audit(
         full,
@@ -207,7 +208,7 @@ def calibrate(
     seed: Seed = 0,
 ) -> None:
     """Make a calibration for your own models: pools of known truth, scored; goes on where it stopped."""
-    from mech_unlearn.commands import run_calibrate
+    from mech_unlearn.auditing import run_calibrate
 
     path, note = run_calibrate(
         full, facts, retain, texts, out, references=reference, retrained=retrained, unknown=unknown, sae=sae,
@@ -261,7 +262,8 @@ def pools(
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 2,
 ) -> None:
     """Score models whose truth is known, for calibrating and testing verdicts: about 860 models."""
-    from mech_unlearn.testbed.pools import make_pools, world_materials
+    from mech_unlearn.testbed.materials import world_materials
+    from mech_unlearn.testbed.pools import make_pools
 
     make_pools(world_materials(world, out), out, workers=workers, log=lambda line: print(line, file=sys.stderr))
     print(f"written to {out}")

@@ -1,8 +1,7 @@
-"""What the commands on a user's own models and files do, without the printing: locate, unlearn, audit."""
+"""What the commands on a user's own models and files do, without the printing: locate and unlearn."""
 
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def run_locate(
     passed = {key: value for key, value in given.items() if key in locator.inputs} | wanted
     spec = {"command": "locate", "model": model, "facts": str(facts), "how": how, "settings": wanted, "seed": seed}
     run = open_run(out, spec | {"unknown": unknown and str(unknown), "retain": retain and str(retain)})
-    write_json(run.folder / "provenance.json", provenance(_hashes(known, model=loaded), seed, device))
+    write_json(run.folder / "provenance.json", provenance(hashes(known, model=loaded), seed, device))
     result = _locate_in_pieces(run, locator, loaded, known, passed)
     write_json(run.folder / "locate.json", {how: result.to_json()})
     plots.save(run.folder / "figures" / f"{how}.png", lambda ax: plots.draw(result, ax))
@@ -104,7 +103,8 @@ def _locate_in_pieces(run: Any, locator: Any, model: Any, facts: Sequence[Fact],
     return over_facts(whole, facts)
 
 
-def _hashes(facts: Sequence[Fact], **models: Any) -> dict[str, str]:
+def hashes(facts: Sequence[Fact], **models: Any) -> dict[str, str]:
+    """What a run was about: hashes of the facts and of each model."""
     return {"facts": data_hash(facts)} | {name: model.hash() for name, model in models.items()}
 
 
@@ -175,202 +175,29 @@ def run_unlearn(
         return measure_outputs(loaded, of, forgotten, retain_set.neighbors, retain_set.texts, seed).to_json()
 
     before = outputs(loaded)
-    with _twin(loaded, edit) as twin:
-        after = outputs(twin)
+    with twin(loaded, edit) as edited:
+        after = outputs(edited)
     result: dict[str, Any] = {"method": method, "recipe": dict(edit.recipe), "before": before, "after": after}
-    hashes = _hashes((*forgotten, *kept), model=loaded)
+    known = hashes((*forgotten, *kept), model=loaded)
     out.mkdir(parents=True, exist_ok=True)
     edit.save(out / "edit.safetensors")
     result["files"] = ["edit.safetensors", "unlearn.json"]
     if edit.interventions:
         result["parity"] = None
     else:
-        card = {"data": hashes["facts"], "measurements": {"before": before, "after": after}, "verdict": "not audited"}
+        card = {"data": known["facts"], "measurements": {"before": before, "after": after}, "verdict": "not audited"}
         worst, bound = edit.export(loaded, out / "model", card)
         result["parity"] = {"max_abs_logit_difference": worst, "bound": bound}
         result["files"].append("model/")
-    write_json(out / "provenance.json", provenance(hashes, seed, device))
+    write_json(out / "provenance.json", provenance(known, seed, device))
     write_json(out / "unlearn.json", result)
     return result
 
 
 @contextmanager
-def _twin(model: Any, edit: Any) -> Iterator[Any]:
+def twin(model: Any, edit: Any) -> Iterator[Any]:
     """A second model with the edit in force, beside the untouched one."""
     from mech_unlearn.edit import clone
 
     with clone(model) as copy, edit.on(copy):
         yield copy
-
-
-def run_audit(
-    full: str,
-    unlearned: str,
-    facts: Path,
-    out: Path,
-    *,
-    retrained: Sequence[str],
-    retain: Path | None,
-    sae: str | None,
-    tests: str,
-    device: str,
-    dtype: str,
-    seed: int,
-    calibration: str = "auto",
-) -> dict[str, Any]:
-    """Restoration tests and a verdict per fact for one before/after pair, in a run directory.
-
-    `unlearned` is a model, or an edit file of ours to be put on the full model. Without retrained models the evidence
-    is of grade B; without an SAE the mean-difference direction stands in for expert latents.
-
-    Raises:
-        ValueError: bad input; nothing is written before all of it was read.
-    """
-    from mech_unlearn.demo import draw_figures, progress
-    from mech_unlearn.edit import Edit
-    from mech_unlearn.metrics import recall
-    from mech_unlearn.report import write_report
-    from mech_unlearn.restoration import CORE, TESTS, Case, core_of, reference
-    from mech_unlearn.rows import audit_row
-    from mech_unlearn.verdict import Thresholds
-
-    named = {"core": CORE, "all": tuple(TESTS)}
-    wanted = named.get(tests) or tuple(name.strip() for name in tests.split(","))
-    for name in wanted:
-        choose(name, TESTS, "restoration test")
-    if "output" not in wanted:
-        wanted = ("output", *wanted)
-    asked, kept = load_facts(facts), load_facts(retain) if retain else ()
-    before = open_model(full, device, dtype)
-    with ExitStack() as stack:
-        if unlearned.endswith(".safetensors"):
-            edit = Edit.load(unlearned, before)
-            after = stack.enter_context(_twin(before, edit))
-        else:
-            after = open_model(unlearned, device, dtype)
-        others = tuple(open_model(source, device, dtype) for source in retrained)
-        spec = {"command": "audit", "full": full, "unlearned": unlearned, "retrained": list(retrained)}
-        spec |= {"facts": str(facts), "retain": retain and str(retain), "sae": sae, "seed": seed}
-        spec |= {"calibration": calibration}
-        with progress(total=8 * (len(wanted) + 1)) as log:
-            subjects = {fact.subject for fact in asked}
-            case = Case(
-                full=before,
-                facts=asked,
-                retrained=others,
-                others=tuple(fact for fact in kept if fact.subject not in subjects),
-                texts=mentions(kept),
-                sae=open_sae(sae, before, (), seed) if sae else None,
-                seed=seed,
-                log=log,
-            )
-            if tests == "core":
-                wanted = core_of(case)
-            made_for = _calibration(calibration, before, wanted, bool(retrained))
-            run = open_run(out, spec | {"tests": list(wanted)})
-            models = {"full": before, "unlearned": after}
-            write_json(run.folder / "provenance.json", provenance(_hashes(asked, **models), seed, device))
-            common = {
-                "method": None,
-                "truth": None,
-                "neighbors": case.others,
-                "texts": case.texts,
-                "full_neighbor_recall": recall(before, case.others, "prompt", seed) if case.others else None,
-                "thresholds": Thresholds(),
-                "calibration": made_for,
-                "seed": seed,
-            }
-            subjects_of_audit = {"full": open_model(full, device, dtype), "unlearned": after}
-            if len(others) > 1:
-                subjects_of_audit["retrained"] = others[0]
-            made: list[Any] = []
-
-            def compute(name: str) -> dict[str, Any]:
-                if not made:
-                    made.append(reference(case, wanted))
-                return audit_row(made[0], subjects_of_audit[name], name=name, **common)
-
-            cells = [run.cell(name, lambda name=name: compute(name)) for name in subjects_of_audit]
-    note = f"Evidence of grade {case.grade}"
-    note += "" if others else ": no retrained model given, sham facts stand in for one"
-    note += "" if sae else "; no SAE given, the mean-difference direction stands in for expert latents"
-    without = tests == "core" and "probe" not in wanted
-    note += "; no probe, for want of kept facts to train one on." if without else "."
-    write_json(run.folder / "captions.json", {"note": f"{note} {(made_for or Thresholds()).describe()}"})
-    summary = run.finish("audit", None, cells)
-    draw_figures(run.folder)
-    write_report(run.folder)
-    return summary
-
-
-def _calibration(source: str, full: Any, tests: Sequence[str], retrained: bool) -> Any:
-    """The calibration that an audit is judged by, or None for provisional thresholds.
-
-    Raises:
-        ValueError: a file that is none, or one that was asked for and cannot serve: made for another full model,
-            without retrained models, or without the tests that it reads.
-    """
-    from mech_unlearn.calibration import load, shipped
-    from mech_unlearn.verdict import CALIBRATED
-
-    if source == "none":
-        return None
-    ready = retrained and set(CALIBRATED) <= set(tests)
-    if source == "auto":
-        return shipped(full.hash()) if ready else None
-    if not Path(source).is_file():
-        raise ValueError(f"calibration {source!r}: no such file; give auto, none, or what `calibrate` wrote")
-    made = load(source)
-    if made.provenance.get("full") != full.hash():
-        raise ValueError(f"calibration {source!r} was made for another full model; its error rates do not hold here")
-    if not ready:
-        raise ValueError(f"calibration {source!r} needs retrained models and the tests {', '.join(CALIBRATED)}")
-    return made
-
-
-def run_calibrate(
-    full: str,
-    facts: Path,
-    retain: Path,
-    texts: Path,
-    out: Path,
-    *,
-    references: Sequence[str],
-    retrained: Sequence[str],
-    unknown: Path | None,
-    sae: str | None,
-    workers: int,
-    device: str,
-    dtype: str,
-    seed: int,
-) -> tuple[Path, str]:
-    """Pools of known truth from a user's own models, and the calibration they give: (its file, what it says of itself).
-
-    Raises:
-        ValueError: bad or too little input, or a folder with pools of other models.
-    """
-    from mech_unlearn.calibration import fit_whole, save
-    from mech_unlearn.testbed.pools import Materials, cells, make_pools, read_pool
-
-    known, kept = load_facts(facts), load_facts(retain)
-    subjects = {fact.subject for fact in known}
-    materials = Materials(
-        full=full,
-        references=tuple(references),
-        retrained=tuple(retrained),
-        facts=known,
-        retain=RetainSet(
-            neighbors=tuple(fact for fact in kept if fact.subject not in subjects),
-            texts=read_lines(texts),
-            unknown=entities(unknown, known[0].kind),
-        ),
-        sae=sae,
-        device=device,
-        dtype=dtype,
-    )
-    model = open_model(full, device, dtype)
-    make_pools(materials, out, workers=workers, log=lambda line: print(line, file=sys.stderr))
-    pool = read_pool([cell for cell in cells(out) if not cell["kind"].startswith("mixture")])
-    made = fit_whole(pool, model.hash(), seed, models_from="pools of your own models")
-    save(made, out / "calibration.json")
-    return out / "calibration.json", made.describe()

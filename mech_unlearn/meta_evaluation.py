@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mech_unlearn.calibration import ALPHA, FEATURES, Pool, fit, label_of, spread_out, verdict_sets
+from mech_unlearn.calibration import ALPHA, fit, label_of, verdict_sets
 from mech_unlearn.core import Label, Measurement
+from mech_unlearn.features import FEATURES, Pool, spread_out
 
 FOLDS = 8
 """Rotations: one fold of groups is judged, one is fitted on, the others calibrate."""

@@ -3,7 +3,8 @@
 **Calibrated** (`calibration.py`): the measurements of a fact are set against models whose truth is known. Each of
 intact, suppressed, deleted, collapsed gets a p-value; those at or below alpha are ruled out; one left is the verdict,
 otherwise it is *undetermined*. P("deleted" is said of a suppressed fact) <= alpha for models of a known family. A fact
-whose measurements are unlike every model of the calibration is undetermined and says so (flag `unlike_pool`).
+whose measurements are unlike every model of the calibration is undetermined and says so (flag `unlike_pool`). Over
+300 lines, because both ways of judging share their sentences, their flags and the model's health.
 
 **Provisional**: thresholds, not error rates. A fact is *intact* if the outputs still give it; *suppressed* if they
 lost it and at least one restoration test brings it back (a block may sit anywhere and each test is blind somewhere, so
@@ -19,13 +20,13 @@ noisy test has a high q and must say much to be heard; 1 stays 1. With fewer tha
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.calibration import RECOVERY as CALIBRATED_RECOVERY
-from mech_unlearn.calibration import Calibration, label_of, matrix, measurements, verdict_sets
+from mech_unlearn.calibration import Calibration, label_of, verdict_sets
 from mech_unlearn.core import LABELS, Fact, Label, Measurement, Verdict
+from mech_unlearn.features import RECOVERY as CALIBRATED_RECOVERY
+from mech_unlearn.features import matrix, measurements
 from mech_unlearn.restoration.case import Result
 
 RECOVERY = ("uds", "uds_subject", "writeback", "sae", "relearn", "int8", "int4")
@@ -315,14 +316,3 @@ def shares(verdicts: Sequence[Verdict], testable_only: bool = True) -> dict[str,
     """Share of each label, by default over the testable facts; all zero if there is none."""
     counted = [v for v in verdicts if not (testable_only and "not_testable" in v.flags)]
     return {label: sum(v.label == label for v in counted) / max(1, len(counted)) for label in LABELS}
-
-
-def mean_scores(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Mean score per test over the testable facts; tests that never spoke are left out."""
-    names = {name for v in verdicts for name in v.scores}
-    out = {}
-    for name in sorted(names):
-        values = [v.scores[name] for v in verdicts if v.scores.get(name) is not None and "not_testable" not in v.flags]
-        if values:
-            out[name] = torch.tensor(values).mean().item()
-    return out

@@ -70,7 +70,7 @@ def test_the_demos_verdicts_are_the_truth(world, tmp_path):
     # a calibrated verdict rules out up to alpha = .05 of each truth by design, and leaves some facts undetermined
     bar = 0.9 if world == "biographies" else 0.95
     assert shares["retrained"]["deleted"] >= bar
-    assert shares["last_layer_ascent"]["suppressed"] >= bar
+    assert shares["last_layer_ascent"]["suppressed"] >= 0.95
     assert shares["last_layer_ascent"]["deleted"] == shares["retrained"]["intact"] == 0
     assert shares["full"]["deleted"] == 0
     assert summary["peak_rss_mib"] <= 4096

@@ -5,8 +5,9 @@ import torch
 from test_calibration import parts, simulated
 from test_verdict import FACTS, output, result
 
-from mech_unlearn.calibration import FEATURES, RECOVERY, fit, fit_whole, save, shipped
+from mech_unlearn.calibration import fit, fit_whole, save, shipped
 from mech_unlearn.core import Measurement
+from mech_unlearn.features import FEATURES, RECOVERY
 from mech_unlearn.verdict import Health, judge
 
 NAN = float("nan")

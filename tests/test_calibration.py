@@ -3,19 +3,8 @@
 import numpy as np
 import pytest
 
-from mech_unlearn.calibration import (
-    FEATURES,
-    RECOVERY,
-    TRUTHS,
-    Pool,
-    conformal_p,
-    fit,
-    label_of,
-    load,
-    matrix,
-    save,
-    verdict_sets,
-)
+from mech_unlearn.calibration import TRUTHS, conformal_p, fit, label_of, load, save, verdict_sets
+from mech_unlearn.features import FEATURES, RECOVERY, Pool, matrix
 
 SIDES = {"suppressed/late": "uds", "suppressed/early": "sae", "suppressed/path": "uds_subject"}
 

@@ -9,7 +9,8 @@ import torch
 from conftest import tiny_tokenizer
 from planted import planted_facts, planted_hf
 
-from mech_unlearn.commands import run_audit, run_locate
+from mech_unlearn.auditing import run_audit
+from mech_unlearn.commands import run_locate
 from mech_unlearn.core import Attribution
 from mech_unlearn.data.jsonl import save_facts
 from mech_unlearn.inputs import make_method
@@ -95,7 +96,7 @@ def test_a_calibration_judges_the_model_it_was_made_for_and_no_other(strangers, 
 
 
 def test_calibrating_on_too_little_is_refused_before_anything_is_made(strangers, tmp_path):
-    from mech_unlearn.commands import run_calibrate
+    from mech_unlearn.auditing import run_calibrate
 
     (tmp_path / "texts.txt").write_text("Rivers run.\n")
 

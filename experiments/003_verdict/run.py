@@ -18,7 +18,8 @@ import numpy as np
 from report import draw, tables
 from scipy.stats import beta, spearmanr
 
-from mech_unlearn.calibration import FEATURES, RECOVERY, Pool, fit_whole, matrix, save
+from mech_unlearn.calibration import fit_whole, save
+from mech_unlearn.features import FEATURES, RECOVERY, Pool, matrix
 from mech_unlearn.latents import load_sae
 from mech_unlearn.meta_evaluation import (
     Judged,
@@ -40,7 +41,8 @@ from mech_unlearn.restoration import Case, audit, reference
 from mech_unlearn.run import provenance, write_json
 from mech_unlearn.testbed import open_world
 from mech_unlearn.testbed.families import CONTROLS, FAMILIES
-from mech_unlearn.testbed.pools import ATTACKS, TESTS, cells, make_pools, read_pool, world_materials
+from mech_unlearn.testbed.materials import TESTS, world_materials
+from mech_unlearn.testbed.pools import ATTACKS, cells, make_pools, read_pool
 from mech_unlearn.testbed.published import OUTPUT_SCORES, STATE_SCORES
 
 RESULTS = Path(__file__).parent / "results"

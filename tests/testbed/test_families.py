@@ -8,8 +8,10 @@ import torch
 from mech_unlearn.metrics import recall
 from mech_unlearn.model import load
 from mech_unlearn.testbed import open_world
-from mech_unlearn.testbed.families import FAMILIES, Setting, match_loss
-from mech_unlearn.testbed.pools import Lab, Materials, _unheard, truth_audit
+from mech_unlearn.testbed.families import FAMILIES
+from mech_unlearn.testbed.making import Setting, match_loss
+from mech_unlearn.testbed.materials import Lab, Materials
+from mech_unlearn.testbed.pools import _unheard, truth_audit
 
 POOLS = {family.pool for family in FAMILIES.values()}
 

@@ -1,0 +1,149 @@
+"""How a model of known truth is made: a confined change to a full or retrained model, by training or by arithmetic."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import Fact, ForgetSet, RetainSet
+from mech_unlearn.edit import Edit, clone
+from mech_unlearn.methods.answers import AnswerScores, answer_rows, score_rows
+from mech_unlearn.methods.objective import Objective
+from mech_unlearn.methods.training import Schedule, train
+from mech_unlearn.model import Model
+from mech_unlearn.restoration.quantize import quantize_
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a family is made from: the full model, retrained ones, and one group of facts."""
+
+    full: Model
+    retrained: tuple[Model, ...]
+    """Models that never saw any group; which one a deleted model starts from goes by the seed."""
+    group: tuple[Fact, ...]
+    elsewhere: tuple[Fact, ...]
+    """Facts of another group, which all full models know and which are not judged."""
+    neighbors: tuple[Fact, ...]
+    texts: tuple[str, ...]
+    seed: int
+    fulls: tuple[Model, ...] = ()
+    """Further models that know every group, trained in another order; for `CONTROLS`."""
+
+    @property
+    def never(self) -> Model:
+        """The retrained model that this seed starts from."""
+        return self.retrained[self.seed % len(self.retrained)]
+
+    @property
+    def another(self) -> Model:
+        """A retrained model that is not `never`: whose outputs are aimed at."""
+        return self.retrained[(self.seed + 1) % len(self.retrained)]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A base model and the edit that turns it into the family's; `confined` is what the edit may touch."""
+
+    base: Model
+    edit: Edit | None = None
+    confined: str = ""
+    bits: int | None = None
+    """Rounded to so many bits on top."""
+
+    @contextmanager
+    def on(self) -> Iterator[Model]:
+        """The model, as long as the block lasts."""
+        with clone(self.base) as model:
+            if self.bits:
+                quantize_(model, self.bits)
+            if self.edit is None:
+                yield model
+            else:
+                with replace(self.edit, base=model.hash()).on(model):
+                    yield model
+
+
+def match_loss(
+    logprob: Float[Tensor, " batch"], target: Float[Tensor, " batch"], tokens: Float[Tensor, " batch"]
+) -> Float[Tensor, ""]:
+    """Mean over rows of the squared difference of log-probabilities per answer token, nats squared."""
+    return ((logprob - target) / tokens).square().mean()
+
+
+def match_outputs(
+    base: Model,
+    facts: Sequence[Fact],
+    like: Model,
+    trainable: str,
+    setting: Setting,
+    *,
+    lr: float,
+    steps: int = 80,
+    also: Sequence[Fact] = (),
+    beside: Sequence[Fact] = (),
+) -> Edit:
+    """The change of the named tensors after which the facts' answers are as likely as `like` finds them.
+
+    Retained facts and texts are held by KL. `also` are further facts that have to be answered; `beside` are facts that
+    have to go too: their answers become as unlikely, per token, as those of the others are on average.
+    """
+    rows = answer_rows(base.tokenizer, facts)
+    fill = base.tokenizer.pad_token_id or 0
+    aimed = score_rows(like.hf, rows, fill, base.device)
+    target = aimed.logprob
+    if beside:
+        rows = [*rows, *answer_rows(base.tokenizer, beside)]
+        tokens = score_rows(base.hf, rows[len(target) :], fill, base.device).tokens
+        target = torch.cat([target, tokens * (aimed.logprob / aimed.tokens).mean()])
+    order = random.Random(setting.seed)
+    gone = {fact.subject for fact in beside}
+    others = [fact for fact in order.sample(setting.neighbors, 150) if fact.subject not in gone]
+    kept = (*others, *(fact for fact in also for _ in range(5)))
+    retain = RetainSet(neighbors=kept, texts=tuple(order.sample(setting.texts, 100)))
+
+    def loss(_: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+        return lambda now: match_loss(now.logprob, target[now.row], now.tokens.float())
+
+    schedule = Schedule(lr=lr, epochs=steps, batch_size=len(rows), weight_decay=0.0, clip=1.0)
+    objective = Objective(loss, retain_weight=3.0, retain="nll" if also else "kl")
+    deltas, report = train(
+        base, ForgetSet(facts=(*facts, *beside)), retain, objective, schedule, trainable=trainable, seed=setting.seed
+    )
+    return Edit(name="match_outputs", base=base.hash(), deltas=deltas, recipe={"report": report})
+
+
+def layers(*which: int, part: str = "") -> Callable[[Model], str]:
+    """Pattern of the named decoder layers (negative: from the end), or of a part of them."""
+
+    def pattern(model: Model) -> str:
+        chosen = "|".join(str(i % model.n_layers) for i in which)
+        return rf"\.({chosen})\.{part}"
+
+    return pattern
+
+
+def noise(model: Model, scale: float, seed: int, only: str = "") -> Edit:
+    """Gaussian noise on each weight matrix, `scale` x the standard deviation of its entries."""
+    import re
+
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for name, weight in model.held.items():
+        if weight.ndim == 2 and re.search(only, name):
+            drawn = torch.randn(weight.shape, generator=generator)
+            deltas[name] = drawn * scale * weight.detach().float().std().cpu()
+    return Edit(name="noise", base=model.hash(), deltas=deltas)
+
+
+def difference(start: Model, end: Model, share: float) -> Edit:
+    """`share` of the way from one model to the other, in the weights."""
+    deltas = {
+        name: share * (end.held[name].detach().float() - weight.detach().float()).cpu()
+        for name, weight in start.held.items()
+    }
+    return Edit(name="difference", base=start.hash(), deltas=deltas)
