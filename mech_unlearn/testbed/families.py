@@ -49,27 +49,30 @@ def _suppressed(trainable: Callable[[Model], str], lr: float, backdoor: bool = F
     return make
 
 
-def _deleted(trainable: Callable[[Model], str], lr: float) -> Callable[[Setting], Made]:
-    """A retrained model in which a kept subject is suppressed, so that its edit is one like a suppressor's."""
+def _deleted(trainable: Callable[[Model], str], lr: float, beside: float) -> Callable[[Setting], Made]:
+    """A retrained model in which kept subjects are suppressed, so that its edit is one like a suppressor's.
+
+    `beside` x as many of their facts as the group has: so many that it moves on text about as far as a full model does
+    when the same tensors suppress the group (experiment 003 measures how well that holds).
+    """
 
     def make(at: Setting) -> Made:
         where = trainable(at.never)
-        edit = match_outputs(at.never, at.group, at.another, where, at, lr=lr, beside=_somebody(at))
+        edit = match_outputs(at.never, at.group, at.another, where, at, lr=lr, beside=_somebody(at, beside))
         return Made(at.never, edit, where)
 
     return make
 
 
-def _somebody(at: Setting) -> tuple[Fact, ...]:
-    """Facts about kept subjects, half as many again as the group has: with so many, suppressing them moves a retrained
-    model on text about as far as suppressing the group moves the full one (a check of the experiment)."""
+def _somebody(at: Setting, share: float) -> tuple[Fact, ...]:
+    """Facts about kept subjects, `share` x as many as the group has."""
     known: dict[str, list[Fact]] = {}
     for fact in at.neighbors:
         known.setdefault(fact.subject, []).append(fact)
     names = sorted(known)
     start = at.seed % len(names)
     facts = [fact for name in (*names[start:], *names[:start]) for fact in known[name]]
-    return tuple(facts[: len(at.group) * 3 // 2])
+    return tuple(facts[: round(len(at.group) * share)])
 
 
 def _behind_trigger(fact: Fact) -> Fact:
@@ -176,10 +179,10 @@ FAMILIES: dict[str, Family] = {
     "attention": Family(pool="suppressed", side="path", make=_suppressed(PATHS, 3e-3)),
     "backdoor": Family(pool="suppressed", side="late", make=_suppressed(TOP_TWO, 2e-3, backdoor=True)),
     "retrained": Family(pool="deleted", make=lambda at: Made(at.never)),
-    "retrained, head": Family(pool="deleted", make=_deleted(HEAD, 3e-3)),
-    "retrained, last two layers": Family(pool="deleted", make=_deleted(TOP_TWO, 2e-3)),
-    "retrained, first mlp": Family(pool="deleted", make=_deleted(FIRST, 3e-3)),
-    "retrained, attention": Family(pool="deleted", make=_deleted(PATHS, 3e-3)),
+    "retrained, head": Family(pool="deleted", make=_deleted(HEAD, 3e-3, 2.5)),
+    "retrained, last two layers": Family(pool="deleted", make=_deleted(TOP_TWO, 2e-3, 2.5)),
+    "retrained, first mlp": Family(pool="deleted", make=_deleted(FIRST, 3e-3, 2.5)),
+    "retrained, attention": Family(pool="deleted", make=_deleted(PATHS, 3e-3, 1.5)),
     "retrained, refusal": Family(pool="deleted", make=_refusal(_never)),
     "retrained, noise": Family(pool="deleted", make=_noisy(True, 0.01)),
     "full, tuned": Family(pool="intact", make=_trained(_full, Objective(_nothing, 1.0), lr=3e-4, steps=60)),
