@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     knowledge_neurons,
     rocr,
     sae,
+    scoring,
     training_loop,
     uds,
 )
@@ -62,6 +63,10 @@ CASES = {
     "key_statistics_limit": Case(
         reference="the limit: the needed layers alone, bare, no products (HF blocks)",
         plain=key_statistics.limit, ours=key_statistics.ours, finish=key_statistics.moments,
+    ),
+    "scoring": Case(
+        reference="the limit: forward passes over the same tokens in the same batches, bare, no scoring (HF)",
+        plain=scoring.plain, ours=scoring.ours, bar=1 / 1.2, finish=scoring.losses, data=scoring.LOG,
     ),
     **{
         f"training_loop_{loss}": Case(
@@ -143,7 +148,11 @@ def main() -> None:
         parser.error(f"--repeats {given.repeats}: at least 1")
     rows = []
     for name in names:
-        row = measure(name, CASES[name.split("/")[0]], given.repeats)
+        case = CASES[name.split("/")[0]]
+        if case.lacks:
+            print(f"{name}: {case.lacks}", file=sys.stderr, flush=True)
+            continue
+        row = measure(name, case, given.repeats)
         rows.append(row)
         if given.json:
             print(row.as_json(), flush=True)

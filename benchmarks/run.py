@@ -31,6 +31,13 @@ class Case:
     """What is left to do with the reference's result before the two are compared; not timed."""
     frugal: Callable[[Shape], Way] | None = None
     """Ours with its models made one at a time inside, where several are needed: what memory is measured on."""
+    data: Path | None = None
+    """File that the case reads; it is skipped where there is none."""
+
+    @property
+    def lacks(self) -> str:
+        """Why the case cannot run; empty where it can."""
+        return "" if self.data is None or self.data.is_file() else f"skipped, its data is not there: {self.data}"
 
 
 @dataclass(frozen=True)

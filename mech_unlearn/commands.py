@@ -172,7 +172,7 @@ def run_unlearn(
         edit = made.fit(loaded, forget_set, retain_set)
 
     def outputs(of: Any) -> dict[str, Any]:
-        return measure_outputs(loaded, of, forgotten, retain_set.neighbors, retain_set.texts, seed).to_json()
+        return measure_outputs(loaded, of, forgotten, retain_set.neighbors, retain_set.texts, seed).to_json(seed)
 
     before = outputs(loaded)
     with twin(loaded, edit) as edited:

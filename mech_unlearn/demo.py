@@ -21,7 +21,7 @@ from mech_unlearn.core import Attribution
 from mech_unlearn.edit import Edit
 from mech_unlearn.metrics import recall
 from mech_unlearn.model import Model, load
-from mech_unlearn.report import write_report
+from mech_unlearn.report import FORM_NAMES, write_report
 from mech_unlearn.rows import audit_row
 from mech_unlearn.run import Run, data_hash, open_run, provenance, write_json
 from mech_unlearn.verdict import Thresholds
@@ -258,6 +258,8 @@ def captions(world: Any, judged: Any) -> dict[str, Any]:
         "it adds the share of the lost margin that relearning or 4-bit rounding recovers, beyond what it gives to "
         "retrained models.",
         "4_verdicts": "Share of testable facts by verdict.",
+        "5_forms": "Recall of the forget set by form of the question, above chance. These models were trained on "
+        "sentences only, so that even the full one answers few questions in other forms.",
     }
 
 
@@ -278,3 +280,5 @@ def draw_figures(folder: Path) -> None:
     guess = read("captions.json").get("chance") if (folder / "captions.json").is_file() else None
     plots.save(figures / "3_recall.png", lambda ax: plots.recall_bars(rows, ax, guess))
     plots.save(figures / "4_verdicts.png", lambda ax: plots.verdict_bars(rows, ax), size=(7.5, 3.4))
+    if any(row.get("forms") for row in rows):
+        plots.save(figures / "5_forms.png", lambda ax: plots.form_grid(rows, FORM_NAMES, ax), size=(7.5, 3.4))

@@ -198,6 +198,29 @@ def verdict_bars(rows: Sequence[Mapping[str, Any]], ax: Any) -> Any:
     return ax
 
 
+def form_grid(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], ax: Any) -> Any:
+    """Recall of the forget set by model and form of the question, (recall - chance) / (1 - chance), in numbers.
+
+    `names`: form -> what it is called on the axis. Empty where a form was not asked.
+    """
+    shown = [row for row in rows if row.get("forms")]
+    values = torch.full((len(shown), len(names)), float("nan"))
+    for i, row in enumerate(shown):
+        for j, form in enumerate(names):
+            number = row["forms"].get(form)
+            if number and number["value"] is not None:
+                values[i, j] = (number["value"] - number["chance"]) / (1 - number["chance"])
+    image = ax.imshow(values.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    for i, line in enumerate(values.tolist()):
+        for j, value in enumerate(line):
+            text = "" if value != value else f"{value:.2f}"
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if value > 0.6 else "#222222")
+    ax.set_yticks(range(len(shown)), [row["name"] for row in shown])
+    ax.set_xticks(range(len(names)), list(names.values()), rotation=15, ha="right")
+    ax.figure.colorbar(image, ax=ax, label="recall above chance")
+    return ax
+
+
 def save(path: Path, draw_on: Any, size: tuple[float, float] = (7.5, 4.2)) -> Path:
     """Draw on a fresh axis and write a PNG, atomically; no display is needed."""
     ax = new_axis(size)

@@ -9,9 +9,18 @@ from typing import Any
 from mech_unlearn.core import LABELS
 from mech_unlearn.run import write_atomic
 
+FORM_NAMES = {
+    "prompt": "main phrasing",
+    "cloze": "cloze",
+    "question": "question",
+    "multiple_choice": "multiple choice",
+    "reversed": "reversed",
+    "heldout": "held-out",
+}
 COLUMNS = {
     "forget_recall": "forget recall",
     "heldout_recall": "held-out phrasing",
+    "worst_form": "worst form",
     "neighbor_recall": "neighbour recall",
     "general_kl": "general KL (nats)",
     "uds": "UDS",
@@ -22,14 +31,45 @@ COLUMNS = {
 }
 
 
-def cell_text(number: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """`value [low, high]` of a measured number; a dash where nothing was measured."""
+def cell_text(number: Mapping[str, Any] | None, digits: int = 2, interval: bool = True) -> str:
+    """`value [low, high]` of a measured number, behind its form where it has one; a dash where nothing was measured."""
     if number is None or number["value"] is None:
         return "–"
+    form = f"{FORM_NAMES[number['form']]} " if "form" in number else ""
     low, high = number["ci"]
-    if low is None or high is None:
-        return f"{number['value']:.{digits}f}"
-    return f"{number['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    if not interval or low is None or high is None:
+        return f"{form}{number['value']:.{digits}f}"
+    return f"{form}{number['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def form_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of recall by form; no rows where none was asked by form."""
+    asked = [row for row in rows if row.get("forms")]
+    body = [
+        [row["name"], *(_form_text(row["forms"].get(form)) for form in FORM_NAMES), cell_text(row["worst_form"])]
+        for row in asked
+    ]
+    return ["model", *FORM_NAMES.values(), "worst form, above chance"], body
+
+
+def _form_text(number: Mapping[str, Any] | None) -> str:
+    chance = number.get("chance") if number else None
+    return cell_text(number) + (f" (chance {chance:.2f})" if chance else "")
+
+
+def form_lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Recall by form before and after an edit, a line each, and the form in which most is still said."""
+    lines = ["recall by form, greedy:"]
+    for form, name in FORM_NAMES.items():
+        old, new = before["forms"][form], after["forms"][form]
+        if new["value"] is None or old["value"] is None:
+            lines.append(f"  {name:18} not asked: {new.get('reason', old.get('reason'))}")
+            continue
+        notes = f"n = {new['n']}" + (f", chance {new['chance']:.2f}" if new["chance"] else "")
+        notes += f", {new['left_out']} facts left out" if new["left_out"] else ""
+        lines.append(f"  {name:18} {old['value']:.3f} -> {new['value']:.3f}  ({notes})")
+    worst = after["worst_form"]
+    return [*lines, f"worst form       {cell_text(worst, 3)}, above chance"]
 
 
 def verdict_text(shares: Mapping[str, float] | None) -> str:
@@ -44,7 +84,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     """Header and cells of the result table."""
     header = ["model", "verdict", "truth", *COLUMNS.values()]
     body = [
-        [row["name"], verdict_text(row["verdicts"]), row["truth"] or "–", *(cell_text(row[key]) for key in COLUMNS)]
+        [row["name"], verdict_text(row["verdicts"]), row["truth"] or "–", *(cell_text(row.get(key)) for key in COLUMNS)]
         for row in rows
     ]
     return header, body
@@ -60,9 +100,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], note: str) -> None:
     for name in (*COLUMNS.values(), "verdict", "truth"):
         grid.add_column(name, no_wrap=name == "truth")
     for row in rows:
-        values = (
-            "–" if row[key] is None or row[key]["value"] is None else f"{row[key]['value']:.2f}" for key in COLUMNS
-        )
+        values = (cell_text(row.get(key), interval=False) for key in COLUMNS)
         grid.add_row(row["name"], *values, verdict_text(row["verdicts"]), row["truth"] or "–")
     console = Console()
     if not console.is_terminal:
@@ -86,6 +124,7 @@ def write_report(folder: Path) -> Path:
             raise ValueError(f"{str(folder)!r} is not a finished run directory: {name} is missing")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     header, body = table(summary["rows"])
+    forms_header, forms_body = form_table(summary["rows"])
     figures = [
         {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()}
         for path in sorted((folder / "figures").glob("*.png"))
@@ -98,6 +137,8 @@ def write_report(folder: Path) -> Path:
         summary=summary,
         header=header,
         body=body,
+        forms_header=forms_header,
+        forms_body=forms_body,
         figures=figures,
         captions=json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {},
         verdicts=json.loads((folder / "verdicts.json").read_text(encoding="utf-8")),

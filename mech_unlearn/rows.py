@@ -8,6 +8,7 @@ from mech_unlearn.calibration import Calibration
 from mech_unlearn.claims import corrected_shares
 from mech_unlearn.core import Fact, Measurement, Verdict
 from mech_unlearn.metrics import forget_recall, general_kl, heldout_recall, mean_ci, recall
+from mech_unlearn.metrics.forms import FormReport, by_form
 from mech_unlearn.model import Model
 from mech_unlearn.restoration import Reference, Result, audit
 from mech_unlearn.verdict import Health, Thresholds, judge, shares
@@ -21,21 +22,26 @@ class Outputs:
     heldout_recall: Measurement | None
     neighbor_recall: Measurement | None
     general_kl: Measurement | None
+    forms: FormReport
+    """The facts asked in other forms: cloze, question, multiple choice, reversed, held-out phrasing."""
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: value and value.to_json() for name, value in vars(self).items()}
+    def to_json(self, seed: int = 0) -> dict[str, Any]:
+        """Each measurement by its name, `forms` with one per form, and `worst_form`."""
+        single = {name: value for name, value in vars(self).items() if name != "forms"}
+        return {name: value and value.to_json() for name, value in single.items()} | self.forms.to_json(seed)
 
 
 def measure_outputs(
     full: Model, model: Model, facts: Sequence[Fact], neighbors: Sequence[Fact], texts: Sequence[str], seed: int
 ) -> Outputs:
-    """Recall of the facts, of their held-out phrasings and of the neighbours' main prompts, and drift on texts."""
+    """Recall of the facts, also form by form, and of the neighbours' main prompts, and drift on texts."""
     held = [fact for fact in facts if fact.heldout]
     return Outputs(
         forget_recall=forget_recall(model, facts, seed),
         heldout_recall=heldout_recall(model, held, seed) if held else None,
         neighbor_recall=recall(model, neighbors, "prompt", seed) if neighbors else None,
         general_kl=general_kl(full, model, texts, seed) if texts else None,
+        forms=by_form(model, facts, neighbors),
     )
 
 
@@ -85,7 +91,7 @@ def audit_row(
         "name": name,
         "method": method,
         "truth": truth,
-        **outputs.to_json(),
+        **outputs.to_json(seed),
         "uds": _mean(results.get("uds"), "score_raw", "UDS, 0 as full, 1 as retrained", seed),
         "writeback": _mean(results.get("writeback"), "recoverability", share, seed),
         "rho_sae": _mean(results.get("sae"), "recoverability", share, seed),

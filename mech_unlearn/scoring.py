@@ -7,12 +7,14 @@ is padded; candidates that share their input (all one-token answers of one promp
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact, Site
+from mech_unlearn.forward import last_logits, next_logits, untouched
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query, buckets
 from mech_unlearn.readout import readout
@@ -149,10 +151,11 @@ def score(
         some = [rows[i] for i in members]
         batch = _batch(some, queries, model.device)
         bound = [(place, partial(_call, write, batch)) for place, write in (writes or {}).items()]
-        with model.hooks(*bound):
-            logits = model.logits(batch.ids)
         reading = _reading(some, queries, model.device)
-        reading.into(scores, logits[reading.row, reading.pos])
+        first = int(reading.pos.min())
+        with model.hooks(*bound):
+            logits = last_logits(model, batch.ids, batch.ids.shape[1] - first)
+        reading.into(scores, logits[reading.row, reading.pos - first])
     return scores
 
 
@@ -234,18 +237,33 @@ def per_fact(scores: Scores, queries: Sequence[Query], facts: Sequence[Fact]) ->
 
 
 @torch.no_grad()
-def greedy(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
+def greedy(
+    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, max_tokens: int = 8192
+) -> list[tuple[int, ...]]:
     """The greedy continuation of each prompt, token ids, up to the tokenizer's end-of-text token.
 
-    Recomputes the whole row at each step, so that interventions which look for a subject always see it.
+    Where nothing but the weights acts, each step reads one new token and the model's own cache of keys and values.
+    Where an intervention or any hook is in force, each step reads the whole row again, so that what looks for a
+    subject or writes to earlier positions always sees them; a cache would keep what a shorter row made of them.
+
+    Args:
+        max_tokens: tokens of one batch at the most, those to come included.
+
+    Raises:
+        ValueError: more tokens than the model has positions.
     """
     out: list[list[int]] = [[] for _ in prompts]
-    end = model.tokenizer.eos_token_id
-    for members in buckets(prompts):
+    end, plain = model.tokenizer.eos_token_id, untouched(model)
+    for members in buckets([range(len(prompt) + max_new_tokens) for prompt in prompts], max_tokens):
         ids = torch.tensor([list(prompts[i]) for i in members], device=model.device)
         open_rows = torch.ones(len(members), dtype=torch.bool, device=model.device)
+        cache: Any = None
         for _ in range(max_new_tokens):
-            token = model.logits(ids)[:, -1].argmax(-1)
+            if plain:
+                logits, cache = next_logits(model, ids, cache)
+            else:
+                logits = last_logits(model, ids, 1)[:, -1]
+            token = logits.argmax(-1)
             open_rows &= token != end
             for i, t, is_open in zip(members, token.tolist(), open_rows.tolist(), strict=True):
                 if is_open:

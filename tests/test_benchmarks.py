@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed with the package
 
 from benchmarks import activation_patching  # noqa: E402
-from benchmarks.__main__ import CASES, NAMES, wanted  # noqa: E402
+from benchmarks.__main__ import CASES, NAMES, main, wanted  # noqa: E402
 from benchmarks.run import Case, error, measure, peak_here  # noqa: E402
 from benchmarks.shapes import SHAPES, Shape  # noqa: E402
 
@@ -27,6 +28,8 @@ SMALL = {
 @pytest.mark.parametrize("name", CASES)
 def test_ours_gives_what_the_reference_gives(name, shape):
     case = CASES[name]
+    if case.lacks:
+        pytest.skip(case.lacks)
     expected, found = case.finish(case.plain(SMALL[shape])()), case.ours(SMALL[shape])()
     assert error(found, expected) <= 1e-5
     assert expected.abs().max() > 1e-6 and expected.std() > 0
@@ -87,6 +90,18 @@ def test_results_of_other_shapes_or_with_nan_are_refused():
     for wrong in (torch.ones(3), torch.tensor([1.0, float("nan")])):
         with pytest.raises(ValueError, match="differ in shape or are not finite"):
             error(wrong, torch.ones(2))
+
+
+def test_a_case_whose_data_is_missing_says_so_and_is_skipped(tmp_path, monkeypatch, capsys):
+    there, gone = tmp_path / "log.json", tmp_path / "gone.json"
+    there.touch()
+    here = {path: replace(CASES["scoring"], data=path) for path in (there, gone)}
+    assert not here[there].lacks and str(gone) in here[gone].lacks and not CASES["uds"].lacks
+    monkeypatch.setitem(CASES, "scoring", here[gone])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "scoring", "--json"])
+    main()
+    told = capsys.readouterr()
+    assert not told.out and told.err.count("skipped, its data is not there") == len(SHAPES)
 
 
 def test_names_choose_cases_on_all_shapes_or_on_one():

@@ -54,7 +54,10 @@ def test_an_audit_needs_neither_sae_nor_retrained_model_and_says_grade_b(strange
     assert all(v["scores"]["output"] < 0.2 for v in verdicts["unlearned"])  # its margin is nearly that of retrained
     assert rows["unlearned"]["verdicts"]["suppressed"] == 1.0
     assert rows["full"]["verdicts"]["deleted"] == rows["unlearned"]["verdicts"]["deleted"] == 0.0
+    assert rows["full"]["forms"]["heldout"]["value"] == rows["full"]["worst_form"]["value"] == 1.0
+    assert all(number["n"] == 4 for number in rows["unlearned"]["forms"].values())
     page = (tmp_path / "run" / "report.html").read_text()
+    assert "worst form, above chance" in page and (tmp_path / "run" / "figures" / "5_forms.png").is_file()
     assert "data:image/png;base64," in page and "http://" not in page and "https://" not in page
 
 

@@ -84,3 +84,16 @@ def test_a_saved_attribution_comes_back_with_its_gaps(tmp_path):
     assert (again.axes, again.labels, again.unit, again.n, again.note) == (
         result.axes, result.labels, result.unit, result.n, result.note,
     )  # fmt: skip
+
+
+def test_the_grid_of_forms_takes_chance_off_and_leaves_unasked_forms_empty():
+    numbers = {"prompt": (0.0, 0.0), "multiple_choice": (0.625, 0.25)}
+    forms = {form: {"value": value, "chance": chance} for form, (value, chance) in numbers.items()}
+    forms["reversed"] = {"value": None}
+    rows = [{"name": "old"}, {"name": "npo", "forms": forms}]
+    names = {"prompt": "main", "multiple_choice": "letters", "reversed": "reversed"}
+    ax = plots.form_grid(rows, names, plots.new_axis())
+    drawn = torch.as_tensor(ax.images[0].get_array().filled(float("nan")))
+    assert drawn[0, :2].tolist() == [0.0, 0.5] and drawn[0, 2].isnan() and len(drawn) == 1
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["npo"]
+    assert [t.get_text() for t in ax.texts] == ["0.00", "0.50", ""]

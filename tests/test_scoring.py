@@ -7,7 +7,7 @@ from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.edit import Edit, Shift
 from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.prompts import make_queries, pad
 from mech_unlearn.scoring import Scores, greedy, per_fact, score, score_each
 
 LONG = Fact(
@@ -163,3 +163,67 @@ def test_arms_see_the_interventions_of_an_edit_in_force(tiny_model):
             torch.testing.assert_close(found.logprob, score(tiny_model, queries, one).logprob, equal_nan=True)
     without = score_each(tiny_model, queries, arms)
     assert (together[0].logprob - without[0].logprob).nan_to_num().abs().max() > 1e-3
+
+
+PROMPTS = ((2, 9, 10, 11), (2, 13, 14), (2, *range(5, 17)), (2, 20, 21, 22), (2, 15))
+
+
+@torch.no_grad()
+def padded_greedy(architecture, side, steps):
+    """Greedy decoding by a plain model without a cache, all rows padded into one batch; ends behind </s>."""
+    hf, rows = tiny_hf(architecture), [list(prompt) for prompt in PROMPTS]
+    for _ in range(steps):
+        ids, real, _ = pad(rows, 0, side)
+        places = (real.cumsum(1) - 1).clamp(min=0)
+        logits = hf(ids, attention_mask=real, position_ids=places).logits
+        last = [ids.shape[1] - 1 if side == "left" else len(row) - 1 for row in rows]
+        rows = [[*row, int(logits[i, at].argmax())] for i, (row, at) in enumerate(zip(rows, last, strict=True))]
+    said = [row[len(prompt) :] for row, prompt in zip(rows, PROMPTS, strict=True)]
+    return [tuple(tokens[: tokens.index(3)] if 3 in tokens else tokens) for tokens in said]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_text_is_the_same_with_a_cache_without_one_in_any_batch_and_padded_on_either_side(architecture):
+    model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
+    cached = greedy(model, PROMPTS, 12)
+    lengths = []
+    with model.hooks(("blocks.0.hook_resid_post", lambda x: lengths.append(x.shape[1]))):
+        assert greedy(model, PROMPTS, 12) == cached
+    assert lengths[:12] == list(range(2, 14))  # whole rows at each step
+    assert greedy(model, PROMPTS, 12, max_tokens=1) == cached
+    for side in ("left", "right"):
+        assert padded_greedy(architecture, side, 12) == cached
+    assert any(len(set(tokens)) > 2 for tokens in cached)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_greedy_text_under_an_intervention_at_earlier_positions_is_that_of_whole_rows(architecture):
+    model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
+    plain = greedy(model, PROMPTS, 8)
+    push = torch.randn(1, 32, generator=torch.Generator().manual_seed(1)) * 4
+
+    def by_length(x):  # what it does to the first positions depends on how long the row is
+        x = x.clone()
+        x[:, :2] += push * (x.shape[1] % 3 - 1)
+        return x
+
+    def whole(steps):
+        out = []
+        for prompt in PROMPTS:
+            row = list(prompt)
+            for _ in range(steps):
+                row.append(int(model.logits(torch.tensor([row]))[0, -1].argmax()))
+            said = row[len(prompt) :]
+            out.append(tuple(said[: said.index(3)] if 3 in said else said))
+        return out
+
+    shift = Shift(Site(1, "resid_post"), tuple((t,) for t in range(4, 30)), push.expand(26, -1))
+    for force in (
+        model.hooks((Site(1, "resid_post"), by_length)),
+        Edit(name="s", base="", interventions=(shift,)).on(model),
+    ):
+        with force:
+            found, expected = greedy(model, PROMPTS, 8), whole(8)
+        assert found == expected != plain
+    assert greedy(model, PROMPTS, 8) == plain

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.data.hub import from_hub, held, reason_of, shards
 
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -73,21 +74,24 @@ def read_rows(
     config: str | None = None,
     split: str = "train",
 ) -> tuple[Schema, ...]:
-    """The rows of one file of a dataset, in its order, each checked.
+    """The rows of one file or split of a dataset, in its order, each checked.
 
     Args:
-        source: a file, a folder that holds `name` with one of `ENDINGS`, or a hub id such as `locuslab/TOFU`.
+        source: a file; a folder that holds `name` with one of `ENDINGS`, or that is a snapshot of a hub dataset (see
+            hub.py); or a hub id such as `locuslab/TOFU`.
         name: the file's name in the folder, without ending; None where `source` is the file itself.
-        config: configuration of a hub dataset; `name` where it is None.
-        split: split of a hub dataset.
+        config: configuration of a hub dataset or snapshot; `name` where it is None.
+        split: split of a hub dataset or snapshot.
 
     Raises:
         ValueError: no such file, folder or dataset; not its format; no row in it; or a bad row (file, row and field).
     """
-    where, raw = _raw(source, name, config, split)
-    if not raw:
-        raise ValueError(f"{where} holds no rows")
-    return tuple(checked(row, schema, f"{where}, row {number}") for number, row in enumerate(raw))
+    parts = _raw(source, name, config, split)
+    if not any(raw for _, raw in parts):
+        raise ValueError(f"{parts[0][0]} holds no rows")
+    return tuple(
+        checked(row, schema, f"{where}, row {number}") for where, raw in parts for number, row in enumerate(raw)
+    )
 
 
 def checked(row: Any, schema: type[Schema], where: str) -> Schema:
@@ -145,36 +149,45 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def find(source: str | os.PathLike, name: str | None) -> Path:
-    """The file of a folder, or the file itself.
+def find(
+    source: str | os.PathLike, name: str | None, *, config: str | None = None, split: str = "train"
+) -> tuple[Path, ...]:
+    """The file of a folder, the shards of a split in a snapshot of a hub dataset, or the file itself.
 
     Raises:
-        ValueError: there is none; the message says what the folder holds.
+        ValueError: there is none, or a shard is missing; the message says what the folder holds.
     """
-    root = Path(source)
+    root, wanted = Path(source), config if config is not None else name
     if not root.is_dir():
         if name is None and root.is_file():
-            return root
+            return (root,)
         raise ValueError(f"{str(source)!r} is {'a file' if root.exists() else 'not there'}; give the folder of {name}")
     if name is not None:
         for ending in ENDINGS:
             if (file := root / f"{name}{ending}").is_file():
-                return file
-    held = ", ".join(sorted(p.name for p in root.iterdir() if p.name.endswith(ENDINGS))) or "no data file"
+                return (file,)
+    if found := shards(root, wanted, split):
+        return found
+    splits = held(root)
+    names = ", ".join([*sorted(p.name for p in root.iterdir() if p.name.endswith(ENDINGS)), *splits]) or "no data file"
+    if splits:
+        lacked = f"{wanted or 'data'}/{split}"
+        raise ValueError(f"folder {str(source)!r} lacks {lacked} (configuration/split); it holds {names}")
     if name is None:
-        raise ValueError(f"{str(source)!r} is a folder; give one of its files: it holds {held}")
-    raise ValueError(f"folder {str(source)!r} lacks {name}.json; it holds {held} (read are {' '.join(ENDINGS)})")
+        raise ValueError(f"{str(source)!r} is a folder; give one of its files: it holds {names}")
+    raise ValueError(f"folder {str(source)!r} lacks {name}.json; it holds {names} (read are {' '.join(ENDINGS)})")
 
 
-def _raw(source: str | os.PathLike, name: str | None, config: str | None, split: str) -> tuple[str, Sequence[Any]]:
-    """(What errors call it, its rows unchecked.)"""
+def _raw(
+    source: str | os.PathLike, name: str | None, config: str | None, split: str
+) -> list[tuple[str, Sequence[Any]]]:
+    """(What errors call it, its rows unchecked) of each file, at least one."""
     if os.path.exists(source):
-        file = find(source, name)
-        return str(file), _parsed(file)
+        return [(str(file), _parsed(file)) for file in find(source, name, config=config, split=split)]
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise ValueError(f"source {str(source)!r} is no file, neither a folder nor a hub id like 'locuslab/TOFU'")
     wanted = config if config is not None else name
-    return f"{source}:{wanted or split}", _from_hub(str(source), wanted, split)
+    return [(f"{source}:{wanted or split}", from_hub(str(source), wanted, split))]
 
 
 def _parsed(file: Path) -> Sequence[Any]:
@@ -281,20 +294,4 @@ def _parquet(file: Path) -> Sequence[Any]:
 
         return parquet.read_table(file).to_pylist()
     except Exception as error:  # of many kinds, by what is broken
-        raise ValueError(f"{file}: not a table: {_reason(error)}") from error
-
-
-def _from_hub(source: str, config: str | None, split: str) -> Sequence[Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(f"reading {source!r} from the hub needs the package datasets: pip install datasets") from error
-    try:
-        return list(load_dataset(source, config, split=split))
-    except Exception as error:  # of many kinds: network, unknown id, unknown configuration
-        reason = f"{config!r} of the hub dataset cannot be read: {_reason(error)}"
-        raise ValueError(f"no folder {source!r}, and {reason}") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file}: not a table: {reason_of(error)}") from error

@@ -6,7 +6,7 @@ Needs: one forward pass per row; rows of equal length share a batch, so nothing 
     their last token only (one-token answers of one prompt) share one row.
 Differs: prompt and answer are tokenized jointly, with one space between them where the prompt does not end in one; the
     answer's tokens are those that cover its characters. No end-of-text token is scored. The last token predicts
-    nothing and is not run.
+    nothing and is not run. Only the positions that predict an answer of the batch are unembedded.
 Fails: what is likely under teacher forcing need not be what the model says by itself: never put these numbers into one
     column with scores of generated text.
 """
@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Measurement
+from mech_unlearn.forward import last_logits
 from mech_unlearn.metrics.intervals import mean_ci
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Encoding, buckets, encode_all
@@ -122,7 +123,7 @@ def score_tokens(model: Model, rows: Sequence[TokenRow], *, max_tokens: int = 81
         asked = [i for u in members for i in inputs[unique[u]]]
         place = torch.tensor([k for k, u in enumerate(members) for _ in inputs[unique[u]]], device=model.device)
         width = max(rows[i].answer for i in asked)
-        logits = model.logits(torch.tensor([unique[u] for u in members], device=model.device))[:, -width:].float()
+        logits = last_logits(model, torch.tensor([unique[u] for u in members], device=model.device), width).float()
         targets = torch.tensor([rows[i].ids[-width:] for i in asked], device=model.device)
         length = counts[asked].to(model.device)
         answer = torch.arange(width, device=model.device) >= width - length[:, None]

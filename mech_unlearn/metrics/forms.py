@@ -14,6 +14,7 @@ Fails: probabilities of two forms are of different answers (a letter, a subject)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,7 @@ from mech_unlearn.prompts import Query, make_queries
 
 TRAINED = "prompt"
 """The form that methods are usually trained on: the fact's main phrasing."""
+FORMS = (TRAINED, "cloze", "question", "multiple_choice", "reversed", "heldout")
 _LISTED = ("multiple_choice",)
 
 
@@ -48,10 +50,15 @@ class FormScores:
     left_out: tuple[str, ...]
     """Ids of facts that the form does not apply to."""
 
+    @property
+    def excess(self) -> float:
+        """(recall - chance) / (1 - chance); below 0 where less is said than guessing gives."""
+        return (self.recall.values.double().mean().item() - self.chance) / (1 - self.chance)
+
     def above_chance(self, seed: int = 0) -> Measurement:
-        """(recall - chance) / (1 - chance)."""
+        """`excess` with its interval."""
         values = (self.recall.values - self.chance) / (1 - self.chance)
-        return mean_ci(values, f"recall above chance, {self.form} form", self.recall.clusters, seed)
+        return mean_ci(values, f"greedy recall above chance, {self.form} form", self.recall.clusters, seed)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,12 +72,33 @@ class FormReport:
     @property
     def worst_by_recall(self) -> str:
         """The form in which most is still said, by recall above chance; the first of equals."""
-        return max(self.forms, key=lambda form: self.forms[form].above_chance().value)
+        return max(self.forms, key=lambda form: self.forms[form].excess)
 
     @property
     def worst_by_probability(self) -> str:
         """The form in which the answer is likeliest; see `Fails` on what this compares."""
         return max(self.forms, key=lambda form: self.forms[form].probability.values.mean().item())
+
+    def to_json(self, seed: int = 0) -> dict[str, Any]:
+        """What a result row says of forms.
+
+        `forms`: form -> recall (greedy decoding gives the whole answer) with `chance` and the number of facts
+        `left_out`; a form that was not asked has null values and a `reason`. `worst_form`: recall above chance, with
+        its interval, in the form where it is largest.
+        """
+        asked = {
+            name: scores.recall.mean(seed).to_json() | {"chance": scores.chance, "left_out": len(scores.left_out)}
+            for name, scores in self.forms.items()
+        }
+        silent = {
+            name: {"value": None, "ci": [None, None], "n": 0, "unit": f"recall, {name} form", "reason": reason}
+            for name, reason in self.not_asked.items()
+        }
+        worst = self.worst_by_recall
+        return {
+            "forms": {name: (asked | silent)[name] for name in FORMS},
+            "worst_form": {"form": worst, **self.forms[worst].above_chance(seed).to_json()},
+        }
 
     def __str__(self) -> str:
         lines = [

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mech_unlearn.data.source import Row, Text, read_json, read_rows, read_text
+from mech_unlearn.data.source import Row, Text, find, read_json, read_rows, read_text
 
 
 class Animal(Row):
@@ -102,3 +102,72 @@ def test_a_source_that_is_not_there_is_named_with_what_there_is(tmp_path):
     for read in (read_text, read_json):
         with pytest.raises(ValueError, match="none.json does not exist"):
             read(tmp_path / "none.json")
+
+
+def snapshot(root: Path, files: dict[str, list[dict[str, Any]]]) -> Path:
+    """A folder laid out as the hub's datasets are."""
+    for name, rows in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_parquet(root / name)
+    (root / "README.md").write_text("---\nlicense: mit\n---\n")
+    return root
+
+
+def test_a_snapshot_of_a_hub_dataset_is_read_by_configuration_and_split(tmp_path):
+    cat, ant, sole = ANIMALS
+    root = snapshot(
+        tmp_path,
+        {
+            "data/train-00000-of-00001.parquet": [cat],
+            "data/test-00000-of-00001-0a1b2c3d4e5f6071.parquet": [ant],
+            "small/train-00000-of-00001.parquet": [sole],
+            "small/forget_qa-00000-of-00001.parquet": [ant, cat],
+            "plain/train.parquet": [ant],
+        },
+    )
+    asked = {
+        (None, None, "train"): [cat],
+        (None, "default", "test"): [ant],
+        (None, "small", "train"): [sole],
+        ("small", None, "train"): [sole],
+        ("small/forget_qa", "small", "forget_qa"): [ant, cat],
+        ("plain", None, "train"): [ant],
+    }
+    for (name, config, split), rows in asked.items():
+        found = read_rows(root, name, Animal, config=config, split=split)
+        assert [row.model_dump() for row in found] == rows, (name, config, split)
+
+
+def test_the_shards_of_a_split_are_joined_in_their_order_and_errors_name_the_shard(tmp_path):
+    rows = [{"name": f"animal {i}", "legs": str(i)} for i in range(23)]
+    parts = {f"data/train-{i:05d}-of-00012.parquet": rows[2 * i : 2 * i + 2] for i in reversed(range(12))}
+    root = snapshot(tmp_path, parts)
+    assert [row.model_dump() for row in read_rows(root, None, Animal)] == rows
+    assert [file.name[6:11] for file in find(root, None)] == [f"{i:05d}" for i in range(12)]
+    pd.DataFrame([rows[6], {"name": " ", "legs": ""}]).to_parquet(root / "data/train-00003-of-00012.parquet")
+    with pytest.raises(ValueError, match=r"train-00003-of-00012.parquet, row 1: field 'name'"):
+        read_rows(root, None, Animal)
+
+
+def test_a_snapshot_that_lacks_something_says_what_it_holds(tmp_path):
+    files = ("data/train-00000-of-00002.parquet", "small/test-00000-of-00001.parquet")
+    root = snapshot(tmp_path, dict.fromkeys(files, ANIMALS))
+    holds = "it holds data/train, small/test"
+    for name, config, split, reason in (
+        (None, None, "validation", f"lacks data/validation (configuration/split); {holds}"),
+        ("small", None, "train", f"lacks small/train (configuration/split); {holds}"),
+        ("forget", "large", "train", f"lacks large/train (configuration/split); {holds}"),
+        (None, None, "train", "lacks train-00001-of-00002.parquet; split 'train' has 2 files"),
+    ):
+        with pytest.raises(ValueError) as error:
+            read_rows(root, name, Animal, config=config, split=split)
+        assert reason in str(error.value) and "\n" not in str(error.value)
+    snapshot(root, dict.fromkeys(("data/train-00000-of-00001.parquet", "data/train-00001-of-00002.parquet"), ANIMALS))
+    with pytest.raises(ValueError, match="two versions of split 'train'"):
+        read_rows(root, None, Animal)
+
+
+def test_a_file_of_the_given_name_goes_before_a_folder_of_that_name(tmp_path):
+    snapshot(tmp_path, {"animals/train-00000-of-00001.parquet": ANIMALS[:1]})
+    write(tmp_path / "animals.json", ANIMALS)
+    assert len(read_rows(tmp_path, "animals", Animal)) == 3

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, planted_facts, planted_model
 
-from mech_unlearn.metrics.forms import by_form, form_gap, kappa_of
+from mech_unlearn.metrics.forms import FORMS, by_form, form_gap, kappa_of
 from mech_unlearn.model import load
 
 FACTS, OTHERS = tiny_facts(["Anna Lee", "Ben Hill"]), tiny_facts(["Cara Moss", "Dan Park", "Eva Reed"])
@@ -121,3 +121,33 @@ def test_kappa_is_one_for_the_full_model_zero_for_the_retrained_one_and_undefine
     wanted = torch.tensor([m.forms["prompt"].probability.values.log().mean() for m in (full, never)])
     own = by_form(planted_model("late"), facts).forms["prompt"].probability.values.log().mean()
     assert late.mean().item() == pytest.approx(((own - wanted[1]) / (wanted[0] - wanted[1])).item(), abs=0.05)
+
+
+def test_a_report_in_json_has_every_form_with_its_interval_and_says_why_one_was_not_asked():
+    found = by_form(MODEL, FACTS).to_json()
+    assert list(found["forms"]) == list(FORMS)
+    for form, number in found["forms"].items():
+        assert {"value", "ci", "n", "unit"} <= number.keys() and form in number["unit"]
+    asked = found["forms"]["multiple_choice"]
+    assert asked["chance"] == 0.25 and asked["left_out"] == 0 and asked["unit"].startswith("greedy decoding")
+    assert found["forms"]["reversed"] == {
+        "value": None, "ci": [None, None], "n": 0, "unit": "recall, reversed form",
+        "reason": "it applies to none of the facts",
+    }  # fmt: skip
+
+
+def test_guessed_letters_are_never_the_worst_form_beside_one_fact_that_is_said():
+    facts = planted_facts()[:FORGOTTEN]
+    report = by_form(planted_model("full"), facts)
+    heldout = report.forms["heldout"]
+    forms = {name: replace(s, recall=replace(s.recall, values=s.recall.values * 0)) for name, s in report.forms.items()}
+    guessed = forms["multiple_choice"].recall.values.clone()
+    guessed[: len(guessed) // 4] = 1.0  # a quarter of four letters
+    forms["multiple_choice"] = replace(
+        forms["multiple_choice"], recall=replace(forms["multiple_choice"].recall, values=guessed)
+    )
+    once = torch.eye(len(heldout.facts))[0].double()
+    forms["heldout"] = replace(forms["heldout"], recall=replace(heldout.recall, values=once))
+    worst = replace(report, forms=forms).to_json()["worst_form"]
+    assert worst["form"] == "heldout" and worst["value"] == pytest.approx(1 / len(once))
+    assert worst["ci"][0] <= worst["value"] <= worst["ci"][1] and "above chance" in worst["unit"]
