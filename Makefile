@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mech-unlearn demo --world biographies --out runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=300 notebooks
 
 test-slow: $(VENV)/.installed
