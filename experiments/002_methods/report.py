@@ -85,10 +85,28 @@ def write(folder: Path, cells: Sequence[Mapping[str, Any]], chance: Mapping[str,
     write_json(folder / "summary.json", {
         "command": "experiments/002_methods", "world": None, "seconds": seconds, "peak_rss_mib": None, "rows": rows,
         "chance": dict(chance), "failed": {world: found["failed"] for world, found in worlds.items()},
-        "search": searched, "provenance": source,
+        "search": searched, "provenance": source, "calibrated": calibrated(cells),
     })  # fmt: skip
-    write_atomic(folder / "tables.md", "\n".join(table(world, found) for world, found in worlds.items()))
+    tables = [table(world, found) for world, found in worlds.items()]
+    write_atomic(folder / "tables.md", "\n".join([*tables, calibrated_table(calibrated(cells))]))
     pareto(folder / "pareto.png", worlds)
+
+
+def calibrated(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Method -> recall, writeback and shares of calibrated verdicts; seed 0, the world whose calibration ships."""
+    keys = ("forget_recall", "neighbor_recall", "uds", "writeback", "rho_sae", "verdicts", "corrected")
+    found = {c["name"]: c["row"] for c in cells if c["stage"] == "judged" and "row" in c}
+    return {name: {key: found[name].get(key) for key in keys} for name in sorted(found)}
+
+
+def calibrated_table(found: Mapping[str, Any]) -> str:
+    head = ("method", "forget", "neighbours", "UDS", "writeback", "rho SAE", f"{' / '.join(LABELS)}, %")
+    lines = ["## Calibrated verdicts, biographies, seed 0", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, row in sorted(found.items(), key=lambda item: -item[1]["verdicts"].get("deleted", 0)):
+        verdicts = " / ".join(f"{100 * row['verdicts'].get(label, 0):.0f}" for label in LABELS)
+        numbers = [shown(row[key]) for key in ("forget_recall", "neighbor_recall", "uds", "writeback", "rho_sae")]
+        lines.append(f"| {' | '.join([name, *numbers, verdicts])} |")
+    return "\n".join(lines) + "\n"
 
 
 def shown(measured: Mapping[str, Any] | None, digits: int = 2) -> str:

@@ -6,6 +6,7 @@
 The forget group is split by subject: settings are chosen on every other subject (tune) and used on the rest (test).
 One search serves all: of the settings in `settings.py` those with the smallest `cost` on the tune half win. Finished
 cells lie in results/cells, packed in results/cells.jsonl.gz; summary.json, tables.md and pareto.png are made from them.
+A third stage judges edits of weights once more, seed 0, by the calibration that ships for `biographies`.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import report  # noqa: E402
 import settings  # noqa: E402
 import torch  # noqa: E402
 
+from mech_unlearn.calibration import shipped  # noqa: E402
 from mech_unlearn.core import ForgetSet, RetainSet  # noqa: E402
 from mech_unlearn.latents import load_sae  # noqa: E402
 from mech_unlearn.metrics import forget_recall, recall  # noqa: E402
@@ -39,7 +41,7 @@ from mech_unlearn.restoration import Case, Reference, reference  # noqa: E402
 from mech_unlearn.rows import audit_row  # noqa: E402
 from mech_unlearn.run import data_hash, provenance, write_json  # noqa: E402
 from mech_unlearn.testbed import WORLDS, open_world  # noqa: E402
-from mech_unlearn.verdict import Thresholds  # noqa: E402
+from mech_unlearn.verdict import CALIBRATED, Thresholds  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "cells"
@@ -49,6 +51,9 @@ ON_STATES = ("output", "uds", "uds_subject", "sae")
 """The tests that see an intervention on activations; the others train or round weights, which it leaves alone."""
 TRUTH = {"full": "intact", "retrained": "deleted", "last_layer_ascent": "suppressed"}
 REFERENCES = ("full", "retrained")
+STAGES = ("tune", "test", "judged")
+JUDGED = "biographies"
+"""The world whose full model a calibration ships for."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,20 @@ class Bench:
         return recall(self.full, self.world.retain.neighbors, "prompt", 0)
 
     @cached_property
-    def reference(self) -> Reference:
-        case = Case(
+    def case(self) -> Case:
+        return Case(
             full=self.full, facts=self.half("test").facts, retrained=self.retrained,
             others=self.world.retain.neighbors, texts=self.world.retain.texts, unknown=self.world.retain.unknown,
             sae=self.sae, seed=0, log=lambda _: None,
         )  # fmt: skip
-        return reference(case, TESTS)
+
+    @cached_property
+    def reference(self) -> Reference:
+        return reference(self.case, TESTS)
+
+    @cached_property
+    def calibrated(self) -> Reference:
+        return reference(self.case, CALIBRATED)
 
     def method(self, name: str, chosen: dict[str, Any], seed: int) -> Any:
         return settings.make(name, self, chosen, seed)
@@ -171,6 +183,28 @@ def test(world: str, name: str, seed: int, chosen: dict[str, Any]) -> dict[str, 
     return {"row": cell["row"], "curves": cell["curves"], **parts}
 
 
+def judged(name: str, seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The verdicts of a calibration with measured error rates on one method; none on activation interventions, which
+    leave the weights alone and so suppress by definition."""
+    at = bench(JUDGED)
+    calibration = shipped(at.full.hash())
+    assert calibration is not None
+    arguments: dict[str, Any] = dict(
+        name=name, truth=TRUTH.get(name), neighbors=at.world.retain.neighbors, texts=at.world.retain.texts,
+        full_neighbor_recall=at.neighbor_recall, thresholds=Thresholds(), seed=seed, calibration=calibration,
+    )  # fmt: skip
+    if name in REFERENCES:
+        model = at.full if name == "full" else at.retrained[seed % len(at.retrained)]
+        return {"row": audit_row(at.calibrated, model, method=None, **arguments)["row"]}
+    made = at.method(name, chosen, seed)
+    edit = made.fit(at.full, at.half("test"), at.world.retain)
+    if edit.interventions:
+        return {"intervention": True}
+    subject = load(at.world.full)
+    with edit.on(subject):
+        return {"row": audit_row(at.calibrated, subject, method=type(made).__name__, **arguments)["row"]}
+
+
 def selective(at: Bench, method: Any) -> dict[str, Any]:
     """Recall of what was to go and of what was to stay when only some relations of each subject are forgotten."""
     gone, retain = at.selective()
@@ -185,7 +219,10 @@ def run_cell(stage: str, world: str, name: str, index: int, chosen: dict[str, An
     """Compute a cell and write it; a method that fails leaves its error in the cell."""
     torch.set_num_threads(1)
     try:
-        found = tune(world, name, index) if stage == "tune" else test(world, name, index, chosen or {})
+        if stage == "judged":
+            found = judged(name, index, chosen or {})
+        else:
+            found = tune(world, name, index) if stage == "tune" else test(world, name, index, chosen or {})
     except Exception as error:
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}", "settings": settings.GRID.get(name, [{}])[0]}
@@ -229,13 +266,13 @@ def best(world: str, name: str) -> dict[str, Any] | None:
 
 def todo(names: Sequence[str], seeds: int, stage: str) -> Iterator[tuple[Any, ...]]:
     """The cells of a stage that are not there yet."""
-    for world in WORLDS:
-        for name in (*REFERENCES, *names) if stage == "test" else names:
+    for world in WORLDS if stage != "judged" else (JUDGED,):
+        for name in names if stage == "tune" else (*REFERENCES, *names):
             if stage == "tune":
                 jobs = [(stage, world, name, i) for i in range(len(settings.GRID[name]))]
             else:
                 chosen = {} if name in REFERENCES else best(world, name)
-                count = {"full": 1, "retrained": 3}.get(name, seeds)
+                count = 1 if stage == "judged" else {"full": 1, "retrained": 3}.get(name, seeds)
                 jobs = [] if chosen is None else [(stage, world, name, i, chosen) for i in range(count)]
             yield from (job for job in jobs if not path_of(*job[:4]).exists())
 
@@ -250,13 +287,13 @@ def main() -> None:
     if unknown := set(given.methods) - set(settings.GRID):
         parser.error(f"unknown {sorted(unknown)}; choose from {', '.join(settings.GRID)}")
     unpack()
-    for stage in () if given.report else ("tune", "test"):
+    for stage in () if given.report else STAGES:
         jobs = list(todo(given.methods, given.seeds, stage))
         with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
             running = [pool.submit(run_cell, *job) for job in jobs]
             for done, future in enumerate(as_completed(running), 1):
                 cell = future.result()
-                said = cell.get("error") or (report.headline(cell) if "row" in cell else cell["cost"])
+                said = cell.get("error") or (report.headline(cell) if "row" in cell else cell.get("cost"))
                 print(f"{stage} {done}/{len(jobs)} {cell['world']} {cell['name']} {cell['index']}: {said}", flush=True)
     pack()
     cells = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
