@@ -30,8 +30,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 
 
-bench_app = typer.Typer(help="Published benchmarks, from the logs of their own evaluation code.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
+BENCHMARKS = "tofu, muse, wmdp, rwku, ort, conceptvectors, faithun, dusk, restor"
 
 
 class Kind(str, Enum):
@@ -120,6 +119,7 @@ def unlearn(
 ) -> None:
     """Remove facts: writes the edit, and the edited model as a Hugging Face folder with a parity proof."""
     from mech_unlearn.commands import run_unlearn
+    from mech_unlearn.report import form_lines
 
     result = run_unlearn(
         model,
@@ -143,6 +143,8 @@ def unlearn(
         before, after = result["before"][key], result["after"][key]
         if after is not None:
             print(f"{key:16} {before['value']:.3f} -> {after['value']:.3f}  (n = {after['n']}, {after['unit']})")
+    for line in form_lines(result["before"], result["after"]):
+        print(line)
     print(f"written to {out}: {', '.join(result['files'])}")
 
 
@@ -223,7 +225,11 @@ def report(folder: Annotated[Path, typer.Argument(help="a run directory")]) -> N
     from mech_unlearn.demo import draw_figures
     from mech_unlearn.report import write_report
 
-    if (folder / "summary.json").is_file():
+    if (folder / "bench.json").is_file():
+        from mech_unlearn.benches.figure import draw_bench
+
+        draw_bench(json.loads((folder / "bench.json").read_text(encoding="utf-8")), folder / "figures/0_benchmark.png")
+    if (folder / "summary.json").is_file() and json.loads((folder / "summary.json").read_text("utf-8"))["rows"]:
         draw_figures(folder)
     print(write_report(folder))
 
@@ -238,7 +244,8 @@ def list_kind(kind: Annotated[Kind, typer.Argument()], as_json: Json = False) ->
         print(json.dumps(rows))
         return
     for row in rows:
-        print(f"{row['name']:25} {row['summary']}" + (f"  [{row['paper']}]" if row["paper"] else ""))
+        more = "  (see `bench`)" if kind is Kind.datasets and row["name"] in BENCHMARKS.split(", ") else ""
+        print(f"{row['name']:25} {row['summary']}" + (f"  [{row['paper']}]" if row["paper"] else "") + more)
 
 
 @testbed_app.command()
@@ -269,22 +276,58 @@ def pools(
     print(f"written to {out}")
 
 
-@bench_app.callback()
-def bench() -> None:
-    """Published benchmarks, from the logs of their own evaluation code."""
-
-
-@bench_app.command("tofu")
-def bench_tofu_command(
-    logs: Annotated[Path, typer.Option(help="evaluation log of the model, .json or .json.gz")],
-    retain_logs: Annotated[Path, typer.Option(help="evaluation log of the model retrained without the forget set")],
-    intervals: Annotated[bool, typer.Option(help="with --json: value, 95 % interval, n, unit of each number")] = False,
-    rows_per_author: Annotated[int, typer.Option(help="questions the bootstrap draws together; 20: authors")] = 1,
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help=BENCHMARKS)],
+    data: Annotated[str | None, typer.Option(help="the benchmark's data: folder, file or hub id")] = None,
+    full: Annotated[str | None, typer.Option(help="model before unlearning: hub id or folder")] = None,
+    unlearned: Annotated[str | None, typer.Option(help="model after unlearning, or an edit file of ours")] = None,
+    retrained: Annotated[
+        list[str] | None, typer.Option(help="model trained without the forget set; repeat for more")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="run directory; it goes on where it stopped")] = Path("runs/bench"),
+    setting: Annotated[list[str] | None, typer.Option("--set", help="setting of the benchmark, key=value")] = None,
+    tests: Annotated[
+        str, typer.Option(help="restoration tests on the benchmark's facts: core, all, none, or names with commas")
+    ] = "core",
+    sae: Annotated[str | None, typer.Option(help="SAE of the full model: folder or release/id")] = None,
+    calibration: Annotated[str, typer.Option(help="auto, none, or a file of `calibrate`")] = "auto",
+    limit: Annotated[int | None, typer.Option(help="so many rows of each set of the benchmark")] = None,
+    logs: Annotated[Path | None, typer.Option(help="tofu without models: an evaluation log, .json or .json.gz")] = None,
+    retain_logs: Annotated[
+        Path | None, typer.Option(help="evaluation log of the model retrained without the forget set")
+    ] = None,
+    intervals: Annotated[bool, typer.Option(help="logs with --json: value, interval, n, unit of each number")] = False,
+    rows_per_author: Annotated[int, typer.Option(help="logs: questions the bootstrap draws together")] = 1,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
+    """A published benchmark's own table for your checkpoints, with our restoration tests on the same facts."""
+    if logs is not None or retain_logs is not None:
+        if name != "tofu" or logs is None or retain_logs is None or data or full or unlearned or retrained:
+            raise ValueError("logs are read by `bench tofu --logs A --retain-logs B`, without models and data")
+        return _bench_logs(logs, retain_logs, intervals, rows_per_author, seed, as_json)
+    from mech_unlearn.benches.table import print_bench
+    from mech_unlearn.benching import run_bench
+
+    if not data or not full or not unlearned:
+        raise ValueError(f"bench {name} needs --data, --full and --unlearned")
+    found = run_bench(
+        name, data, full, unlearned, out, retrained=retrained or [], settings=setting or [], tests=tests, sae=sae,
+        calibration=calibration, limit=limit, device=device, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(found))
+        return
+    print_bench(found)
+    print(f"{found['seconds']} s; bench.json, verdicts, figures and report.html in {out}")
+
+
+def _bench_logs(logs: Path, retain_logs: Path, intervals: bool, rows_per_author: int, seed: int, as_json: bool) -> None:
     """TOFU's table from evaluation logs: utility, forget quality and their parts."""
-    from mech_unlearn.bench import bench_tofu, question_note
+    from mech_unlearn.benches.tofu_logs import bench_tofu, question_note
 
     if note := question_note(logs, retain_logs):
         print(f"note: {note}", file=sys.stderr)

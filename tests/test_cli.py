@@ -167,6 +167,19 @@ def test_unlearn_writes_an_edit_and_a_folder_that_plain_transformers_loads(call,
     changed = [k for k, w in edited.state_dict().items() if not torch.equal(w, before.state_dict()[k])]
     assert changed and all("down_proj" in name for name in changed)
     assert (files["out"] / "edit.safetensors").is_file()
+    assert json.loads((files["out"] / "unlearn.json").read_text())["after"] == result["after"]
+    for said in (result["before"], result["after"]):
+        kept = {form: number["value"] for form, number in said["forms"].items() if number["value"] is not None}
+        assert {"prompt", "cloze", "question", "multiple_choice"} <= kept.keys()
+        assert said["worst_form"]["form"] in kept and said["worst_form"]["n"] > 0
+
+
+def test_unlearn_prints_recall_by_form_and_the_worst_form(call, files):
+    status, out, err = call(*unlearn_words(files))
+    assert status == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert ["recall", "by", "form,", "greedy:"] in lines and any(line[:1] == ["cloze"] for line in lines)
+    assert sum(line[:2] == ["worst", "form"] and line[-2:] == ["above", "chance"] for line in lines) == 1
 
 
 def test_an_edit_for_another_base_model_is_refused(call, files, tmp_path, tiny_folder):

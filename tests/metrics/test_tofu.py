@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_hf
 from scipy.stats import hmean, ks_2samp
 
-from mech_unlearn.bench import ORDER, aggregate, bench_tofu, measure, question_note, same_questions
+from mech_unlearn.benches.tofu_logs import ORDER, aggregate, bench_tofu, measure, question_note, same_questions
 from mech_unlearn.data.tofu_logs import SPLITS, EvalLog, Split, read_log
 from mech_unlearn.metrics.memorization import (
     answer_loss,

@@ -1,4 +1,4 @@
-"""Published benchmarks from the logs of their own evaluation code: TOFU.
+"""TOFU's numbers from evaluation logs, its own or those of `benches/tofu.py`.
 
 The numbers carry the keys of TOFU's own tables and come from its own formulas (metrics/tofu.py; the truth ratio is the
 geometric variant, which those tables use).
@@ -57,21 +57,23 @@ def _ratios(log: EvalLog) -> Float[Tensor, " example"]:
     return truth_ratio_geometric(split.paraphrased_loss, split.perturbed_loss)
 
 
-def aggregate(log: EvalLog, retain_log: EvalLog) -> dict[str, float]:
+def aggregate(log: EvalLog, retain_log: EvalLog | None) -> dict[str, float]:
     """TOFU's numbers of a model, against a model retrained without the forget set.
 
     Args:
         log: all four splits of the model.
-        retain_log: the retrained model; only its forget split is read.
+        retain_log: the retrained model; only its forget split is read. Without it there is no forget quality.
     """
     values = {}
     for name in ORDER:
         means = scores(name, log.splits[name]).mean(0).tolist()
         values |= {f"{part} {name}": mean for part, mean in zip(PARTS, means, strict=True)}
     utility = model_utility([values[f"{part} {name}"] for name in ORDER if name != "Forget" for part in PARTS])
+    values["Model Utility"] = utility
+    if retain_log is None:
+        return values
     test = forget_quality(_ratios(log), _ratios(retain_log))
     return values | {
-        "Model Utility": utility,
         "Forget Quality": test.pvalue,
         "KS Test PVal Forget": test.pvalue,
         "KS Test Forget": test.statistic,
@@ -88,7 +90,9 @@ def same_questions(log: EvalLog, retain_log: EvalLog) -> bool:
     ]
 
 
-def measure(log: EvalLog, retain_log: EvalLog, *, rows_per_author: int = 1, seed: int = 0) -> dict[str, Measurement]:
+def measure(
+    log: EvalLog, retain_log: EvalLog | None, *, rows_per_author: int = 1, seed: int = 0
+) -> dict[str, Measurement]:
     """The numbers of `aggregate`, each with its 95 % percentile-bootstrap interval over the questions.
 
     Paired: the parts of a split share their draws, and so do both models where they were asked the same questions.
@@ -119,6 +123,8 @@ def measure(log: EvalLog, retain_log: EvalLog, *, rows_per_author: int = 1, seed
     measured["Model Utility"] = Measurement(
         value=values["Model Utility"], ci=utility, n=asked, unit="harmonic mean of nine parts"
     )
+    if retain_log is None:
+        return measured
     rows = len(retain_log.splits["Forget"].rows)
     other = counts if same_questions(log, retain_log) else resample(rows, generator, rows_per_author)
     statistic, pvalue = resampled_forget_quality(_ratios(log), _ratios(retain_log), counts, other)
