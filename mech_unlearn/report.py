@@ -119,6 +119,8 @@ def write_report(folder: Path) -> Path:
 
     from jinja2 import Environment
 
+    from mech_unlearn.benches.table import sections
+
     for name in ("summary.json", "provenance.json", "verdicts.json", "spec.yaml"):
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} is not a finished run directory: {name} is missing")
@@ -135,6 +137,7 @@ def write_report(folder: Path) -> Path:
     )
     page = template.render(
         summary=summary,
+        bench=sections(summary) if "benchmark_rows" in summary else (),
         header=header,
         body=body,
         forms_header=forms_header,

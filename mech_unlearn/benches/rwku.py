@@ -74,7 +74,7 @@ def _there(source: str | os.PathLike, config: str) -> bool:
         return True
     for name in (config, FILES[config]):
         try:
-            find(source, name)
+            find(source, name, config=config, split="test")
         except ValueError:
             continue
         return True
