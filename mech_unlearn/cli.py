@@ -280,7 +280,7 @@ def pools(
 def bench(
     name: Annotated[str, typer.Argument(help=BENCHMARKS)],
     data: Annotated[str | None, typer.Option(help="the benchmark's data: folder, file or hub id")] = None,
-    full: Annotated[str | None, typer.Option(help="model before unlearning: hub id or folder")] = None,
+    full: Annotated[str | None, typer.Option("--full", "--model", help="model before unlearning: id or folder")] = None,
     unlearned: Annotated[str | None, typer.Option(help="model after unlearning, or an edit file of ours")] = None,
     retrained: Annotated[
         list[str] | None, typer.Option(help="model trained without the forget set; repeat for more")
