@@ -265,8 +265,8 @@ def run_calibrate(
     Raises:
         ValueError: bad or too little input, or a folder with pools of other models.
     """
-    from mech_unlearn.calibration import fit_whole, save
-    from mech_unlearn.testbed.materials import Materials
+    from mech_unlearn.calibration import fit_whole, require_enough, save
+    from mech_unlearn.testbed.materials import Materials, groups_of
     from mech_unlearn.testbed.pools import cells, make_pools, read_pool
 
     known, kept = load_facts(facts), load_facts(retain)
@@ -285,6 +285,7 @@ def run_calibrate(
         device=device,
         dtype=dtype,
     )
+    require_enough(len(groups_of(known)))
     model = open_model(full, device, dtype)
     make_pools(materials, out, workers=workers, log=lambda line: print(line, file=sys.stderr))
     pool = read_pool([cell for cell in cells(out) if not cell["kind"].startswith("mixture")])

@@ -23,6 +23,8 @@ from mech_unlearn.features import FEATURES, RECOVERY, Matrix, Pool, spread_out
 
 TRUTHS: tuple[Label, ...] = ("intact", "suppressed", "deleted", "collapsed")
 ALPHA = 0.05
+LEAST_GROUPS = 29
+"""With fewer groups of facts `fit_whole` calibrates on less than 19 models a family: no p-value reaches `ALPHA`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +77,20 @@ class Calibration:
         """One line that goes with every table of verdicts."""
         models = sum(count for families in self.provenance["models"].values() for count in families.values())
         suppressors = ", ".join(self.scores["suppressed"])
+        never = [f"{truth} (least p-value {p:.2f})" for truth, p in self.least_p().items() if p > ALPHA]
         return (
             f"Calibrated verdicts: a truth is ruled out at p <= {ALPHA}, from {models} models whose truth is known. "
             f"The error rate holds for single facts and for suppressors like those known ({suppressors})."
+            + (f" Too few models were calibrated on to ever rule out {', '.join(never)}." if never else "")
         )
+
+    def least_p(self) -> dict[str, float]:
+        """Truth -> the smallest p-value that it can get, by the number of models calibrated on."""
+        counts = {truth: [len(clusters) for clusters in self.scores.get(truth, {}).values()] for truth in TRUTHS}
+        return {
+            truth: 1 / ((min(each, default=0) if truth == "suppressed" else sum(each)) + 1)
+            for truth, each in counts.items()
+        }
 
     def probabilities(self, x: Matrix) -> dict[str, Float[np.ndarray, " row"]]:
         """Truth -> probability by the classifier; those of the kinds of suppressors are summed."""
@@ -211,6 +223,15 @@ def _scores(calibration: Calibration, pool: Pool) -> dict[str, dict[str, tuple[t
 
 
 SHIPPED = Path(__file__).parent / "testbed" / "calibrations"
+
+
+def require_enough(groups: int) -> None:
+    """ValueError where fewer than `LEAST_GROUPS` are given: no truth could ever be ruled out."""
+    if groups < LEAST_GROUPS:
+        raise ValueError(
+            f"with facts about {groups} subjects no p-value could reach {ALPHA}, every verdict would be undetermined; "
+            f"give facts about {LEAST_GROUPS} or more (40 leave room for models that fail the audit of their truth)"
+        )
 
 
 def fit_whole(pool: Pool, full: str, seed: int = 0, **provenance: Any) -> Calibration:

@@ -1,9 +1,21 @@
 """Verdicts with an error rate: p-values against closed forms, their validity by simulation, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mech_unlearn.calibration import TRUTHS, conformal_p, fit, label_of, load, save, verdict_sets
+from mech_unlearn.calibration import (
+    ALPHA,
+    TRUTHS,
+    conformal_p,
+    fit,
+    label_of,
+    load,
+    require_enough,
+    save,
+    verdict_sets,
+)
 from mech_unlearn.features import FEATURES, RECOVERY, Pool, matrix
 
 SIDES = {"suppressed/late": "uds", "suppressed/early": "sae", "suppressed/path": "uds_subject"}
@@ -168,3 +180,25 @@ def test_a_group_on_both_sides_and_a_truth_that_is_not_there_are_refused(pool):
     known = pool.where(np.array(pool.truth) != "collapsed")
     with pytest.raises(ValueError, match="whose truth is 'collapsed'"):
         fit(known, *parts(pool)[:2])
+
+
+def test_the_least_p_value_is_what_the_smallest_family_allows_and_a_description_says_so(fitted):
+    counts = [len(clusters) for clusters in fitted.scores["suppressed"].values()]
+    least = fitted.least_p()
+    assert least["suppressed"] == 1 / (min(counts) + 1)
+    assert least["deleted"] == 1 / (sum(map(len, fitted.scores["deleted"].values())) + 1)
+    few = {family: clusters[:3] for family, clusters in fitted.scores["suppressed"].items()}
+    poor = replace(fitted, scores={**fitted.scores, "suppressed": few})
+    assert "ever rule out suppressed (least p-value 0.25)" in poor.describe()
+    enough = replace(fitted, scores={t: {f: c * 19 for f, c in fs.items()} for t, fs in fitted.scores.items()})
+    assert "rule out" not in enough.describe()
+
+
+@pytest.mark.parametrize("groups", range(4, 60))
+def test_the_least_number_of_groups_is_the_first_whose_calibration_can_rule_out_suppression(groups):
+    calibrating = groups - len(range(groups)[::3])  # as in `fit_whole`
+    if 1 / (calibrating + 1) > ALPHA:
+        with pytest.raises(ValueError, match=f"facts about {groups} subjects"):
+            require_enough(groups)
+    else:
+        require_enough(groups)
