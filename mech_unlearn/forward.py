@@ -25,8 +25,8 @@ def _hooked(model: Model, under: str = "") -> bool:
 
 
 def untouched(model: Model) -> bool:
-    """Whether nothing but the weights acts: no intervention, no hook anywhere, no layer bypassed."""
-    replaced = any("forward" in module.__dict__ for module in (model.hf, *model.bridge.blocks))
+    """Whether nothing but the weights acts: one model, no intervention, no hook anywhere, no layer bypassed."""
+    replaced = type(model) is not Model or any("forward" in m.__dict__ for m in (model.hf, *model.bridge.blocks))
     return not (model.active or replaced or _hooked(model)) and all(map(_as_loaded, model.hf.modules()))
 
 
@@ -46,14 +46,21 @@ def last_logits(
 ) -> Float[Tensor, "batch positions d_vocab"]:
     """The logits of the last positions of each row; those before are not unembedded.
 
-    Where something reads or changes logits by position (a hook at the unembedding, a ban of answers, a prefix) all
-    positions are computed, so that it sees what it always sees. Hooks at layers see whole rows either way.
+    Where something reads or changes logits by position (a hook at the unembedding, a ban of answers, a prefix, models
+    that answer together) all positions are computed, so that it sees what it always sees. Hooks at layers see whole
+    rows either way.
 
     Raises:
         ValueError: more tokens than the model has positions.
     """
     ends = (model.hf, *model.hf.get_output_embeddings().modules())
-    if model.active or "forward" in model.hf.__dict__ or _hooked(model, "unembed") or not all(map(_as_loaded, ends)):
+    if (
+        type(model) is not Model
+        or model.active
+        or "forward" in model.hf.__dict__
+        or _hooked(model, "unembed")
+        or not all(map(_as_loaded, ends))
+    ):
         return model.logits(ids)[:, -positions:]
     _require_room(model, ids.shape[1])
     return model.hf(input_ids=ids, use_cache=False, **_keep(model, positions)).logits[:, -positions:]

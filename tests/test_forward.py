@@ -9,6 +9,7 @@ from mech_unlearn.edit import Edit, Shift
 from mech_unlearn.forward import last_logits, next_logits, untouched
 from mech_unlearn.interventions import Ban
 from mech_unlearn.model import load
+from mech_unlearn.testbed.ensemble import join
 
 IDS = torch.randint(4, 60, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -78,3 +79,14 @@ def test_a_model_is_untouched_until_anything_is_hung_onto_it_and_again_when_it_i
     with Edit(name="w", base=tiny_model.hash(), deltas={"lm_head.weight": torch.ones_like(weight)}).on(tiny_model):
         assert untouched(tiny_model)  # weights are what a cache is made of
     assert untouched(tiny_model)
+
+
+@torch.no_grad()
+def test_models_that_answer_together_are_asked_together():
+    parts = [load(tiny_hf("llama", seed=seed), tokenizer=tiny_tokenizer()) for seed in (0, 1)]
+    both = join(parts)
+    ids = torch.arange(4, 16).reshape(2, 6)
+    assert not untouched(both)
+    whole = torch.stack([part.logits(ids).log_softmax(-1) for part in parts]).mean(0)
+    assert not torch.allclose(whole[:, -1], parts[0].logits(ids)[:, -1].log_softmax(-1), atol=1e-3)
+    torch.testing.assert_close(last_logits(both, ids, 2), whole[:, -2:])
