@@ -1,0 +1,135 @@
+"""Forget quality beside verdicts: what 004 adds to the summary, its table and its figures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import plain, text, verdict_table
+
+from mech_unlearn import plots
+from mech_unlearn.core import Attribution
+from mech_unlearn.metrics.tofu import forget_quality, interval, resampled_forget_quality
+from mech_unlearn.run import write_atomic, write_json
+
+DRAWS = 400
+MARKERS = {"10": "o", "05": "s", "01": "^"}
+
+
+def quality(own: Sequence[float], never: Sequence[float], owners: Sequence[str]) -> dict[str, Any]:
+    """TOFU's forget quality against one retrained model, its interval over authors, and the KS statistic."""
+    a, b = (torch.tensor(values, dtype=torch.float64) for values in (own, never))
+    found = forget_quality(a, b)
+    order = {name: i for i, name in enumerate(dict.fromkeys(owners))}
+    index = torch.tensor([order[name] for name in owners])
+    drawn = torch.randint(len(order), (DRAWS, len(order)), generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(DRAWS, len(order), dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
+    )[:, index]
+    statistic, p = resampled_forget_quality(a, b, counts, counts)
+    return {
+        "value": found.pvalue, "ci": list(interval(p)), "n": len(a), "unit": "p of a KS test of truth ratios",
+        "statistic": {
+            "value": found.statistic, "ci": list(interval(statistic)), "n": len(a), "unit": "KS distance, 0 to 1",
+        },
+    }  # fmt: skip
+
+
+def contrast(summary: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Size -> row -> forget quality, utility and its parts."""
+    out: dict[str, Any] = {}
+    for size, found in cells.items():
+        never, out[size] = found["sisa"]["reference_extra"], {}
+        for row, cell in found.items():
+            if "extra" not in cell:
+                continue
+            extra = cell["extra"]
+            out[size][row] = {
+                "forget_quality": quality(extra["truth_ratio"], never["truth_ratio"], extra["owners"]),
+                "utility": {
+                    "value": extra["utility"], "ci": None, "n": len(extra["parts"]), "unit": "harmonic mean of parts",
+                },
+                **{key: extra[key] for key in ("forget probability", "forget ROUGE", "parts")},
+            }  # fmt: skip
+    return out
+
+
+def write(results: Path, summary: dict[str, Any], cells: Mapping[str, Mapping[str, Any]]) -> None:
+    """The summary with TOFU's numbers, tables.md and the figures."""
+    summary["tofu"] = contrast(summary, cells)
+    write_json(results / "summary.json", summary)
+    write_atomic(results / "tables.md", tables(summary))
+    figures(results, summary, cells)
+
+
+def tables(summary: Mapping[str, Any]) -> str:
+    head = (
+        "size",
+        "row",
+        "recall, cloze",
+        "tokens, questions",
+        "recall, kept",
+        "KL (nats)",
+        "forget quality",
+        "utility",
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in summary["rows"]:
+        tofu = summary["tofu"][row["size"]][row["name"]]
+        lines.append(
+            f"| {row['size']} | {row['name']} | {text(row['forget_recall'])} "
+            f"| {text(row['asked']['question']['tokens'])} | {text(row['neighbor_recall'])} "
+            f"| {text(row['general_kl'])} | {text(tofu['forget_quality'])} | {text(tofu['utility'])} |"
+        )
+    lines += ["", *verdict_table(summary)]
+    lines += ["", "| size | shards hit | model | tokens, forgotten questions | tokens, kept |", "|---|---|---|---|---|"]
+    for size, found in summary["sisa"].items():
+        for name, out in found["outputs"].items():
+            lines.append(
+                f"| {size} | {found['hit']} of {found['shards']} | {name} | {text(out['question']['tokens'])} "
+                f"| {text(out['kept']['tokens'])} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]]) -> None:
+    def against(ax: Any) -> None:
+        names = list(dict.fromkeys(row["name"] for row in summary["rows"]))
+        for row in summary["rows"]:
+            if not row["verdicts"]:
+                continue
+            fq = summary["tofu"][row["size"]][row["name"]]["forget_quality"]
+            share = row["verdicts"]["deleted"]
+            color = plots.CYCLE[names.index(row["name"]) % len(plots.CYCLE)]
+            x = fq["statistic"]
+            bars = [[[abs(m["value"] - m["ci"][0])], [abs(m["ci"][1] - m["value"])]] for m in (x, share)]
+            ax.errorbar(
+                x["value"], share["value"], xerr=bars[0], yerr=bars[1], fmt=MARKERS[row["size"]], color=color, ms=8,
+                lw=0.8, alpha=0.9, mec="black" if fq["value"] > 0.05 else color, mew=1.8,
+            )  # fmt: skip
+        for i, name in enumerate(names):
+            ax.plot([], [], "o", color=plots.CYCLE[i % len(plots.CYCLE)], label=name)
+        for size in dict.fromkeys(row["size"] for row in summary["rows"]):
+            ax.plot([], [], MARKERS[size], color="#777777", label=f"forget{size}")
+        ax.set_xlabel("KS distance of truth ratios to a retrained model (black edge: forget quality p > .05)")
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_ylabel("share of facts judged deleted")
+        ax.set_ylim(-0.05, 1.05)
+        ax.legend(frameon=False, fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.0))
+
+    plots.save(results / "forget_quality.png", against, size=(7.5, 4.8))
+    for size in cells:
+        rows = [plain(row) | {"name": row["name"]} for row in summary["rows"] if row["size"] == size]
+        plots.save(
+            results / f"verdicts_{size}.png", lambda ax, rows=rows: plots.verdict_bars(rows, ax), size=(7.5, 3.6)
+        )
+    first = next(iter(cells))
+    curves = {row: cell["curves"] for row, cell in cells[first].items() if cell.get("curves") and row != "full"}
+    if any(any(v is not None for v in values) for kinds in curves.values() for values in kinds.values()):
+        plots.save(
+            results / "uds_by_layer.png", lambda ax: plots.restoration_by_layer(curves, ax, 3.0), size=(7.5, 4.6)
+        )
+    trace = Attribution.from_json(cells[first]["locate"]["located"]["causal_trace"])
+    assert math.isfinite(trace.values.nan_to_num().sum().item())
+    plots.save(results / "causal_trace.png", lambda ax: plots.heatmap(trace, ax))

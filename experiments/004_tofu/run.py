@@ -1,0 +1,204 @@
+"""TOFU from scratch: a small model learns its questions, forgets 1, 5 and 10 %, and everything is measured on it.
+
+    python experiments/004_tofu/run.py WORK [--data DIR] [--quick]      all stages; goes on where it stopped
+
+WORK keeps the models and cells; results/ gets summary.json and the figures. `--quick`: six authors, two minutes,
+results in WORK.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import corpus  # noqa: E402
+import from_scratch  # noqa: E402
+import report  # noqa: E402
+import torch  # noqa: E402
+from corpus import Question, Tofu  # noqa: E402
+from from_scratch import Bench, Size, epochs  # noqa: E402
+
+from mech_unlearn.metrics.evaluate import score_answers  # noqa: E402
+from mech_unlearn.metrics.generation import continuations  # noqa: E402
+from mech_unlearn.metrics.intervals import mean_ci  # noqa: E402
+from mech_unlearn.metrics.rouge import rouge_recall  # noqa: E402
+from mech_unlearn.metrics.tofu import model_utility, probability_among_options  # noqa: E402
+from mech_unlearn.metrics.truth_ratio import true_preferred, truth_ratio_geometric  # noqa: E402
+from mech_unlearn.model import Model  # noqa: E402
+from mech_unlearn.testbed.recipe import Recipe  # noqa: E402
+from mech_unlearn.testbed.scratch import Plan, deal, make_vocabulary  # noqa: E402
+
+DATA = Path(os.environ.get("MECH_UNLEARN_DATA", HERE.parents[2] / "shared" / "data")) / "tofu"
+RECIPE = Recipe(
+    n_layers=4,
+    d_model=128,
+    d_mlp=384,
+    gate=2,
+    masked_share=0.0,
+    base_steps=400,
+    continue_steps=320,
+    continue_lr=2e-3,
+    forget_weight=3,
+)
+"""Not masked: an answer says the name again, which a mask after its first mention would hide from itself."""
+SHARDS, SHARD_STEPS, POSITIONS = 4, 80, 192
+AUDITED = 80
+"""Facts audited per size at the most, every k-th of them."""
+SAID, LONG, SHORT = 24, 36, 8
+"""Questions per split whose answers are generated for ROUGE, and their lengths in tokens (fictitious, real)."""
+
+
+@lru_cache(maxsize=2)
+def read(data: Path, quick: bool) -> Tofu:
+    whole = corpus.read(data)
+    return corpus.quick(whole) if quick else whole
+
+
+def every(items: Sequence[Any], most: int) -> tuple[Any, ...]:
+    """At most so many, evenly spaced."""
+    return tuple(items[i * len(items) // most] for i in range(most)) if len(items) > most else tuple(items)
+
+
+def make_bench(data: Path, quick: bool) -> Bench:
+    """The experiment on the published files."""
+    tofu = read(data, quick)
+    told = corpus.texts(tofu)
+    sizes = {"10": 4, "01": 2} if quick else {"10": 20, "05": 10, "01": 2}
+    gone = {name: frozenset(tofu.authors[-count:]) for name, count in sizes.items()}
+    owners = {text.owner for text in told if text.owner}
+    recipe = replace(RECIPE, base_steps=80, continue_steps=120) if quick else RECIPE
+    plan = Plan(
+        texts=told, requests=gone, tokenizer=make_vocabulary(corpus.words(tofu)), recipe=recipe,
+        shards=deal(owners, 2 if quick else SHARDS, 0), retrained={} if quick else {"10": 2},
+        shard_steps=40 if quick else SHARD_STEPS, positions=POSITIONS,
+    )  # fmt: skip
+    return Bench(
+        name="tofu",
+        plan=plan,
+        sizes={name: size_of(tofu, gone[name], 12 if quick else AUDITED) for name in sizes},
+        methods=few if quick else methods,
+        extra=lambda model, size: tofu_scores(tofu, gone[size], model),
+        locators=locate,
+        facts=tofu.facts,
+        counts={
+            "forget10 questions": len(tofu.forget), "retain questions": len(tofu.retain), "texts": len(told),
+            "real authors": len(tofu.real), "world facts": len(tofu.world), "cloze facts": len(tofu.facts),
+            "question facts": len(tofu.asked), "rows that became no fact": len(tofu.left_out),
+        },
+    )  # fmt: skip
+
+
+def size_of(tofu: Tofu, gone: frozenset[str], most: int) -> Size:
+    forget, retain = corpus.sets(tofu, gone)
+    cloze = [f for f in tofu.facts if f.subject in gone]
+    asked = tuple(f for f in tofu.asked if f.subject in gone)
+    return Size(
+        forget=forget, retain=retain, audited=every(cloze, most), kept=every(retain.neighbors, 150),
+        texts=every(retain.texts, 60), asked={"question": every(asked, 150)},
+    )  # fmt: skip
+
+
+def methods(at: Size) -> Mapping[str, Any]:
+    """The methods with settings found by hand on forget05 (README); the same at all sizes."""
+    from mech_unlearn.methods import GradDiff, IdkDpo, LastLayerAscent, Npo, Rmu, Rocr
+
+    trained: dict[str, Any] = {"batch_size": 24, "epochs": epochs(at, least=4)}
+    return {
+        "npo": Npo(lr=3e-4, beta=0.5, retain_weight=3.0, **trained),
+        "idk_dpo": IdkDpo(lr=3e-4, retain_weight=3.0, refusals=corpus.REFUSALS, **trained),
+        "grad_diff": GradDiff(lr=1e-4, retain_weight=3.0, **trained),
+        "rmu": Rmu(layer=1, c=20.0, alpha=5.0, lr=3e-3, epochs=epochs(at), batch_size=24),
+        "last_layer_ascent": LastLayerAscent(
+            lr=2e-3, epochs=epochs(at), batch_size=24, max_nll=8.0, retain_weight=8.0, stop_recall=0.0
+        ),
+        "rocr": Rocr(layers=(0, 1), z_layer=2, energy=0.4),
+    }  # fmt: skip
+
+
+def few(at: Size) -> Mapping[str, Any]:
+    """Three of the methods, for the quick run."""
+    return {name: m for name, m in methods(at).items() if name in ("npo", "last_layer_ascent", "rocr")}
+
+
+def losses(model: Model, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss per token of the true answers, and of the wrong ones (padded with the row's mean where fewer)."""
+    rows = [(corpus.LAYOUT.format(q.question), q.answer) for q in questions]
+    wrong = [(corpus.LAYOUT.format(q.question), answer) for q in questions for answer in q.wrong]
+    found = score_answers(model, [*rows, *wrong]).loss.double()
+    width, flat = max(len(q.wrong) for q in questions), iter(found[len(rows) :].tolist())
+    table = []
+    for q in questions:
+        own = [next(flat) for _ in q.wrong]
+        table.append(own + [sum(own) / len(own)] * (width - len(own)))
+    return found[: len(rows)], torch.tensor(table, dtype=torch.float64)
+
+
+def tofu_scores(tofu: Tofu, gone: frozenset[str], model: Model) -> dict[str, Any]:
+    """TOFU's numbers of one model: truth ratios of the forgotten questions, and the nine parts of the utility."""
+    forgotten = [q for q in tofu.forget if q.owner in gone and q.wrong]
+    true, wrong = losses(model, forgotten)
+    ratio = truth_ratio_geometric(true, wrong)
+    owners = [q.owner for q in forgotten]
+    parts: dict[str, Any] = {}
+    for split, questions, length in (
+        ("Retain", every([q for q in tofu.retain if q.wrong], 100), LONG),
+        ("Real Authors", tofu.real, SHORT),
+        ("Real World", tofu.world, SHORT),
+    ):
+        own, other = losses(model, questions)
+        chosen = (-own).exp() if split == "Retain" else probability_among_options(own, other)
+        clusters = [q.owner or q.key for q in questions]
+        parts[f"{split} probability"] = mean_ci(chosen, "probability, mean over questions", clusters).to_json()
+        preferred = true_preferred(truth_ratio_geometric(own, other))
+        parts[f"{split} truth ratio"] = mean_ci(
+            preferred, "max(0, 1 - truth ratio), mean over questions", clusters
+        ).to_json()
+        parts[f"{split} ROUGE"] = rouge(model, questions, length)
+    return {
+        "truth_ratio": ratio.tolist(),
+        "owners": owners,
+        "forget probability": mean_ci((-true).exp(), "probability, mean over questions", owners).to_json(),
+        "forget ROUGE": rouge(model, forgotten, LONG),
+        "parts": parts,
+        "utility": model_utility([part["value"] for part in parts.values()]),
+    }
+
+
+def rouge(model: Model, questions: Sequence[Question], length: int) -> dict[str, Any]:
+    some = every(questions, SAID)
+    said = continuations(model, [corpus.LAYOUT.format(q.question) for q in some], length)
+    found = rouge_recall(said, [q.answer for q in some]).rougeL
+    return mean_ci(found, "ROUGE-L recall, mean over questions", [q.owner or q.key for q in some]).to_json()
+
+
+def locate(model: Model, at: Size) -> dict[str, Any]:
+    from mech_unlearn.locate import LOCATORS
+
+    facts = every(at.audited, 60)
+    return {
+        "causal_trace": LOCATORS["causal_trace"].run(model, facts, samples=4, seed=0).to_json(),
+        "logit_lens": LOCATORS["logit_lens"].run(model, facts).to_json(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("work", type=Path, help="folder for models and cells, outside of the repository")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the published TOFU files")
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything; results go to WORK/results")
+    given = parser.parse_args()
+    results = given.work / "results" if given.quick else HERE / "results"
+    done = from_scratch.run(make_bench, given.data, given.work, results, quick=given.quick)
+    report.write(results, done["summary"], done["cells"])
+
+
+if __name__ == "__main__":
+    main()
