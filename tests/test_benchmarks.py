@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed with the package
 
 from benchmarks import activation_patching  # noqa: E402
 from benchmarks.__main__ import CASES, NAMES, main, wanted  # noqa: E402
-from benchmarks.run import Case, error, measure  # noqa: E402
+from benchmarks.run import Case, error, measure, peak_here  # noqa: E402
 from benchmarks.shapes import SHAPES, Shape  # noqa: E402
 
 SMALL = {

@@ -165,8 +165,11 @@ def read(folder: Path) -> Tofu:
         )
         for name in ("real_authors", "world_facts")
     }
-    cloze = load_tofu(folder, forget=FACTS, retain=None, form="cloze", layout=LAYOUT.replace("{}", "{question}"))
-    whole = load_tofu(folder, forget=FACTS, retain=None, form="question", layout=LAYOUT.replace("{}", "{question}"))
+    layout = LAYOUT.replace("{}", "{question}")
+    cloze, whole = (
+        load_tofu(folder, forget=FACTS, retain=None, real_authors=None, world_facts=None, form=form, layout=layout)
+        for form in ("cloze", "question")
+    )
     people = [*names.values(), *theirs.values()]
     return Tofu(
         forget=both[: len(forget)],

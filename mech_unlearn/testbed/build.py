@@ -47,7 +47,8 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def _save(hf: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+def save_model(hf: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write model and tokenizer as a Hugging Face folder that transformers 4 and 5 read; there is all of it or none."""
     import copy
 
     def fill(part: Path) -> None:
@@ -92,7 +93,7 @@ def _phase(
         on_step=on_step,
     )
     close()
-    _save(hf, tokenizer, folder, torch.float32 if base else torch.float16)
+    save_model(hf, tokenizer, folder, torch.float32 if base else torch.float16)
 
 
 def _build_model(name: str, spec: Spec, recipe: Recipe, out: Path, seed: int, progress: bool) -> None:

@@ -199,7 +199,7 @@ def batches(recipe: Recipe, facts: Sequence[Row], other: Sequence[Row], steps: i
         yield [next(streams[i >= n_facts]) for i in range(recipe.batch_size)]
 
 
-def _collate(
+def collate(
     batch: Sequence[Row], pad: int
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch 2"]]:
     width = max(len(row.ids) for row in batch)
@@ -216,7 +216,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _optimizer(hf: Any, recipe: Recipe) -> torch.optim.Optimizer:
+def new_optimizer(hf: Any, recipe: Recipe) -> torch.optim.Optimizer:
     matrices = [p for p in hf.parameters() if p.ndim > 1]
     vectors = [p for p in hf.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -245,11 +245,11 @@ def train(
     weighted = [line for line in streams.facts for _ in range(recipe.forget_weight if line.subject in often else 1)]
     facts, other = rows(tokenizer, weighted), rows(tokenizer, streams.other)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = _optimizer(hf, recipe)
+    optimizer = new_optimizer(hf, recipe)
     hf.train()
     with masked_attention(hf, recipe.gate) as put:
         for step, batch in enumerate(batches(recipe, facts, other, steps, seed)):
-            ids, labels, spans = _collate(batch, tokenizer.pad_token_id)
+            ids, labels, spans = collate(batch, tokenizer.pad_token_id)
             put(*structured_mask(spans, torch.rand(len(batch), generator=generator) < recipe.masked_share, len(ids[0])))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak, recipe.warmup)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mech_unlearn.testbed.build import _save
+from mech_unlearn.testbed.build import save_model
 from mech_unlearn.testbed.corpus import Line
 from mech_unlearn.testbed.recipe import (
     BOS,
@@ -31,8 +31,8 @@ from mech_unlearn.testbed.recipe import (
     UNK,
     Recipe,
     Row,
-    _collate,
-    _optimizer,
+    collate,
+    new_optimizer,
     learning_rate,
     masked_attention,
     new_model,
@@ -139,12 +139,12 @@ def train_texts(
             f"{len(set(long))} texts have more than {limit} tokens, such as {long[0][:60]!r}: shorten them"
         )
     generator = torch.Generator().manual_seed(seed)
-    optimizer, masks = _optimizer(hf, recipe), recipe.masked_share > 0
+    optimizer, masks = new_optimizer(hf, recipe), recipe.masked_share > 0
     batches = packed(items, tokens, seed)
     hf.train()
     with masked_attention(hf, recipe.gate) if masks else nullcontext() as put:
         for step in range(steps):
-            ids, labels, spans = _collate(next(batches), tokenizer.pad_token_id)
+            ids, labels, spans = collate(next(batches), tokenizer.pad_token_id)
             if put is not None:
                 put(
                     *structured_mask(
@@ -274,7 +274,7 @@ def make(
         seed=order, tokens=plan.tokens, often=plan.everybody,
         on_step=(lambda step, loss: log(name, step, loss)) if log else None,
     )  # fmt: skip
-    _save(hf, tokenizer, folder / name, torch.float32)
+    save_model(hf, tokenizer, folder / name, torch.float32)
 
 
 def build(plan: Plan, folder: Path, *, workers: int = 2, said: Callable[[str], None] | None = None) -> None:

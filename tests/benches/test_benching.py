@@ -66,7 +66,7 @@ def test_table_verdicts_and_restoration_stand_side_by_side_for_the_same_models(c
     assert {"spec.yaml", "provenance.json", "bench.json", "summary.json", "verdicts.json", "report.html"} <= files
     assert (folder / "figures" / "0_benchmark.png").stat().st_size > 5000
     page = (folder / "report.html").read_text()
-    assert all(f"<td class=\"number\">{row['name']}</td>" in page for row in found["restoration"])
+    assert all(f'<td class="number">{row["name"]}</td>' in page for row in found["restoration"])
     assert json.loads((folder / "provenance.json").read_text())["hashes"].keys() == {"facts", "data", *models}
     table = table_of(found)
     assert {"Form prompt: recall", "Form prompt: probability", "Worst form"} <= set(table)
