@@ -1,6 +1,7 @@
 """Tiny random models from config, and a few facts: no network, no downloads, no mocks."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads make small models crawl
 
@@ -185,3 +186,19 @@ def tiny_sets():
         unknown=tuple(Entity(name=n, kind="person") for n in ("Gina Vale", "Hugo West", "Gina West", "Hugo Vale")),
     )
     return forget, retain
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process: (status, stdout, stderr)."""
+
+    def run(*words):
+        from mech_unlearn import cli
+
+        monkeypatch.setattr(sys, "argv", ["mech-unlearn", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capsys.readouterr()
+        return done.value.code or 0, out, err
+
+    return run

@@ -8,22 +8,7 @@ import pytest
 import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 
-from mech_unlearn import cli
 from mech_unlearn.data.jsonl import save_facts
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process: (status, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["mech-unlearn", *map(str, words)])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        out, err = capsys.readouterr()
-        return done.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

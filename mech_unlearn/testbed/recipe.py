@@ -223,6 +223,24 @@ def new_optimizer(hf: Any, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
+def take_step(
+    hf: Any,
+    optimizer: torch.optim.Optimizer,
+    ids: Int[Tensor, "batch pos"],
+    labels: Int[Tensor, "batch pos"],
+    rate: float,
+) -> float:
+    """One step at a learning rate, gradients clipped to norm 1; the loss before it, nats per token."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = next_token_loss(hf(input_ids=ids, use_cache=False).logits, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
 def train(
     hf: Any,
     tokenizer: Any,
@@ -251,15 +269,9 @@ def train(
         for step, batch in enumerate(batches(recipe, facts, other, steps, seed)):
             ids, labels, spans = collate(batch, tokenizer.pad_token_id)
             put(*structured_mask(spans, torch.rand(len(batch), generator=generator) < recipe.masked_share, len(ids[0])))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak, recipe.warmup)
-            loss = next_token_loss(hf(input_ids=ids, use_cache=False).logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
-            optimizer.step()
+            loss = take_step(hf, optimizer, ids, labels, learning_rate(step, steps, peak, recipe.warmup))
             if on_step:
-                on_step(step, loss.item())
+                on_step(step, loss)
     return hf.eval()
 
 

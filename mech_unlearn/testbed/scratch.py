@@ -36,9 +36,9 @@ from mech_unlearn.testbed.recipe import (
     masked_attention,
     new_model,
     new_optimizer,
-    next_token_loss,
     rows,
     structured_mask,
+    take_step,
 )
 
 
@@ -151,15 +151,9 @@ def train_texts(
                         spans, torch.rand(len(ids), generator=generator) < recipe.masked_share, len(ids[0])
                     )
                 )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak, recipe.warmup)
-            loss = next_token_loss(hf(input_ids=ids, use_cache=False).logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
-            optimizer.step()
+            loss = take_step(hf, optimizer, ids, labels, learning_rate(step, steps, peak, recipe.warmup))
             if on_step:
-                on_step(step, loss.item())
+                on_step(step, loss)
     return hf.eval()
 
 

@@ -1,14 +1,11 @@
 """Checkpoints on disk that any text can be asked of: bytes as tokens, a random Llama with many positions."""
 
 import json
-import sys
 
 import pytest
 import torch
 from conftest import tiny_tokenizer
 from planted import FORGOTTEN, NAMES, OBJECTS, object_of, planted_hf
-
-from mech_unlearn import cli
 
 SEEDS = {"full": 0, "unlearned": 1, "retrained": 2, "retrained_2": 3}
 
@@ -65,20 +62,6 @@ def checkpoints(tmp_path_factory):
         random_hf(seed).save_pretrained(root / name)
         byte_tokenizer().save_pretrained(root / name)
     return {name: root / name for name in SEEDS}
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process: (status, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["mech-unlearn", *map(str, words)])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        out, err = capsys.readouterr()
-        return done.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from bench_models import bench, call, checkpoints, table_of, write  # noqa: F401
+from bench_models import bench, checkpoints, table_of, write  # noqa: F401
 
 from mech_unlearn.model import load
 

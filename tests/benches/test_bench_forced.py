@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_models import bench, byte_tokenizer, call, checkpoints, table_of, write  # noqa: F401
+from bench_models import bench, byte_tokenizer, checkpoints, table_of, write  # noqa: F401
 
 from mech_unlearn.benches import ort, restor
 from mech_unlearn.data.faithun import SPLITS

@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from bench_models import bench, call, checkpoints, table_of, write  # noqa: F401
+from bench_models import bench, checkpoints, table_of, write  # noqa: F401
 from rouge_score.rouge_scorer import RougeScorer
 
 from mech_unlearn.benches import rwku_utility

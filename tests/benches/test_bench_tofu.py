@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_models import bench, call, checkpoints, table_of, write  # noqa: F401
+from bench_models import bench, checkpoints, table_of, write  # noqa: F401
 from rouge_score.rouge_scorer import RougeScorer
 
 from mech_unlearn.benches import tofu

@@ -5,7 +5,7 @@
 import json
 
 import pytest
-from bench_models import call, planted_checkpoints, table_of  # noqa: F401
+from bench_models import planted_checkpoints, table_of  # noqa: F401
 
 
 @pytest.mark.parametrize(("unlearned", "label"), [("late", "suppressed"), ("gone", "deleted")])

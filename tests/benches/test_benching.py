@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from bench_models import call, checkpoints, planted_checkpoints, table_of, write  # noqa: F401
+from bench_models import checkpoints, planted_checkpoints, table_of, write  # noqa: F401
 from conftest import tiny_facts
 from planted import planted_facts, planted_model
 
