@@ -1,6 +1,5 @@
-"""What the commands `audit` and `calibrate` do on a user's own models and files, without the printing."""
+"""What the command `audit` does on a user's own models and files, without the printing."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mech_unlearn.commands import hashes, twin
-from mech_unlearn.core import Fact, RetainSet
+from mech_unlearn.core import Entity, Fact
 from mech_unlearn.data.jsonl import load_facts
 from mech_unlearn.inputs import (
     choose,
@@ -31,6 +30,13 @@ class Audit:
     """None for provisional thresholds."""
     note: str
     """How far the evidence goes, for captions."""
+    lenient: bool = False
+    """Whether tests that the case does not allow are left out, and named in the cells, instead of ending the work."""
+
+    def note_of(self, cells: Sequence[Mapping[str, Any]]) -> str:
+        """The note, with what was left out."""
+        gone = {test: why for cell in cells for test, why in cell["refused"].items()}
+        return self.note + "".join(f" Left out: {test} ({why})." for test, why in gone.items())
 
     def cells(self, run: Run, models: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The cell of each model (row, records, verdicts, curves) by `audit_row`; a finished one is read.
@@ -44,13 +50,14 @@ class Audit:
         from mech_unlearn.verdict import Thresholds
 
         made: list[tuple[Any, Any]] = []
+        gone: dict[str, str] = {}
 
         def compute(name: str) -> dict[str, Any]:
             case = self.case
             if not made:
                 kept = recall(case.full, case.others, "prompt", case.seed) if case.others else None
-                made.append((reference(case, self.tests), kept))
-            return audit_row(
+                made.append((reference(case, self.tests, gone.__setitem__ if self.lenient else None), kept))
+            return {"refused": gone} | audit_row(
                 made[0][0],
                 models[name],
                 name=name,
@@ -93,12 +100,16 @@ def prepare_audit(
     calibration: str,
     seed: int,
     log: Callable[[str], None],
+    texts: Sequence[str] = (),
+    unknown: Sequence[Entity] = (),
 ) -> Audit:
     """An audit of some facts; writes nothing.
 
     Args:
         full: the loaded model before unlearning; `retrained` likewise.
         kept: facts that were to stay; those about other subjects than the facts' serve as contrast.
+        texts: running text on which drift is measured; without any, the kept facts written out.
+        unknown: names that no model knows.
 
     Raises:
         ValueError: an unknown test, or a calibration that cannot serve.
@@ -112,18 +123,20 @@ def prepare_audit(
         facts=tuple(facts),
         retrained=tuple(retrained),
         others=tuple(fact for fact in kept if fact.subject not in subjects),
-        texts=mentions(kept),
+        texts=tuple(texts) or mentions(kept),
+        unknown=tuple(unknown),
         sae=open_sae(sae, full, (), seed) if sae else None,
         seed=seed,
         log=log,
     )
     case, wanted, lacks = _core(case) if tests == "core" else (case, named_tests(tests), [])
-    made_for = _calibration(calibration, full, wanted, bool(retrained))
+    made_for, unfit = _calibration(calibration, case, wanted)
     note = f"Evidence of grade {case.grade}"
     note += "" if retrained else ": no retrained model given, sham facts stand in for one"
     note += "" if sae else "; no SAE given, the mean-difference direction stands in for expert latents"
-    note = "; ".join([note, *lacks]) + "."
-    return Audit(case=case, tests=wanted, calibration=made_for, note=f"{note} {(made_for or Thresholds()).describe()}")
+    note = "; ".join([note, *lacks, *unfit]) + "."
+    note = f"{note} {(made_for or Thresholds()).describe()}"
+    return Audit(case=case, tests=wanted, calibration=made_for, note=note, lenient=tests == "all")
 
 
 def _core(case: Any) -> tuple[Any, tuple[str, ...], list[str]]:
@@ -178,6 +191,8 @@ def run_audit(
     dtype: str,
     seed: int,
     calibration: str = "auto",
+    texts: Path | None = None,
+    unknown: Path | None = None,
 ) -> dict[str, Any]:
     """Restoration tests and a verdict per fact for one before/after pair, in a run directory.
 
@@ -193,102 +208,81 @@ def run_audit(
 
     wanted = named_tests(tests)
     asked, kept = load_facts(facts), load_facts(retain) if retain else ()
+    given = {"texts": read_lines(texts), "unknown": entities(unknown, asked[0].kind)}
     before = open_model(full, device, dtype)
     with ExitStack() as stack:
         after = open_unlearned(stack, unlearned, before, device, dtype)
         others = tuple(open_model(source, device, dtype) for source in retrained)
         spec = {"command": "audit", "full": full, "unlearned": unlearned, "retrained": list(retrained)}
         spec |= {"facts": str(facts), "retain": retain and str(retain), "sae": sae, "seed": seed}
-        spec |= {"calibration": calibration}
+        spec |= {"calibration": calibration, "device": device, "dtype": dtype}
+        about = hashes(
+            asked, kept=kept, sae=sae, calibration=calibration, full=before, unlearned=after,
+            **given, **{f"retrained {k}": model for k, model in enumerate(others)},
+        )  # fmt: skip
         log = stack.enter_context(progress(total=8 * (len(wanted) + 1)))
-        given = {"sae": sae, "tests": tests, "calibration": calibration, "seed": seed, "log": log}
-        audit = prepare_audit(before, asked, kept, retrained=others, **given)
-        run = open_run(out, spec | {"tests": list(audit.tests)})
-        write_json(
-            run.folder / "provenance.json",
-            provenance(hashes(asked, full=before, unlearned=after), seed, device),
-        )
+        audit = prepare_audit(
+            before, asked, kept, retrained=others, sae=sae, tests=tests, calibration=calibration, seed=seed, log=log,
+            **given,
+        )  # fmt: skip
+        run = open_run(out, spec | {"tests": list(audit.tests), "hashes": about})
+        write_json(run.folder / "provenance.json", provenance(about, seed, device))
         models = {"full": stack.enter_context(clone(before)), "unlearned": after}
         if len(others) > 1:
             models["retrained"] = others[0]
         cells = audit.cells(run, models)
-    write_json(run.folder / "captions.json", {"note": audit.note})
+    write_json(run.folder / "captions.json", {"note": audit.note_of(cells)})
     summary = run.finish("audit", None, cells)
     draw_figures(run.folder)
     write_report(run.folder)
     return summary
 
 
-def _calibration(source: str, full: Any, tests: Sequence[str], retrained: bool) -> Any:
-    """The calibration that an audit is judged by, or None for provisional thresholds.
+def _calibration(source: str, case: Any, tests: Sequence[str]) -> tuple[Any, list[str]]:
+    """(The calibration that an audit is judged by, or None for provisional thresholds; why one of the package's was not
+    used).
 
     Raises:
-        ValueError: a file that is none, or one that was asked for and cannot serve: made for another full model,
-            without retrained models, or without the tests that it reads.
+        ValueError: a file that is none, or one that was asked for and cannot serve: made for another full model, or
+            with more than this audit has.
     """
     from mech_unlearn.calibration import load, shipped
-    from mech_unlearn.verdict import CALIBRATED
 
     if source == "none":
-        return None
-    ready = retrained and set(CALIBRATED) <= set(tests)
+        return None, []
     if source == "auto":
-        return shipped(full.hash()) if ready else None
+        made = shipped(case.full.hash())
+        lacks = _lacks(made, case, tests) if made else []
+        return (
+            (None, [f"not judged by the calibration of this model, for want of {', '.join(lacks)}"])
+            if lacks
+            else (
+                made,
+                [],
+            )
+        )
     if not Path(source).is_file():
         raise ValueError(f"calibration {source!r}: no such file; give auto, none, or what `calibrate` wrote")
     made = load(source)
-    if made.provenance.get("full") != full.hash():
+    if made.provenance.get("full") != case.full.hash():
         raise ValueError(f"calibration {source!r} was made for another full model; its error rates do not hold here")
-    if not ready:
-        raise ValueError(f"calibration {source!r} needs retrained models and the tests {', '.join(CALIBRATED)}")
-    return made
+    if lacks := _lacks(made, case, tests):
+        raise ValueError(f"calibration {source!r} cannot judge this audit, for want of {', '.join(lacks)}")
+    return made, []
 
 
-def run_calibrate(
-    full: str,
-    facts: Path,
-    retain: Path,
-    texts: Path,
-    out: Path,
-    *,
-    references: Sequence[str],
-    retrained: Sequence[str],
-    unknown: Path | None,
-    sae: str | None,
-    workers: int,
-    device: str,
-    dtype: str,
-    seed: int,
-) -> tuple[Path, str]:
-    """Pools of known truth from a user's own models, and the calibration they give: (its file, what it says of itself).
+def _lacks(made: Any, case: Any, tests: Sequence[str]) -> list[str]:
+    """What the audits had that a calibration was measured on, and this one has not."""
+    from mech_unlearn.verdict import CALIBRATED
 
-    Raises:
-        ValueError: bad or too little input, or a folder with pools of other models.
-    """
-    from mech_unlearn.calibration import fit_whole, require_enough, save
-    from mech_unlearn.testbed.materials import Materials, groups_of
-    from mech_unlearn.testbed.pools import cells, make_pools, read_pool
-
-    known, kept = load_facts(facts), load_facts(retain)
-    subjects = {fact.subject for fact in known}
-    materials = Materials(
-        full=full,
-        references=tuple(references),
-        retrained=tuple(retrained),
-        facts=known,
-        retain=RetainSet(
-            neighbors=tuple(fact for fact in kept if fact.subject not in subjects),
-            texts=read_lines(texts),
-            unknown=entities(unknown, known[0].kind),
-        ),
-        sae=sae,
-        device=device,
-        dtype=dtype,
-    )
-    require_enough(len(groups_of(known)))
-    model = open_model(full, device, dtype)
-    make_pools(materials, out, workers=workers, log=lambda line: print(line, file=sys.stderr))
-    pool = read_pool([cell for cell in cells(out) if not cell["kind"].startswith("mixture")])
-    made = fit_whole(pool, model.hash(), seed, models_from="pools of your own models")
-    save(made, out / "calibration.json")
-    return out / "calibration.json", made.describe()
+    site = made.provenance.get("sae")
+    return [
+        what
+        for what, there in {
+            "two retrained models": len(case.retrained) > 1,
+            f"the tests {', '.join(CALIBRATED)}": set(CALIBRATED) <= set(tests),
+            "facts about other subjects": bool(case.others),
+            f"an SAE at {site}" if site else "leaving the SAE out": site == (case.sae and case.sae.site.hook),
+        }.items()
+        if not there
+    ]

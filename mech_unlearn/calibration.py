@@ -1,17 +1,21 @@
 """Error rates for verdicts, from models whose truth is known: classifier, conformal p-values, verdict sets.
 
 A *pool* is a table of facts in models of known truth (`testbed/pools.py`): one row per fact, its features, and the
-*cluster* it belongs to, which is one audited model. A `Calibration` is fitted on some groups of facts and calibrated on
-others; it gives each fact of a new model one p-value per truth: how unusual the fact would be if that were so.
+*cluster* it belongs to, which is one audited model, and the *group* of facts that the model is about. A `Calibration`
+is fitted on some groups and calibrated on others; it gives each fact of a new model one p-value per truth: how unusual
+the fact would be if that were so.
 
-Source: class-conditional (Mondrian) conformal prediction (Vovk 2012, arXiv 1209.2673) with clusters in place of rows,
-because facts of one model are not independent: p_c = (1 + sum_j mean_i [a_c(x_ij) >= a_c(x)]) / (J + 1).
+Source: class-conditional (Mondrian) conformal prediction (Vovk 2012, arXiv 1209.2673) with groups in place of rows,
+because facts of one model and models of one group are not independent:
+p_c = (1 + sum_g mean_j mean_i [a_c(x_gji) >= a_c(x)]) / (G + 1), over the models j of group g and their facts i.
+What is exchangeable is the group. Deleted models descend from a few retrained ones; that a verdict holds for models of
+another training run is measured by rotating over those (`meta_evaluation`), not guaranteed.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from mech_unlearn.core import Label
-from mech_unlearn.features import FEATURES, RECOVERY, Matrix, Pool, spread_out
+from mech_unlearn.features import FEATURES, RECOVERY, Matrix, Pool, summarised
 
 TRUTHS: tuple[Label, ...] = ("intact", "suppressed", "deleted", "collapsed")
 ALPHA = 0.05
-LEAST_GROUPS = 29
-"""With fewer groups of facts `fit_whole` calibrates on less than 19 models a family: no p-value reaches `ALPHA`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +38,13 @@ class Scaler:
     scale: Float[np.ndarray, " column"]
 
     def __call__(self, x: Matrix) -> Float[np.ndarray, "row column"]:
-        return (_filled(x, self.median) - self.mean) / self.scale
+        return (filled(x, self.median) - self.mean) / self.scale
 
 
-def _filled(x: Matrix, median: Float[np.ndarray, " feature"]) -> Float[np.ndarray, "row column"]:
+def filled(x: Matrix, median: Float[np.ndarray, " feature"]) -> Float[np.ndarray, "row column"]:
+    """Medians in place of what is missing, and an indicator of that behind each feature."""
     missing = np.isnan(x)
     return np.concatenate([np.where(missing, median, x), missing.astype(float)], 1)
-
-
-def make_scaler(x: Matrix) -> Scaler:
-    """Medians, means and spreads of some rows; a column without spread is left out by a spread of infinity."""
-    known = ~np.isnan(x).all(0)
-    median = np.zeros(x.shape[1])
-    median[known] = np.nanmedian(x[:, known], 0)
-    columns = _filled(x, median)
-    spread = columns.std(0)
-    return Scaler(median, columns.mean(0), np.where(spread > 1e-9, spread, np.inf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +56,8 @@ class Calibration:
     kinds: tuple[str, ...]
     weights: Float[np.ndarray, "kind column"]
     bias: Float[np.ndarray, " kind"]
-    scores: Mapping[str, Mapping[str, tuple[tuple[float, ...], ...]]]
-    """Truth -> family -> nonconformities of its facts, one tuple per calibration model."""
+    scores: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
+    """Truth -> family -> group -> nonconformities of the facts of its model."""
     center: Float[np.ndarray, "kind column"]
     inverse: Float[np.ndarray, "column column"]
     far: float
@@ -75,22 +68,50 @@ class Calibration:
 
     def describe(self) -> str:
         """One line that goes with every table of verdicts."""
-        models = sum(count for families in self.provenance["models"].values() for count in families.values())
+        models = sum(len(groups) for families in self.scores.values() for groups in families.values())
+        count = len({g for families in self.scores.values() for groups in families.values() for g in groups})
         suppressors = ", ".join(self.scores["suppressed"])
+        bases = self.provenance.get("retrained_models")
+        descent = f" Its deleted models descend from {bases} retrained ones." if bases else ""
+        wrong = [self.provenance.get(f"false_deleted{key}") for key in ("", "_worst_family")]
+        known, unknown = (f"{m['value']:.3f} [{m['ci'][0]:.3f}, {m['ci'][1]:.3f}]" if m else None for m in wrong)
+        measured = (
+            f" Measured on groups that it had not seen: {known} of suppressed facts are called deleted, {unknown} in "
+            "the worst family that it did not know."
+            if known and unknown
+            else ""
+        )
         never = [f"{truth} (least p-value {p:.2f})" for truth, p in self.least_p().items() if p > ALPHA]
         return (
-            f"Calibrated verdicts: a truth is ruled out at p <= {ALPHA}, from {models} models whose truth is known. "
-            f"The error rate holds for single facts and for suppressors like those known ({suppressors})."
-            + (f" Too few models were calibrated on to ever rule out {', '.join(never)}." if never else "")
+            f"Calibrated verdicts: a truth is ruled out at p <= {ALPHA}, from {models} models of {count} groups whose "
+            f"truth is known.{descent}{measured} The error rate holds for single facts and for suppressors like those "
+            f"known ({suppressors})."
+            + (f" Too few groups were calibrated on to ever rule out {', '.join(never)}." if never else "")
         )
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Recoverabilities that are not read."""
+        return tuple(self.provenance.get("left_out", ()))
+
+    def read(self, pool: Pool) -> Matrix:
+        """The features of a pool's facts as this calibration reads them: summaries without what is left out."""
+        return summarised(pool.x, pool.cluster, pool.spread, self.left_out) if self.left_out else pool.x
+
+    def _models(self, truth: str) -> list[list[list[Sequence[float]]]]:
+        """The models of each group, as one list, or one list per family of suppressors."""
+        families = self.scores.get(truth, {}).values()
+        if truth == "suppressed":
+            return [[[values] for values in groups.values()] for groups in families]
+        together: dict[str, list[Sequence[float]]] = {}
+        for groups in families:
+            for name, values in groups.items():
+                together.setdefault(name, []).append(values)
+        return [list(together.values())] if together else []
+
     def least_p(self) -> dict[str, float]:
-        """Truth -> the smallest p-value that it can get, by the number of models calibrated on."""
-        counts = {truth: [len(clusters) for clusters in self.scores.get(truth, {}).values()] for truth in TRUTHS}
-        return {
-            truth: 1 / ((min(each, default=0) if truth == "suppressed" else sum(each)) + 1)
-            for truth, each in counts.items()
-        }
+        """Truth -> the smallest p-value that it can get, by the number of groups calibrated on."""
+        return {truth: 1 / (min(map(len, self._models(truth)), default=0) + 1) for truth in TRUTHS}
 
     def probabilities(self, x: Matrix) -> dict[str, Float[np.ndarray, " row"]]:
         """Truth -> probability by the classifier; those of the kinds of suppressors are summed."""
@@ -105,15 +126,23 @@ class Calibration:
     def p_values(self, x: Matrix) -> dict[str, Float[np.ndarray, " row"]]:
         """Truth -> p-value of each row. That of "suppressed" is the largest over the families of suppressors, so that
         it holds for a model of any one of them."""
-        out = {}
-        for truth, p in self.probabilities(x).items():
-            families = self.scores.get(truth, {})
-            if truth == "suppressed":
-                each = [conformal_p(1 - p, clusters) for clusters in families.values()]
-                out[truth] = np.max(each, 0) if each else np.ones(len(x))
-            else:
-                out[truth] = conformal_p(1 - p, [c for clusters in families.values() for c in clusters])
-        return out
+        return {
+            truth: np.max([conformal_p(1 - p, groups) for groups in self._models(truth)] or [np.ones(len(x))], 0)
+            for truth, p in self.probabilities(x).items()
+        }
+
+    def judge(self, x: Matrix, alpha: float = ALPHA) -> "Judgement":
+        """What is said of each row: the only truth left, unless the row is unlike the pool, or "deleted" is left while
+        no test patched its states, or none tried to bring it back inside."""
+        p, unlike = self.p_values(x), self.unlike(x)
+        spoke = {name: ~np.isnan(x[:, FEATURES.index(name)]) for name in RECOVERY}
+        blind = ~(spoke["uds"] | spoke["uds_subject"]) | ~(spoke["writeback"] | spoke["sae"])
+        left = verdict_sets(p, alpha)
+        labels: list[Label] = [
+            "undetermined" if unlike[i] or (blind[i] and only == ("deleted",)) else label_of(only)
+            for i, only in enumerate(left)
+        ]
+        return Judgement(tuple(labels), tuple(left), p, unlike, blind)
 
     def unlike(self, x: Matrix) -> Bool[np.ndarray, " row"]:
         """Whether a fact's features lie farther from every kind than nearly all of the pool's own."""
@@ -124,13 +153,32 @@ class Calibration:
         return np.einsum("rkc,cd,rkd->rk", off, self.inverse, off).min(1)
 
 
-def conformal_p(given: Float[np.ndarray, " row"], clusters: Sequence[Sequence[float]]) -> Float[np.ndarray, " row"]:
-    """(1 + sum over clusters of the share of their nonconformities at or above the given one) / (clusters + 1).
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What a calibration says of rows."""
 
-    With J clusters no p-value is below 1 / (J + 1); with none it is 1.
+    labels: tuple[Label, ...]
+    left: tuple[tuple[Label, ...], ...]
+    """The truths that are not ruled out."""
+    p: Mapping[str, Float[np.ndarray, " row"]]
+    unlike: Bool[np.ndarray, " row"]
+    """Farther from every kind of the pool than nearly all of its own."""
+    blind: Bool[np.ndarray, " row"]
+    """The tests that spoke cannot show a deletion."""
+
+
+def conformal_p(
+    given: Float[np.ndarray, " row"], groups: Sequence[Sequence[Sequence[float]]]
+) -> Float[np.ndarray, " row"]:
+    """(1 + sum over groups of the mean over their models of the share of nonconformities at or above the given one) /
+    (groups + 1).
+
+    With G groups no p-value is below 1 / (G + 1); with none it is 1.
     """
-    shares = [(np.asarray(cluster)[None] >= given[:, None]).mean(1) for cluster in clusters]
-    return (1 + np.sum(shares, 0) if shares else np.ones(len(given))) / (len(clusters) + 1)
+    total = np.ones(len(given))
+    for models in groups:
+        total += np.mean([(np.asarray(values)[None] >= given[:, None]).mean(1) for values in models], 0)
+    return total / (len(groups) + 1)
 
 
 def verdict_sets(p: Mapping[str, Float[np.ndarray, " row"]], alpha: float = ALPHA) -> list[tuple[Label, ...]]:
@@ -144,105 +192,7 @@ def label_of(left: Sequence[Label]) -> Label:
     return left[0] if len(left) == 1 else "undetermined"
 
 
-def fit(pool: Pool, fit_groups: Sequence[str], calibrate_groups: Sequence[str], seed: int = 0) -> Calibration:
-    """Fit the classifier on the models of some groups and take nonconformities from those of others.
-
-    Multinomial logistic regression with an L2 penalty chosen by cross-validation over groups. A recoverability that
-    speaks for "deleted" rather than for the suppressors that it can see is left out.
-
-    Raises:
-        ValueError: a group on both sides, or a truth that one of the sides lacks.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, GroupKFold
-
-    if both := set(fit_groups) & set(calibrate_groups):
-        raise ValueError(f"group {sorted(both)[0]!r} is both in the fit and in the calibration")
-    groups = np.array(pool.group)
-    first, second = (pool.where(np.isin(groups, list(some))) for some in (fit_groups, calibrate_groups))
-    for name, part in (("fit", first), ("calibration", second)):
-        if absent := [truth for truth in TRUTHS if truth not in part.truth]:
-            raise ValueError(f"the {name} groups have no model whose truth is {absent[0]!r}")
-    kept = np.ones(pool.x.shape[1], dtype=bool)
-    while True:
-        x = np.where(kept, first.x, np.nan)
-        scaler = make_scaler(x)
-        search = GridSearchCV(
-            LogisticRegression(max_iter=2000, class_weight="balanced"),
-            {"C": [0.01, 0.1, 1.0, 10.0]},
-            cv=GroupKFold(min(5, len(set(first.group)))),
-            scoring="neg_log_loss",
-        )
-        search.fit(scaler(x), first.kind, groups=first.group)
-        model = search.best_estimator_
-        wrong = _against(model, kept)
-        if not wrong:
-            break
-        kept[wrong] = False
-    z = scaler(np.where(kept, first.x, np.nan))
-    kinds = tuple(model.classes_)
-    center = np.stack([z[np.array(first.kind) == kind].mean(0) for kind in kinds])
-    within = z - center[[kinds.index(kind) for kind in first.kind]]
-    inverse = np.linalg.inv(np.cov(within.T) + 0.05 * np.eye(z.shape[1]))
-    blank = Calibration(
-        FEATURES, scaler, kinds, np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_), {}, center, inverse,
-        np.inf, pool.spread, {},
-    )  # fmt: skip
-    scores = _scores(blank, second)
-    far = float(np.quantile(blank._distance(second.x), 0.99))
-    provenance = {
-        "C": float(search.best_params_["C"]),
-        "fit_groups": sorted(set(first.group)),
-        "calibrate_groups": sorted(set(second.group)),
-        "left_out": [FEATURES[i] for i in np.flatnonzero(~kept)],
-        "models": {truth: {f: len(c) for f, c in families.items()} for truth, families in scores.items()},
-        "seed": seed,
-    }
-    return replace(blank, scores=scores, far=far, provenance=provenance)
-
-
-def _against(model: Any, kept: Bool[np.ndarray, " feature"]) -> list[int]:
-    """Recoverabilities whose coefficient for every kind of suppressor is below that for "deleted"."""
-    kinds = list(model.classes_)
-    suppressed = [i for i, kind in enumerate(kinds) if kind.startswith("suppressed")]
-    deleted = kinds.index("deleted")
-    columns = [FEATURES.index(name) for name in RECOVERY if kept[FEATURES.index(name)]]
-    return [j for j in columns if max(model.coef_[i, j] - model.coef_[deleted, j] for i in suppressed) < 0]
-
-
-def _scores(calibration: Calibration, pool: Pool) -> dict[str, dict[str, tuple[tuple[float, ...], ...]]]:
-    probability = calibration.probabilities(pool.x)
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for i, truth in enumerate(pool.truth):
-        here = found.setdefault(truth, {}).setdefault(pool.family[i], {})
-        here.setdefault(pool.cluster[i], []).append(float(1 - probability[truth][i]))
-    return {
-        truth: {family: tuple(map(tuple, clusters.values())) for family, clusters in families.items()}
-        for truth, families in found.items()
-    }
-
-
 SHIPPED = Path(__file__).parent / "testbed" / "calibrations"
-
-
-def require_enough(groups: int) -> None:
-    """ValueError where fewer than `LEAST_GROUPS` are given: no truth could ever be ruled out."""
-    if groups < LEAST_GROUPS:
-        raise ValueError(
-            f"with facts about {groups} subjects no p-value could reach {ALPHA}, every verdict would be undetermined; "
-            f"give facts about {LEAST_GROUPS} or more (40 leave room for models that fail the audit of their truth)"
-        )
-
-
-def fit_whole(pool: Pool, full: str, seed: int = 0, **provenance: Any) -> Calibration:
-    """The calibration for use: fitted on a third of the groups, calibrated on the others.
-
-    Args:
-        full: hash of the full model that the pool was made from.
-    """
-    names = spread_out(pool, seed)
-    made = fit(pool, names[::3], [name for i, name in enumerate(names) if i % 3], seed)
-    return replace(made, provenance={**made.provenance, "full": full, **provenance})
 
 
 def shipped(full: str) -> Calibration | None:
@@ -262,12 +212,15 @@ def save(calibration: Calibration, path: str | os.PathLike) -> None:
     from mech_unlearn.run import write_json
 
     write_json(Path(path), {
-        "format": "mech_unlearn.calibration/1",
+        "format": "mech_unlearn.calibration/2",
         "features": list(calibration.features),
         "scaler": {key: np.asarray(value).tolist() for key, value in vars(calibration.scaler).items()},
         "kinds": list(calibration.kinds),
         **{key: getattr(calibration, key).tolist() for key in ("weights", "bias", "center", "inverse")},
-        "scores": {t: {f: [list(c) for c in cs] for f, cs in fs.items()} for t, fs in calibration.scores.items()},
+        "scores": {
+            truth: {family: {g: list(v) for g, v in groups.items()} for family, groups in families.items()}
+            for truth, families in calibration.scores.items()
+        },
         "far": calibration.far,
         "spread": dict(calibration.spread),
         "provenance": dict(calibration.provenance),
@@ -281,7 +234,7 @@ def load(path: str | os.PathLike) -> Calibration:
         ValueError: not a calibration, or one of other features.
     """
     data = json.loads(Path(path).read_text(encoding="utf-8"))
-    if data.get("format") != "mech_unlearn.calibration/1" or tuple(data["features"]) != FEATURES:
+    if data.get("format") != "mech_unlearn.calibration/2" or tuple(data["features"]) != FEATURES:
         raise ValueError(f"{os.fspath(path)!r} is no calibration of the features {', '.join(FEATURES)}; make it anew")
     scaler = {key: np.array([np.inf if v is None else v for v in values]) for key, values in data["scaler"].items()}
     return Calibration(
@@ -290,7 +243,10 @@ def load(path: str | os.PathLike) -> Calibration:
         kinds=tuple(data["kinds"]),
         weights=np.array(data["weights"]),
         bias=np.array(data["bias"]),
-        scores={t: {f: tuple(map(tuple, cs)) for f, cs in fs.items()} for t, fs in data["scores"].items()},
+        scores={
+            truth: {family: {g: tuple(v) for g, v in groups.items()} for family, groups in families.items()}
+            for truth, families in data["scores"].items()
+        },
         center=np.array(data["center"]),
         inverse=np.array(data["inverse"]),
         far=data["far"],

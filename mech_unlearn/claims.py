@@ -1,10 +1,10 @@
 """From verdicts on facts to claims about lists, entities and models: false discoveries, and shares freed from errors.
 
 A p-value of .05 holds for one fact. Of a list of "deleted" claims some are wrong by chance; of a model's shares of
-labels some are the verdict's own errors. Source: Benjamini and Yekutieli 2001; Vovk and Wang, arXiv 1212.4966 (twice
-the mean of p-values is one again, however they depend on each other).
+labels some are the verdict's own errors. Source: Benjamini and Hochberg 1995; Benjamini and Yekutieli 2001.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -12,44 +12,70 @@ import numpy as np
 
 from mech_unlearn.core import LABELS, Verdict
 
+NULLS = ("suppressed", "intact", "collapsed")
+"""What a fact may be that is wrongly called deleted."""
+BOOTSTRAP = 2000
+
 
 def discoveries(verdicts: Sequence[Verdict], q: float = 0.05, method: Literal["bh", "by"] = "by") -> tuple[str, ...]:
     """The fact ids called deleted by calibration whose claim survives at a false discovery rate of q.
+
+    Every testable fact counts as a hypothesis "this is not deleted", whatever its label, because the label was chosen
+    by the same p-values; its p-value is the largest of those of the other truths, and 1 where another label was given.
+    P-values of a calibration on G groups are 1 / (G + 1) or more, so that long lists can be out of reach: a warning
+    says so.
 
     Args:
         method: "by" holds however the facts depend on each other, "bh" needs them independent or positively dependent.
 
     Raises:
-        ValueError: q outside (0, 1), or a deleted verdict without a p-value of suppression (a provisional one).
+        ValueError: q outside (0, 1), or a deleted verdict without p-values (a provisional one).
     """
     if not 0 < q < 1:
         raise ValueError(f"q must be between 0 and 1, got {q}")
-    said = [v for v in verdicts if v.label == "deleted"]
+    tested = [v for v in verdicts if "not_testable" not in v.flags]
+    said = [v for v in tested if v.label == "deleted"]
     if not said:
         return ()
     from scipy.stats import false_discovery_control
 
-    adjusted = false_discovery_control([_suppressed(v) for v in said], method=method)
-    return tuple(v.fact_id for v, p in zip(said, adjusted, strict=True) if p <= q)
+    p = [not_deleted(v) if v.label == "deleted" else 1.0 for v in tested]
+    adjusted = false_discovery_control(p, method=method)
+    found = tuple(v.fact_id for v, value in zip(tested, adjusted, strict=True) if value <= q and v.label == "deleted")
+    if not found:
+        warnings.warn(
+            f"none of {len(said)} claims of deletion survives at a false discovery rate of {q:g} ({method}): the least "
+            f"p-value is {min(p):.3f}, {min(adjusted):.2f} when {len(tested)} facts are counted; a calibration on more "
+            "groups gives smaller ones",
+            stacklevel=2,
+        )
+    return found
 
 
 def entity_claim(verdicts: Sequence[Verdict]) -> float:
-    """p-value for "the facts of this entity are suppressed": twice the mean over its facts, at most 1.
+    """p-value for "some fact of this entity is not deleted": the largest over its facts.
+
+    Differs: twice the mean tests "no fact is deleted", and is above the largest where p-values are alike.
 
     Raises:
-        ValueError: no verdict, or one without a p-value of suppression.
+        ValueError: no verdict, or one without p-values.
     """
     if not verdicts:
         raise ValueError("a claim about an entity needs at least one verdict")
-    return float(min(1.0, 2 * np.mean([_suppressed(v) for v in verdicts])))
+    return max(map(not_deleted, verdicts))
 
 
-def _suppressed(verdict: Verdict) -> float:
-    if "suppressed" not in verdict.p_values:
+def not_deleted(verdict: Verdict) -> float:
+    """p-value for "this fact is suppressed, intact or collapsed": the largest of the three.
+
+    Raises:
+        ValueError: a verdict without these p-values.
+    """
+    if missing := [truth for truth in NULLS if truth not in verdict.p_values]:
         raise ValueError(
-            f"the verdict on {verdict.fact_id!r} has no p-value of suppression: it was judged without a calibration"
+            f"the verdict on {verdict.fact_id!r} has no p-value of {missing[0]!r}: it was judged without a calibration"
         )
-    return verdict.p_values["suppressed"]
+    return max(verdict.p_values[truth] for truth in NULLS)
 
 
 def corrected_shares(shares: Mapping[str, float], confusion: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -67,10 +93,44 @@ def corrected_shares(shares: Mapping[str, float], confusion: Mapping[str, Mappin
     total = sum(shares.values())
     if not confusion or abs(total - 1) > 1e-6:
         raise ValueError(f"shares must sum to 1 (got {total:g}) and the confusion must have a truth")
+    table = np.array([[confusion[t].get(label, 0.0) for label in LABELS] for t in confusion])
+    wanted = np.array([shares.get(label, 0.0) for label in LABELS])
+    return dict(zip(confusion, _solved(wanted, table).tolist(), strict=True))
+
+
+def corrected_intervals(
+    labels: Mapping[str, Mapping[str, int]], known: Mapping[str, Mapping[str, Mapping[str, int]]], seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Truth -> 95 % interval of `corrected_shares`: a joint percentile bootstrap over the audited groups and over those
+    of known truth, because both the shares and the confusion were measured.
+
+    Args:
+        labels: audited group -> label -> facts.
+        known: group of known truth -> truth -> label -> facts.
+    """
+    generator = np.random.default_rng(seed)
+    ours = np.array([[row.get(label, 0) for label in LABELS] for row in labels.values()], dtype=float)
+    truths = sorted({truth for group in known.values() for truth in group})
+    theirs = np.array(
+        [[[g.get(t, {}).get(label, 0) for label in LABELS] for t in truths] for g in known.values()], dtype=float
+    )
+    draws = []
+    for _ in range(BOOTSTRAP):
+        counts = theirs[generator.integers(len(theirs), size=len(theirs))].sum(0)
+        seen = counts.sum(1) > 0
+        table = counts[seen] / counts[seen].sum(1, keepdims=True)
+        mine = ours[generator.integers(len(ours), size=len(ours))].sum(0)
+        found = np.zeros(len(truths))
+        found[seen] = _solved(mine / mine.sum(), table)
+        draws.append(found)
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    return {truth: (float(a), float(b)) for truth, a, b in zip(truths, low, high, strict=True)}
+
+
+def _solved(shares: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """pi >= 0 with sum 1 that brings table' pi nearest to the shares."""
     from scipy.optimize import nnls
 
-    truths, weight = list(confusion), 1e4
-    table = np.array([[confusion[t].get(label, 0.0) for t in truths] for label in LABELS])
-    wanted = np.array([shares.get(label, 0.0) for label in LABELS])
-    found, _ = nnls(np.vstack([table, weight * np.ones(len(truths))]), np.append(wanted, weight))
-    return dict(zip(truths, (found / found.sum()).tolist(), strict=True))
+    weight = 1e4
+    found, _ = nnls(np.vstack([table.T, weight * np.ones(len(table))]), np.append(shares, weight))
+    return found / found.sum()

@@ -37,6 +37,8 @@ class Pool:
     """The audited model."""
     group: tuple[str, ...]
     """What was removed together; groups are never split between fitting, calibrating and testing."""
+    base: tuple[str, ...]
+    """The model that the audited one was made from."""
     spread: Mapping[str, float] = field(default_factory=dict)
     """Recoverability -> its standard deviation over the facts of plain retrained models."""
 
@@ -50,16 +52,22 @@ class Pool:
     def where(self, mask: Bool[np.ndarray, " row"]) -> "Pool":
         """The rows of a mask."""
         rows = np.flatnonzero(mask)
-        parts = (tuple(part[i] for i in rows) for part in (self.kind, self.family, self.cluster, self.group))
+        parts = (tuple(part[i] for i in rows) for part in (self.kind, self.family, self.cluster, self.group, self.base))
         return Pool(self.x[rows], *parts, spread=self.spread)
 
 
-def matrix(rows: Sequence[Mapping[str, float | None]], together: Sequence[str], spread: Mapping[str, float]) -> Matrix:
+def matrix(
+    rows: Sequence[Mapping[str, float | None]],
+    together: Sequence[str],
+    spread: Mapping[str, float],
+    without: Sequence[str] = (),
+) -> Matrix:
     """Features as numbers, from rows of measurements by name (None or absent: not measured).
 
-    Health is cut to its bounds. Two features are added: `strongest`, the largest recoverability of a row after each was
-    divided by its spread in retrained models (`LEAST_SPREAD` at least), and `group`, the mean of that over rows with
-    the same name in `together` (of one model: the facts' group).
+    Health is cut to its bounds. Two features are added; see `summarised`.
+
+    Args:
+        without: recoverabilities that are not read.
     """
     x = np.array([[_number(row.get(name)) for name in FEATURES] for row in rows], dtype=float).reshape(
         -1, len(FEATURES)
@@ -67,6 +75,15 @@ def matrix(rows: Sequence[Mapping[str, float | None]], together: Sequence[str], 
     for name, (low, high) in HEALTHY.items():
         column = FEATURES.index(name)
         x[:, column] = np.clip(x[:, column], low, high)
+    return summarised(x, together, spread, without)
+
+
+def summarised(x: Matrix, together: Sequence[str], spread: Mapping[str, float], without: Sequence[str] = ()) -> Matrix:
+    """The features with `strongest`, the largest recoverability of a row after each was divided by its spread in
+    retrained models (`LEAST_SPREAD` at least), and `group`, the mean of that over rows with the same name in
+    `together` (of one model: the facts' group); recoverabilities in `without` are blanked and take no part."""
+    x = x.copy()
+    x[:, [FEATURES.index(name) for name in without]] = np.nan
     scaled = np.stack([x[:, FEATURES.index(name)] / max(spread[name], LEAST_SPREAD) for name in RECOVERY], 1)
     silent = np.isnan(scaled).all(1)
     strongest = np.where(silent, np.nan, np.where(np.isnan(scaled), -np.inf, scaled).max(1))

@@ -1,21 +1,26 @@
 """How good is a verdict, and any single score, on models whose truth is known?
 
-Groups are rotated: each is judged by a calibration that saw none of its models. Intervals are percentile bootstraps
-over clusters (audited models), because facts of one model are not independent.
+Groups are rotated: each is judged by a calibration that saw none of its models and, where the folds go by the retrained
+models that deleted ones descend from, none of their other descendants. Intervals are percentile bootstraps over
+groups, because neither facts of one model nor models of one group are independent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mech_unlearn.calibration import ALPHA, fit, label_of, verdict_sets
-from mech_unlearn.core import Label, Measurement
-from mech_unlearn.features import FEATURES, Pool, spread_out
+from mech_unlearn.calibration import ALPHA
+from mech_unlearn.calibration_fit import fit
+from mech_unlearn.core import LABELS, Label, Measurement
+from mech_unlearn.features import Pool, spread_out
 
 FOLDS = 8
 """Rotations: one fold of groups is judged, one is fitted on, the others calibrate."""
+LEAST_BASES = 4
+"""Folds go by the retrained models that deleted ones descend from if there are so many."""
 DRAWS = 1000
 
 
@@ -33,22 +38,29 @@ class Judged:
 
 
 def folds(pool: Pool, seed: int = 0) -> list[list[str]]:
-    """The groups in FOLDS parts of nearly equal size and make-up, drawn with the seed."""
+    """The groups in parts: those whose deleted models descend from one retrained model together, so that a judged one
+    descends from a model that its calibration never saw; with fewer than `LEAST_BASES` such models, in `FOLDS` parts of
+    nearly equal size and make-up, drawn with the seed."""
+    base = {g: b for g, b, truth in zip(pool.group, pool.base, pool.truth, strict=True) if truth == "deleted"}
     names = spread_out(pool, seed)
+    bases = sorted(set(base.values()))
+    if len(bases) >= LEAST_BASES:
+        others = {name: bases[i % len(bases)] for i, name in enumerate(n for n in names if n not in base)}
+        return [[name for name in names if (base | others)[name] == each] for each in bases]
     return [names[i::FOLDS] for i in range(FOLDS)]
 
 
 def rotate(pool: Pool, seed: int = 0, alpha: float = ALPHA, extra: Pool | None = None) -> Judged:
-    """Every row judged by a calibration made without its group.
+    """Every row judged by a calibration made without its fold of groups.
 
     Args:
         extra: rows to be judged that take no part in any calibration (mixtures), with groups of the pool.
     """
     parts = folds(pool, seed)
-    found = []
-    for k in range(FOLDS):
-        rest = [name for i in range(2, FOLDS) for name in parts[(k + i) % FOLDS]]
-        found.append(_judge(pool if extra is None else extra, pool, parts[k], parts[(k + 1) % FOLDS], rest, alpha))
+    found, n = [], len(parts)
+    for k in range(n):
+        rest = [name for i in range(2, n) for name in parts[(k + i) % n]]
+        found.append(_judge(pool if extra is None else extra, pool, parts[k], parts[(k + 1) % n], rest, alpha))
     return _joined(found)
 
 
@@ -67,22 +79,68 @@ def _judge(
 ) -> Judged:
     made = fit(pool, fitted, calibrated)
     new = rows.where(np.isin(np.array(rows.group), list(judged)))
-    p = made.probabilities(new.x)
+    x = made.read(new)
+    p, said = made.probabilities(x), made.judge(x, alpha)
     both = p["suppressed"] + p["deleted"]
-    labels: tuple[Label, ...] = tuple(label_of(left) for left in verdict_sets(made.p_values(new.x), alpha))
     suspicion = np.where(both > 0, p["suppressed"] / np.maximum(both, 1e-300), 0.5)
-    return Judged(new, labels, suspicion, p["suppressed"] + p["intact"], made.unlike(new.x))
+    return Judged(new, said.labels, suspicion, p["suppressed"] + p["intact"], said.unlike)
 
 
 def _joined(parts: Sequence[Judged]) -> Judged:
     pools = [part.pool for part in parts]
+    columns = ("kind", "family", "cluster", "group", "base")
     pool = Pool(
         np.concatenate([p.x for p in pools]),
-        *(tuple(v for p in pools for v in getattr(p, key)) for key in ("kind", "family", "cluster", "group")),
+        *(tuple(v for p in pools for v in getattr(p, key)) for key in columns),
         spread=pools[0].spread,
     )
     arrays = (np.concatenate([getattr(part, key) for part in parts]) for key in ("suspicion", "still_there", "unlike"))
     return Judged(pool, tuple(label for part in parts for label in part.label), *arrays)
+
+
+def rates(judged: Judged, left_out: Mapping[str, Judged]) -> dict[str, Any]:
+    """The error rates that go with a calibration: false "deleted" overall and of the worst family of suppressors that
+    the calibration did not know, what stays undetermined, how often plain retrained models are called deleted, and
+    truth -> label -> share, with the same counts group by group."""
+    truth, family = np.array(judged.pool.truth), np.array(judged.pool.family)
+    worst = {name: called(part, np.ones(len(part.label), bool), "deleted") for name, part in left_out.items()}
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for group, true, label in zip(judged.pool.group, judged.pool.truth, judged.label, strict=True):
+        here = counts.setdefault(group, {}).setdefault(true, {})
+        here[label] = here.get(label, 0) + 1
+    label = np.array(judged.label)
+    return {
+        "false_deleted": called(judged, truth == "suppressed", "deleted"),
+        "false_deleted_worst_family": max(worst.values(), key=lambda m: m["value"]),
+        "false_deleted_by_left_out_family": worst,
+        "undetermined": called(judged, np.isin(truth, ["suppressed", "deleted"]), "undetermined"),
+        "retrained_deleted": called(judged, family == "retrained", "deleted") if "retrained" in family else None,
+        "confusion": {
+            t: {name: float((label[truth == t] == name).mean()) for name in LABELS} for t in sorted(set(truth))
+        },
+        "confusion_by_group": counts,
+    }
+
+
+def called(judged: Judged, mask: Bool[np.ndarray, " row"], label: str) -> dict[str, Any]:
+    """Share of facts with a label, its bootstrap interval over groups, and the Clopper-Pearson interval of the share of
+    groups with any such fact."""
+    from scipy.stats import binomtest
+
+    hits = (np.array(judged.label) == label)[mask].astype(float)
+    names = np.array(judged.pool.group)[mask]
+    found = clustered([hits], [tuple(names)], np.mean, f"share of facts called {label}; n counts groups")
+    any_hit = [bool(hits[names == name].any()) for name in dict.fromkeys(names)]
+    exact = binomtest(sum(any_hit), len(any_hit)).proportion_ci(method="exact")
+    return {
+        **found.to_json(),
+        "groups_with_any": {
+            "value": float(np.mean(any_hit)),
+            "ci": [exact.low, exact.high],
+            "n": len(any_hit),
+            "unit": "share of groups",
+        },
+    }
 
 
 def model_means(values: Float[np.ndarray, " row"], names: Sequence[str]) -> dict[str, float]:
@@ -92,13 +150,16 @@ def model_means(values: Float[np.ndarray, " row"], names: Sequence[str]) -> dict
     return {name: float(np.nanmean(v)) for name, v in found.items() if not np.isnan(v).all()}
 
 
-def faithfulness(knows: Mapping[str, float], never: Mapping[str, float], seed: int = 0) -> Measurement:
+def faithfulness(
+    knows: Mapping[str, float], never: Mapping[str, float], group: Mapping[str, str], seed: int = 0
+) -> Measurement:
     """AUC of a model-level score for models that know the facts against models that never did.
 
-    Source: arXiv 2605.24614, meta-evaluation (P and N pools). The interval is a bootstrap over models.
+    Source: arXiv 2605.24614, meta-evaluation (P and N pools). The interval is a bootstrap over the models' groups.
     """
     sides = [np.array(list(side.values())) for side in (knows, never)]
-    return clustered(sides, [list(knows), list(never)], auc, "AUC, knows against never knew; n counts models", seed)
+    names = [[group[model] for model in side] for side in (knows, never)]
+    return clustered(sides, names, auc, "AUC, knows against never knew; n counts groups", seed)
 
 
 def threshold(knows: Sequence[float], never: Sequence[float]) -> float:
@@ -133,51 +194,39 @@ def auc(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " n"]) ->
 
 
 def clustered(
-    values: Sequence[Float[np.ndarray, " side"]], clusters: Sequence[Sequence[str]], statistic, unit: str, seed: int = 0
+    values: Sequence[Float[np.ndarray, " _"]],
+    groups: Sequence[Sequence[str]],
+    statistic: Callable[..., float],
+    unit: str,
+    seed: int = 0,
 ) -> Measurement:
-    """A statistic of one or two samples with its 95 % bootstrap interval over clusters; n counts clusters."""
+    """A statistic of one or two samples with its 95 % bootstrap interval over groups, which both samples share."""
     generator = np.random.default_rng(seed)
-    rows = []
-    for side in clusters:
-        names = np.array(side)
-        rows.append([np.flatnonzero(names == name) for name in dict.fromkeys(side)])
+    names = list(dict.fromkeys(name for side in groups for name in side))
+    rows = [[np.flatnonzero(np.array(side) == name) for name in names] for side in groups]
     draws = []
     for _ in range(DRAWS):
-        picked = [np.concatenate([part[i] for i in generator.integers(len(part), size=len(part))]) for part in rows]
-        draws.append(statistic(*(v[at] for v, at in zip(values, picked, strict=True))))
+        picked = generator.integers(len(names), size=len(names))
+        at = [np.concatenate([part[i] for i in picked]) for part in rows]
+        if all(map(len, at)):
+            draws.append(statistic(*(v[some] for v, some in zip(values, at, strict=True))))
     low, high = np.nanquantile(draws, [0.025, 0.975])
-    value = float(statistic(*values))
-    return Measurement(value=value, ci=(float(low), float(high)), n=sum(map(len, rows)), unit=unit)
+    return Measurement(value=float(statistic(*values)), ci=(float(low), float(high)), n=len(names), unit=unit)
 
 
 def auc_between(
     score: Float[np.ndarray, " row"], pool: Pool, positive: str, negative: str, seed: int = 0
 ) -> Measurement:
     """AUC of a score for one truth against another; rows where it was not measured are left out."""
-    truth, names = np.array(pool.truth), np.array(pool.cluster)
+    truth, names = np.array(pool.truth), np.array(pool.group)
     here = [(truth == side) & ~np.isnan(score) for side in (positive, negative)]
     return clustered(
         [score[mask] for mask in here],
         [tuple(names[mask]) for mask in here],
         auc,
-        f"AUC, {positive} against {negative}; n counts models",
+        f"AUC, {positive} against {negative}; n counts groups",
         seed,
     )
-
-
-def share(judged: Judged, truth: str, label: str, seed: int = 0) -> Measurement:
-    """Share of the facts of a truth that got a label; clusters are models."""
-    mask = np.array(judged.pool.truth) == truth
-    hits = (np.array(judged.label) == label)[mask].astype(float)
-    names = tuple(np.array(judged.pool.cluster)[mask])
-    return clustered(
-        [hits], [names], lambda x: x.mean(), f"share of {truth} facts called {label}; n counts models", seed
-    )
-
-
-def single_scores(pool: Pool, seed: int = 0) -> dict[str, Measurement]:
-    """AUC of every single feature for suppressed against deleted."""
-    return {name: auc_between(pool.x[:, i], pool, "suppressed", "deleted", seed) for i, name in enumerate(FEATURES)}
 
 
 def permuted(pool: Pool, seed: int = 0) -> Pool:
@@ -193,5 +242,6 @@ def permuted(pool: Pool, seed: int = 0) -> Pool:
         tuple(pool.family[i] for i in rows),
         pool.cluster,
         pool.group,
+        ("",) * len(pool),
         spread=pool.spread,
     )

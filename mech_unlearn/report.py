@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mech_unlearn.core import LABELS
 from mech_unlearn.run import write_atomic
 
@@ -29,6 +31,9 @@ COLUMNS = {
     "relearn_recovery": "relearn recovery",
     "int4_recovery": "4-bit recovery",
 }
+
+WITHOUT_PAGE = {"locate": "locate.json and figures/", "unlearn": "unlearn.json"}
+"""Command -> where its result stands, of those whose run directories hold no table."""
 
 
 def cell_text(number: Mapping[str, Any] | None, digits: int = 2, interval: bool = True) -> str:
@@ -80,6 +85,14 @@ def verdict_text(shares: Mapping[str, float] | None) -> str:
     return ", ".join(f"{label} {share:.0%}" for share, label in given if share >= 0.005) or "–"
 
 
+def corrected_text(shares: Mapping[str, Any] | None) -> str:
+    """Shares freed from the verdict's own errors, with intervals; empty where the errors were not measured."""
+    if not shares:
+        return ""
+    kept = {truth: m for truth, m in shares.items() if m["ci"][1] >= 0.005}
+    return ", ".join(f"{truth} {m['value']:.2f} [{m['ci'][0]:.2f}, {m['ci'][1]:.2f}]" for truth, m in kept.items())
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the result table."""
     header = ["model", "verdict", "truth", *COLUMNS.values()]
@@ -109,11 +122,20 @@ def print_table(rows: Sequence[Mapping[str, Any]], note: str) -> None:
     console.print(note, soft_wrap=True, highlight=False)
 
 
+def _unfinished(folder: Path, missing: str) -> str:
+    """Why there is no page to be made of a folder, in one line."""
+    begun = folder / "spec.yaml"
+    command = str(yaml.safe_load(begun.read_text(encoding="utf-8")).get("command")) if begun.is_file() else ""
+    if result := WITHOUT_PAGE.get(command):
+        return f"{str(folder)!r} is a run of `{command}`, of which there is no page: see {result} in it"
+    return f"{str(folder)!r} is not a finished run directory: {missing} is missing"
+
+
 def write_report(folder: Path) -> Path:
     """(Re)draw report.html from what lies in a run directory.
 
     Raises:
-        ValueError: the folder is no finished run.
+        ValueError: the folder is no finished run, or one of a command that makes no page.
     """
     from importlib.resources import files
 
@@ -123,7 +145,7 @@ def write_report(folder: Path) -> Path:
 
     for name in ("summary.json", "provenance.json", "verdicts.json", "spec.yaml"):
         if not (folder / name).is_file():
-            raise ValueError(f"{str(folder)!r} is not a finished run directory: {name} is missing")
+            raise ValueError(_unfinished(folder, name))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     header, body = table(summary["rows"])
     forms_header, forms_body = form_table(summary["rows"])
@@ -144,6 +166,7 @@ def write_report(folder: Path) -> Path:
         forms_body=forms_body,
         figures=figures,
         captions=json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {},
+        corrected={row["name"]: corrected_text(row.get("corrected")) for row in summary["rows"]},
         verdicts=json.loads((folder / "verdicts.json").read_text(encoding="utf-8")),
         provenance=json.loads((folder / "provenance.json").read_text(encoding="utf-8")),
         spec=(folder / "spec.yaml").read_text(encoding="utf-8"),

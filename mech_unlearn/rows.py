@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from mech_unlearn.calibration import Calibration
-from mech_unlearn.claims import corrected_shares
+from mech_unlearn.claims import corrected_intervals, corrected_shares
 from mech_unlearn.core import Fact, Measurement, Verdict
 from mech_unlearn.metrics import forget_recall, general_kl, heldout_recall, mean_ci, recall
 from mech_unlearn.metrics.forms import FormReport, by_form
@@ -45,16 +48,14 @@ def measure_outputs(
     )
 
 
-def _mean(result: Result | None, values: str, unit: str, seed: int) -> dict[str, Any] | None:
+def _mean(
+    result: Result | None, testable: Bool[Tensor, " fact"], values: str, unit: str, seed: int
+) -> dict[str, Any] | None:
     """Mean over the testable facts of a result's per-fact numbers; None where no fact was tested."""
     if result is None:
         return None
     numbers = getattr(result, values)
-    kept = [
-        i
-        for i in range(len(result.facts))
-        if "not_testable" not in result.flags_of(i) and numbers[i] == numbers[i]  # not NaN
-    ]
+    kept = (testable & ~numbers.isnan()).nonzero()[:, 0].tolist()
     if not kept:
         return None
     clusters = [result.facts[i].group or result.facts[i].subject for i in kept]
@@ -79,6 +80,7 @@ def audit_row(
     case = reference.case
     outputs = measure_outputs(case.full, model, case.facts, neighbors, texts, seed)
     results = audit(reference, model, name)
+    testable = results["output"].columns["testable"].bool()
     health = Health(
         neighbor_recall=outputs.neighbor_recall,
         full_neighbor_recall=full_neighbor_recall,
@@ -92,34 +94,46 @@ def audit_row(
         "method": method,
         "truth": truth,
         **outputs.to_json(seed),
-        "uds": _mean(results.get("uds"), "score_raw", "UDS, 0 as full, 1 as retrained", seed),
-        "writeback": _mean(results.get("writeback"), "recoverability", share, seed),
-        "rho_sae": _mean(results.get("sae"), "recoverability", share, seed),
-        "relearn_recovery": _mean(results.get("relearn"), "recoverability", share, seed),
-        "int4_recovery": _mean(results.get("int4"), "recoverability", share, seed),
+        "uds": _mean(results.get("uds"), testable, "score_raw", "UDS, 0 as full, 1 as retrained", seed),
+        "writeback": _mean(results.get("writeback"), testable, "recoverability", share, seed),
+        "rho_sae": _mean(results.get("sae"), testable, "recoverability", share, seed),
+        "relearn_recovery": _mean(results.get("relearn"), testable, "recoverability", share, seed),
+        "int4_recovery": _mean(results.get("int4"), testable, "recoverability", share, seed),
         "verdicts": shares(verdicts),
-        "corrected": _corrected(verdicts, calibration),
+        "corrected": _corrected(verdicts, case.facts, calibration, seed),
     }
     return {
         "row": row,
         "records": [record for result in results.values() for record in result.records()],
         "verdicts": [verdict.to_json() for verdict in verdicts],
-        "curves": {test: layer_curve(results[test]) for test in ("uds", "uds_subject") if test in results},
+        "curves": {test: layer_curve(results[test], testable) for test in ("uds", "uds_subject") if test in results},
     }
 
 
-def _corrected(verdicts: Sequence[Verdict], calibration: Calibration | None) -> dict[str, float] | None:
-    """The shares freed from the verdict's own errors; None without a calibration whose errors were measured."""
+def _corrected(
+    verdicts: Sequence[Verdict], facts: Sequence[Fact], calibration: Calibration | None, seed: int
+) -> dict[str, dict[str, Any]] | None:
+    """Truth -> share freed from the verdict's own errors, with its interval; None without a calibration whose errors
+    were measured."""
     found = shares(verdicts)
-    if calibration is None or "confusion" not in calibration.provenance or not sum(found.values()):
+    if calibration is None or "confusion_by_group" not in calibration.provenance or not sum(found.values()):
         return None
-    return corrected_shares(found, calibration.provenance["confusion"])
+    labels: dict[str, dict[str, int]] = {}
+    for verdict, fact in zip(verdicts, facts, strict=True):
+        if "not_testable" not in verdict.flags:
+            here = labels.setdefault(fact.group or fact.subject, {})
+            here[verdict.label] = here.get(verdict.label, 0) + 1
+    value = corrected_shares(found, calibration.provenance["confusion"])
+    ends = corrected_intervals(labels, calibration.provenance["confusion_by_group"], seed)
+    unit = "share of testable facts, freed from the verdict's measured errors; n counts groups"
+    return {truth: {"value": value[truth], "ci": list(ends[truth]), "n": len(labels), "unit": unit} for truth in value}
 
 
-def layer_curve(result: Result) -> list[float | None]:
-    """Erased share by layer: mean drop caused by the model's states over the mean drop by retrained states.
+def layer_curve(result: Result, testable: Bool[Tensor, " fact"]) -> list[float | None]:
+    """Erased share by layer, over the testable facts: mean drop caused by the model's states over that by retrained
+    states.
 
     None where retrained states cost less than 0.05 nats on average.
     """
-    drop, never = result.curves["drop"].nanmean(1), result.curves["drop_R"].nanmean(1)
+    drop, never = (result.curves[name][:, testable].nanmean(1) for name in ("drop", "drop_R"))
     return [(d / n).item() if n > 0.05 else None for d, n in zip(drop, never, strict=True)]

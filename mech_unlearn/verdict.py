@@ -14,16 +14,18 @@ the model is too broken for the absence of an answer to say anything; *undetermi
 
 Each test's recoverability is first measured against its own null: with q the quantile (1 - `null_share` / number of
 tests, Bonferroni) of what the test says of held-out retrained models, the evidence is max(0, (x - q) / (1 - q)). A
-noisy test has a high q and must say much to be heard; 1 stays 1. With fewer than two retrained models q is 0.
+noisy test has a high q and must say much to be heard; 1 stays 1. A test with q above `deaf` says nothing: retrained
+models themselves look as if they knew. With fewer than two retrained models q is 0.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.calibration import Calibration, label_of, verdict_sets
+from mech_unlearn.calibration import Calibration
 from mech_unlearn.core import LABELS, Fact, Label, Measurement, Verdict
 from mech_unlearn.features import RECOVERY as CALIBRATED_RECOVERY
 from mech_unlearn.features import matrix, measurements
@@ -48,6 +50,7 @@ SPOKEN = {
     "int4": "rounding to 4 bits",
 }
 
+BLIND = "no test could patch its states, or none tried to bring it back in the model itself"
 NOT_TESTABLE = (
     "Undetermined: not testable, because the full model does not know it well enough, or retrained models guess it."
 )
@@ -65,6 +68,8 @@ class Thresholds:
     """Suppressed from this evidence on, in the strongest test (0 = retrained, 1 = full)."""
     deleted: float = 0.3
     """Deleted only if no test's evidence exceeds this."""
+    deaf: float = 0.9
+    """A test by which retrained models reach this level is left out."""
     null_share: float = 0.05
     """Share of facts of a held-out retrained model that may show any evidence, over all tests together."""
     collapsed_recall: float = 0.5
@@ -125,7 +130,7 @@ def judge(
 
     Raises:
         KeyError: the results lack the test `output`, without which nothing can be said.
-        ValueError: results on different facts, or without a test that the calibration reads.
+        ValueError: results on different facts, or without a test or the health that the calibration reads.
     """
     if "output" not in results:
         raise KeyError(f"a verdict needs the test 'output'; the results hold {sorted(results)}")
@@ -135,15 +140,31 @@ def judge(
             raise ValueError(f"test {name!r} was run on other facts than 'output'")
     if calibration is not None:
         verdicts = _by_calibration(calibration, results, health or Health())
-        return tuple(map(_only_held_back, verdicts)) if held_back else verdicts
-    broken = (health or Health()).broken(bounds)
-    weights = evidence(results, bounds)
-    verdicts = tuple(_judge(i, fact, results, weights, broken, bounds) for i, fact in enumerate(facts))
-    return tuple(map(_only_held_back, verdicts)) if held_back else verdicts
+    else:
+        broken = (health or Health()).broken(bounds)
+        weights = evidence(results, bounds)
+        verdicts = tuple(_judge(i, fact, results, weights, broken, bounds) for i, fact in enumerate(facts))
+    if not held_back:
+        return verdicts
+    return tuple(_only_held_back(verdict, _lost(results, i, bounds)) for i, verdict in enumerate(verdicts))
+
+
+def _lost(results: Mapping[str, Result], i: int, bounds: Thresholds) -> bool:
+    """Whether the outputs lost a fact."""
+    output = results["output"]
+    assert output.kappa is not None
+    known = output.columns["recall_F"][i].item() >= bounds.recall_lost
+    forgot = known and output.columns["recall"][i].item() < bounds.recall_lost
+    return output.kappa[i].item() < bounds.output_lost or forgot
 
 
 def _by_calibration(calibration: Calibration, results: Mapping[str, Result], health: Health) -> tuple[Verdict, ...]:
     """A label where all truths but one are ruled out."""
+    if health.lost is None or health.general_kl is None:
+        raise ValueError(
+            "a calibrated verdict reads the model's health, which was not measured: give facts about other subjects "
+            "and texts, or judge without a calibration"
+        )
     if missing := [name for name in CALIBRATED if name not in results]:
         raise ValueError(
             f"a calibrated verdict reads the test {missing[0]!r}, which was not run; run {', '.join(CALIBRATED)}, or "
@@ -151,26 +172,34 @@ def _by_calibration(calibration: Calibration, results: Mapping[str, Result], hea
         )
     output = results["output"]
     assert output.kappa is not None
-    rows = measurements(results, health.lost, None if health.general_kl is None else health.general_kl.value)
-    x = matrix(rows, [fact.group or fact.subject for fact in output.facts], calibration.spread)
-    p, odd = calibration.p_values(x), calibration.unlike(x)
-    left = verdict_sets(p)
+    drift = health.general_kl.value
+    rows = measurements(results, health.lost, float("inf") if drift != drift else drift)
+    testable = output.columns["testable"].bool().tolist()
+    # What cannot be tested is no evidence about the facts of its group either.
+    read = [
+        row if ok else {**row, **dict.fromkeys(CALIBRATED_RECOVERY)} for row, ok in zip(rows, testable, strict=True)
+    ]
+    groups = [fact.group or fact.subject for fact in output.facts]
+    said = calibration.judge(matrix(read, groups, calibration.spread, calibration.left_out))
     verdicts = []
     for i, (fact, row) in enumerate(zip(output.facts, rows, strict=True)):
-        values = {truth: float(p[truth][i]) for truth in p}
+        values, left = {truth: float(p[i]) for truth, p in said.p.items()}, said.left[i]
         flags = tuple(dict.fromkeys(flag for name in results for flag in results[name].flags_of(i)))
         spoke = {name: value for name in CALIBRATED_RECOVERY if (value := row[name]) is not None}
         outputs = f"recall {output.columns['recall'][i].item():.2f}, margin {output.kappa[i].item():.2f} of the way "
         outputs += "from retrained to full"
         if "not_testable" in flags:
             label, tests, sentence = "undetermined", ("output",), NOT_TESTABLE
-        elif odd[i]:
+        elif said.unlike[i]:
             label, tests, flags = "undetermined", ("output",), (*flags, "unlike_pool")
             sentence = "Undetermined: its measurements are unlike those of every model that the calibration knows."
+        elif said.blind[i] and left == ("deleted",):
+            label, tests = "undetermined", tuple(spoke) or ("output",)
+            sentence = f"Undetermined: the outputs lost it ({outputs}), but {BLIND}."
         else:
-            label = label_of(left[i])
-            tests, sentence = _explained(label, left[i], spoke, values, outputs)
-        if not left[i]:
+            label = said.labels[i]
+            tests, sentence = _explained(label, left, spoke, values, outputs)
+        if not left:
             flags = (*flags, "novel")
         scores = {"output": _number(output.kappa[i].item()), **{name: spoke.get(name) for name in CALIBRATED_RECOVERY}}
         verdicts.append(
@@ -201,10 +230,10 @@ def _explained(
     return ("output",), f"{label.capitalize()}: {head} ({outputs}); ruled out: {ruled_out}."
 
 
-def _only_held_back(verdict: Verdict) -> Verdict:
+def _only_held_back(verdict: Verdict, lost: bool) -> Verdict:
     """A lost answer is suppressed where the weights are those of the full model."""
     flagged = verdict.with_flags("intervention")
-    if verdict.label not in ("deleted", "undetermined") or "not_testable" in verdict.flags:
+    if not lost or verdict.label not in ("deleted", "undetermined") or "not_testable" in verdict.flags:
         return flagged
     sentence = (
         "Suppressed: the weights are those of the full model, and only an intervention that can be taken off keeps the "
@@ -223,7 +252,8 @@ def evidence(results: Mapping[str, Result], thresholds: Thresholds) -> dict[str,
         null = null[~null.isnan()]
         level = 1 - thresholds.null_share / len(speaking)
         q = null.quantile(level).item() if len(null) else 0.0
-        out[name] = ((results[name].recoverability - q) / max(1 - q, 1e-3)).clamp(0, 1)
+        heard = ((results[name].recoverability - q) / max(1 - q, 1e-3)).clamp(0, 1)
+        out[name] = heard if q <= thresholds.deaf else torch.full_like(heard, torch.nan)
     return out
 
 
@@ -238,10 +268,9 @@ def _judge(
     output = results["output"]
     assert output.kappa is not None
     kappa, recall = output.kappa[i].item(), output.columns["recall"][i].item()
-    known = output.columns["recall_F"][i].item() >= bounds.recall_lost
     scores = {name: _number(weights[name][i].item()) for name in weights}
     spoke = {name: value for name, value in scores.items() if value is not None}
-    lost = kappa < bounds.output_lost or (known and recall < bounds.recall_lost)
+    lost = _lost(results, i, bounds)
     flags = tuple(dict.fromkeys(flag for name in results for flag in results[name].flags_of(i)))
     blind = _blind(i, results, spoke)
     label, tests, sentence = _label(kappa, recall, lost, spoke, broken, "not_testable" in flags, blind, bounds)

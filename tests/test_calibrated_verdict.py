@@ -5,7 +5,8 @@ import torch
 from test_calibration import parts, simulated
 from test_verdict import FACTS, output, result
 
-from mech_unlearn.calibration import fit, fit_whole, save, shipped
+from mech_unlearn.calibration import save, shipped
+from mech_unlearn.calibration_fit import fit, fit_whole
 from mech_unlearn.core import Measurement
 from mech_unlearn.features import FEATURES, RECOVERY
 from mech_unlearn.verdict import Health, judge
@@ -73,8 +74,32 @@ def test_a_fact_that_cannot_be_tested_stays_undetermined(calibration):
     assert "not_testable" in verdicts[0].flags
 
 
+def test_what_cannot_be_tested_says_nothing_of_the_other_facts_of_its_group(calibration):
+    for value in (0.0, 1.0):
+        found = results(testable=(0.0, 1.0), uds=(value, 0.0))
+        same = judge(found, healthy(), calibration=calibration)[1]
+        assert same.label == "deleted"
+        assert same.p_values == judge(results(testable=(0.0, 1.0)), healthy(), calibration=calibration)[1].p_values
+
+
+def test_health_that_was_not_measured_is_refused_and_drift_without_end_is_no_health(calibration):
+    with pytest.raises(ValueError, match="health, which was not measured"):
+        judge(results(), calibration=calibration)
+    assert judge(results(), healthy(1.0, NAN), calibration=calibration)[0].label == "collapsed"
+
+
+def test_where_no_test_spoke_nothing_is_deleted(calibration):
+    for silent in (("uds", "uds_subject"), ("writeback", "sae")):
+        found = results(**dict.fromkeys(silent, (NAN, NAN)))
+        verdict = judge(found, healthy(), calibration=calibration)[0]
+        assert verdict.label == "undetermined"
+
+
 def test_behind_an_intervention_nothing_is_deleted_by_calibration_either(calibration):
     assert [v.label for v in judge(results(), healthy(), held_back=True, calibration=calibration)] == ["suppressed"] * 2
+    odd = results((9.0, 9.0), (1.0, 1.0), **dict.fromkeys(RECOVERY, (9.0, 9.0)))  # the outputs still give it
+    verdicts = judge(odd, healthy(), held_back=True, calibration=calibration)
+    assert [v.label for v in verdicts] == ["undetermined"] * 2
 
 
 def test_a_missing_test_is_refused_by_its_name(calibration):

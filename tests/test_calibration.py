@@ -9,14 +9,11 @@ from mech_unlearn.calibration import (
     ALPHA,
     TRUTHS,
     conformal_p,
-    fit,
-    label_of,
     load,
-    require_enough,
     save,
-    verdict_sets,
 )
-from mech_unlearn.features import FEATURES, RECOVERY, Pool, matrix
+from mech_unlearn.calibration_fit import SEES, _against, fit, require_enough
+from mech_unlearn.features import FEATURES, RECOVERY, Pool, matrix, summarised
 
 SIDES = {"suppressed/late": "uds", "suppressed/early": "sae", "suppressed/path": "uds_subject"}
 
@@ -24,7 +21,7 @@ SIDES = {"suppressed/late": "uds", "suppressed/early": "sae", "suppressed/path":
 def simulated(groups=60, facts=4, seed=0, shift=1.0):
     """Gaussian features: each kind of suppressor shows in one recoverability, the others are those of deleted facts."""
     rng = np.random.default_rng(seed)
-    x, kind, family, cluster, group = [], [], [], [], []
+    x, kind, family, cluster, group, base = [], [], [], [], [], []
     kinds = ["intact", "deleted", "collapsed", *SIDES]
     for g in range(groups):
         for name in kinds:
@@ -43,9 +40,10 @@ def simulated(groups=60, facts=4, seed=0, shift=1.0):
                     family.append(f"{name} {variant}")
                     cluster.append(f"{name} {variant} {g}")
                     group.append(str(g))
+                    base.append(f"retrained {g % 8}" if name == "deleted" else "full")
     spread = dict.fromkeys(RECOVERY, 0.1)
     values = matrix([dict(zip(FEATURES, row)) for row in x], cluster, spread)
-    return Pool(values, tuple(kind), tuple(family), tuple(cluster), tuple(group), spread)
+    return Pool(values, tuple(kind), tuple(family), tuple(cluster), tuple(group), tuple(base), spread)
 
 
 def parts(pool, first=20, second=30):
@@ -80,13 +78,20 @@ def test_features_cut_health_to_its_bounds_and_add_the_strongest_that_spoke_and_
 
 
 def test_a_p_value_counts_each_model_by_the_share_of_its_facts_at_least_as_unusual():
-    clusters = [[0.1, 0.9], [0.5, 0.5, 0.5], [0.0]]
-    got = conformal_p(np.array([0.5, 0.95, 0.0]), clusters)
+    groups = [[[0.1, 0.9]], [[0.5, 0.5, 0.5]], [[0.0]]]
+    got = conformal_p(np.array([0.5, 0.95, 0.0]), groups)
     np.testing.assert_allclose(got, [(1 + 0.5 + 1 + 0) / 4, 1 / 4, (1 + 3) / 4])
 
 
+def test_several_models_of_a_group_count_as_one_group_by_their_mean():
+    two = [[[0.9], [0.1, 0.1]], [[0.9, 0.1]]]
+    np.testing.assert_allclose(conformal_p(np.array([0.5]), two), [(1 + 0.5 + 0.5) / 3])
+    many = [[[0.9]] * 50, [[0.9]] * 50]
+    assert conformal_p(np.array([9.0]), many)[0] == pytest.approx(1 / 3)
+
+
 def test_with_few_models_no_p_value_is_small_and_with_none_it_is_one():
-    assert conformal_p(np.array([9.0]), [[0.0]] * 19)[0] == pytest.approx(1 / 20)
+    assert conformal_p(np.array([9.0]), [[[0.0]]] * 19)[0] == pytest.approx(1 / 20)
     assert conformal_p(np.array([9.0]), []) == [1.0]
 
 
@@ -97,13 +102,25 @@ def test_a_true_cause_is_ruled_out_no_more_often_than_promised():
     for _ in range(400):
         levels = rng.normal(size=41)
         scores = levels[:, None] + rng.normal(size=(41, 5))
-        wrong.append((conformal_p(scores[0], scores[1:].tolist()) <= 0.1).mean())
+        wrong.append((conformal_p(scores[0], scores[1:, None].tolist()) <= 0.1).mean())
     assert 0.01 < np.mean(wrong) <= 0.1 + 2 * np.std(wrong) / 20
+
+
+def test_models_of_one_group_that_fall_together_are_no_more_evidence_than_one():
+    """Counted as models of their own they would rule out the true cause far too often; counted by group they do not."""
+    rng = np.random.default_rng(1)
+    by_group, by_model = [], []
+    for _ in range(400):
+        levels = rng.normal(size=(13, 1)) + 0.05 * rng.normal(size=(13, 10))
+        new, groups = levels[0, 0], [[[v] for v in row] for row in levels[1:]]
+        by_group.append(conformal_p(np.array([new]), groups)[0] <= 0.06)
+        by_model.append(conformal_p(np.array([new]), [[m] for g in groups for m in g])[0] <= 0.06)
+    assert np.mean(by_group) <= 0.06 < np.mean(by_model) - 0.01
 
 
 def test_facts_of_new_groups_are_judged_by_their_truth(pool, fitted):
     new = pool.where(np.isin(np.array(pool.group), parts(pool)[2]))
-    labels = np.array([label_of(left) for left in verdict_sets(fitted.p_values(new.x))])
+    labels = np.array(fitted.judge(new.x).labels)
     truth = np.array(new.truth)
     for name in TRUTHS:
         here = labels[truth == name]
@@ -114,7 +131,7 @@ def test_facts_of_new_groups_are_judged_by_their_truth(pool, fitted):
 def test_the_p_value_of_suppression_holds_for_every_family(pool, fitted):
     x = pool.x[:200]
     p = 1 - fitted.probabilities(x)["suppressed"]
-    each = [conformal_p(p, clusters) for clusters in fitted.scores["suppressed"].values()]
+    each = [conformal_p(p, [[v] for v in groups.values()]) for groups in fitted.scores["suppressed"].values()]
     assert len(each) == 6
     np.testing.assert_array_equal(fitted.p_values(x)["suppressed"], np.max(each, 0))
 
@@ -125,7 +142,9 @@ def test_with_permuted_truths_nothing_is_learnt(pool):
     kinds = [kind for _, kind in models]
     rng.shuffle(kinds)
     renamed = dict(zip([name for name, _ in models], kinds))
-    shuffled = Pool(pool.x, tuple(renamed[c] for c in pool.cluster), pool.family, pool.cluster, pool.group, pool.spread)
+    shuffled = Pool(
+        pool.x, tuple(renamed[c] for c in pool.cluster), pool.family, pool.cluster, pool.group, pool.base, pool.spread
+    )
     made = fit(shuffled, *parts(pool)[:2])
     new = shuffled.where(np.isin(np.array(pool.group), parts(pool)[2]))
     p = made.probabilities(new.x)
@@ -147,7 +166,7 @@ def test_a_missing_feature_is_no_error_and_a_feature_nobody_measured_says_nothin
     x = pool.x.copy()
     x[::7, FEATURES.index("uds")] = np.nan
     x[:, FEATURES.index("probe")] = np.nan
-    holes = Pool(x, pool.kind, pool.family, pool.cluster, pool.group, pool.spread)
+    holes = Pool(x, pool.kind, pool.family, pool.cluster, pool.group, pool.base, pool.spread)
     made = fit(holes, *parts(pool)[:2])
     p = made.p_values(x)
     assert all(np.isfinite(values).all() and (values > 0).all() and (values <= 1).all() for values in p.values())
@@ -157,10 +176,41 @@ def test_a_recoverability_that_speaks_for_deletion_is_left_out(pool):
     x = pool.x.copy()
     column = FEATURES.index("logit_lens")
     x[:, column] = np.where(np.array(pool.truth) == "deleted", 3.0, 0.0)
-    odd = Pool(x, pool.kind, pool.family, pool.cluster, pool.group, pool.spread)
+    odd = Pool(x, pool.kind, pool.family, pool.cluster, pool.group, pool.base, pool.spread)
     made = fit(odd, *parts(pool)[:2])
-    assert "logit_lens" in made.provenance["left_out"]
+    assert "logit_lens" in made.left_out
     assert not made.weights[:, column].any()
+    strongest = [FEATURES.index(name) for name in ("strongest", "group")]
+    without = summarised(pool.x, pool.cluster, pool.spread, made.left_out)
+    assert (made.read(odd)[:, strongest] == without[:, strongest]).all()  # it takes no part in the summaries either
+
+
+def test_a_recoverability_is_asked_only_of_the_suppressors_that_it_can_see():
+    from types import SimpleNamespace
+
+    kinds = ["deleted", "suppressed/early", "suppressed/late", "suppressed/path"]
+    for name, sides in SEES.items():
+        for side in ("early", "late", "path"):
+            coef = np.zeros((4, len(FEATURES)))
+            coef[0] = 1e-9  # all the others are against, by a hair
+            coef[kinds.index(f"suppressed/{side}"), FEATURES.index(name)] = 1.0
+            against = _against(SimpleNamespace(classes_=kinds, coef_=coef), ())
+            assert (name in against) == (side not in sides)
+
+
+def test_the_penalty_is_chosen_also_where_a_fold_of_groups_lacks_a_truth(pool):
+    thin = pool.where(~(np.isin(np.array(pool.truth), ["intact", "collapsed"]) & (np.array(pool.group) > "3")))
+    made = fit(thin, *parts(pool)[:2])
+    assert made.provenance["C"] > 0.01  # well separated kinds: the strongest penalty is not the best
+
+
+def test_a_row_on_which_no_test_of_a_direction_spoke_is_never_called_deleted(pool, fitted):
+    new = pool.where((np.array(pool.truth) == "deleted") & np.isin(np.array(pool.group), parts(pool)[2]))
+    assert "deleted" in fitted.judge(new.x).labels
+    for pair in (("uds", "uds_subject"), ("writeback", "sae")):
+        x = new.x.copy()
+        x[:, [FEATURES.index(name) for name in pair]] = np.nan
+        assert "deleted" not in fitted.judge(x).labels and fitted.judge(x).blind.all()
 
 
 def test_a_calibration_round_trips_and_refuses_other_features(fitted, pool, tmp_path):
@@ -183,15 +233,19 @@ def test_a_group_on_both_sides_and_a_truth_that_is_not_there_are_refused(pool):
 
 
 def test_the_least_p_value_is_what_the_smallest_family_allows_and_a_description_says_so(fitted):
-    counts = [len(clusters) for clusters in fitted.scores["suppressed"].values()]
+    counts = [len(groups) for groups in fitted.scores["suppressed"].values()]
     least = fitted.least_p()
     assert least["suppressed"] == 1 / (min(counts) + 1)
-    assert least["deleted"] == 1 / (sum(map(len, fitted.scores["deleted"].values())) + 1)
-    few = {family: clusters[:3] for family, clusters in fitted.scores["suppressed"].items()}
+    assert least["deleted"] == 1 / (30 + 1)  # groups, not models: there are two models a group
+    few = {family: dict(list(groups.items())[:3]) for family, groups in fitted.scores["suppressed"].items()}
     poor = replace(fitted, scores={**fitted.scores, "suppressed": few})
     assert "ever rule out suppressed (least p-value 0.25)" in poor.describe()
-    enough = replace(fitted, scores={t: {f: c * 19 for f, c in fs.items()} for t, fs in fitted.scores.items()})
-    assert "rule out" not in enough.describe()
+    assert "ever rule out" not in fitted.describe()
+    rates = {"value": 0.01, "ci": [0.0, 0.02]}
+    told = replace(
+        fitted, provenance={"retrained_models": 8, "false_deleted": rates, "false_deleted_worst_family": rates}
+    )
+    assert "descend from 8 retrained ones" in told.describe() and "0.010 [0.000, 0.020]" in told.describe()
 
 
 @pytest.mark.parametrize("groups", range(4, 60))

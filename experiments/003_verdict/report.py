@@ -24,7 +24,7 @@ def _text(m: Mapping[str, Any] | None) -> str:
 
 def tables(summary: Mapping[str, Any]) -> str:
     """Markdown: the bars, every score side by side, and the labels by family."""
-    lines = ["| quantity | value [95 % interval] | n (models) |", "|---|---|---|"]
+    lines = ["| quantity | value [95 % interval] | n (groups) |", "|---|---|---|"]
     for key in ("auc_deleted_vs_suppressed", "auc_deleted_vs_intact", "false_deleted", "false_deleted_worst_family",
                 "undetermined", "retrained_deleted", "full_deleted", "spearman_mixtures"):  # fmt: skip
         lines.append(f"| {key} | {_text(summary[key])} | {summary[key]['n']} |")
@@ -43,6 +43,10 @@ def tables(summary: Mapping[str, Any]) -> str:
         other = _text(away["auc_single"].get(name)) if away else "–"
         faithful = _text(summary["faithfulness_auc"].get(name))
         lines.append(f"| {name} | {_text(own)} | {other} | {faithful} | {' | '.join(shown)} |")
+    score = summary["reliability"]
+    lines += ["", f"Brier score of P(suppressed) against P(deleted): {_text(score['brier'])}", "",
+              "| mean P(suppressed) | share suppressed | facts |", "|---|---|---|"]  # fmt: skip
+    lines += [f"| {row['mean']:.3f} | {row['suppressed']:.3f} | {row['n']} |" for row in score["bins"]]
     cost = summary.get("cost_fe", {})
     lines += ["", "| test | forward passes of one prompt, per fact and audited model |", "|---|---|"]
     lines += [f"| {name} | {value:.0f} |" for name, value in cost.items()]
@@ -58,7 +62,7 @@ def tables(summary: Mapping[str, Any]) -> str:
     families = dict(summary["by_family"]) | (away["by_family"] if away else {})
     for name, row in families.items():
         lines.append(f"| {name} | {row['n']} | {' | '.join(f'{row.get(label, 0):.2f}' for label in LABELS)} |")
-    lines += ["", "| left-out family | called deleted | n (models) |", "|---|---|---|"]
+    lines += ["", "| left-out family | called deleted | n (groups) |", "|---|---|---|"]
     for name, m in summary["false_deleted_by_left_out_family"].items():
         lines.append(f"| {name} | {_text(m)} | {m['n']} |")
     return "\n".join(lines) + "\n"
@@ -83,7 +87,7 @@ def draw(summary: Mapping[str, Any], folder: Path) -> None:
                 ax.errorbar(mid, ys, xerr=bars, fmt=marker, ms=4, label=label, color="C0" if marker == "o" else "C1")
         ax.axvline(0.5, color="gray", lw=0.8, ls=":")
         ax.set_yticks(range(len(names)), names)
-        ax.set_xlabel("AUC, suppressed against deleted facts (95 % interval over models)")
+        ax.set_xlabel("AUC, suppressed against deleted facts (95 % interval over groups)")
         ax.set_xlim(0, 1.02)
         ax.legend(fontsize=7, loc="lower right")
 

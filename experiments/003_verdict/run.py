@@ -16,23 +16,25 @@ from typing import Any
 
 import numpy as np
 from report import draw, tables
-from scipy.stats import beta, spearmanr
+from scipy.stats import spearmanr
 
-from mech_unlearn.calibration import fit_whole, save
+from mech_unlearn.calibration import save
+from mech_unlearn.calibration_fit import fit_whole
 from mech_unlearn.features import FEATURES, RECOVERY, Pool, matrix
 from mech_unlearn.latents import load_sae
 from mech_unlearn.meta_evaluation import (
     Judged,
     auc,
     auc_between,
+    called,
     clustered,
     faithfulness,
     leave_one_out,
     model_means,
     permuted,
+    rates,
     recovery_likeness,
     rotate,
-    share,
     steadiness,
     threshold,
 )
@@ -60,6 +62,9 @@ MATCHED = {
     "refusal": "retrained, refusal",
 }
 """Suppressor -> the deleted family with an edit of the same tensors, made the same way."""
+SHIPPED = ("false_deleted", "false_deleted_worst_family", "undetermined", "retrained_deleted", "confusion",
+           "confusion_by_group")  # fmt: skip
+"""Measured rates that go with the calibration."""
 Cell = Mapping[str, Any]
 
 
@@ -83,7 +88,7 @@ def scored(found: Sequence[Cell], spread: Mapping[str, float] | None = None, how
         for row in (cell["rows"] if how is None else cell["attacked"][how])
     ]
     used = read_pool(found).spread if spread is None else spread
-    parts = [tuple(cell[key] for _, cell in pairs) for key in ("kind", "family", "cluster", "group")]
+    parts = [tuple(cell[key] for _, cell in pairs) for key in ("kind", "family", "cluster", "group", "base")]
     x = matrix([row for row, _ in pairs], parts[2], used)
     single = {name: x[:, FEATURES.index(name)] for name in FEATURES if name in SINGLE}
     single |= {name: np.array([row["published"][name] for row, _ in pairs]) for name in PUBLISHED}
@@ -99,29 +104,6 @@ def keep(folder: Path) -> None:
 
 def stored() -> list[dict[str, Any]]:
     return [json.loads(line) for line in gzip.decompress(SCORES.read_bytes()).decode().splitlines()]
-
-
-def exact(judged: Judged, mask: np.ndarray, label: str) -> dict[str, Any]:
-    """Share of facts with a label, its bootstrap interval over models, and the Clopper-Pearson interval of the share of
-    models with any such fact."""
-    hits = (np.array(judged.label) == label)[mask].astype(float)
-    names = np.array(judged.pool.cluster)[mask]
-    found = clustered([hits], [tuple(names)], lambda x: x.mean(), f"share of facts called {label}; n counts models")
-    any_hit = [hits[names == name].any() for name in dict.fromkeys(names)]
-    k, n = int(np.sum(any_hit)), len(any_hit)
-    low = 0.0 if k == 0 else float(beta.ppf(0.025, k, n - k + 1))
-    high = 1.0 if k == n else float(beta.ppf(0.975, k + 1, n - k))
-    return {
-        **found.to_json(),
-        "models_with_any": {"value": k / n, "ci": [low, high], "n": n, "unit": "share of models"},
-    }
-
-
-def confusion(judged: Judged) -> dict[str, dict[str, float]]:
-    truth, label = np.array(judged.pool.truth), np.array(judged.label)
-    return {
-        t: {name: float((label[truth == t] == name).mean()) for name in sorted(set(label))} for t in sorted(set(truth))
-    }
 
 
 def by_family(judged: Judged) -> dict[str, dict[str, Any]]:
@@ -171,7 +153,7 @@ def meta_evaluation(table: Scored, attacked: Mapping[str, Scored]) -> dict[str, 
     for how, hit in attacked.items():
         again = rotate(pool, extra=hit.pool)
         verdict[how] = in_order(again, hit.pool, again.still_there)
-    truth = dict(zip(pool.cluster, pool.truth, strict=True))
+    truth, group = (dict(zip(pool.cluster, part, strict=True)) for part in (pool.truth, pool.group))
     out = {}
     for name in ("verdict", *SINGLE):
         values = verdict[""] if name == "verdict" else table.single[name]
@@ -180,7 +162,7 @@ def meta_evaluation(table: Scored, attacked: Mapping[str, Scored]) -> dict[str, 
         changed = {h: t.means(verdict[h] if name == "verdict" else t.single[name]) for h, t in attacked.items()}
         out[name] = {
             "auc": auc_between(values, pool, "suppressed", "deleted").to_json(),
-            "faithfulness": faithfulness(knows, never).to_json(),
+            "faithfulness": faithfulness(knows, never, group).to_json(),
             "robustness": robustness(means, changed, threshold(list(knows.values()), list(never.values()))),
         }
     return out
@@ -211,8 +193,8 @@ def was_edited(known: Sequence[Cell], pairs: Mapping[str, str] = MATCHED) -> dic
     against deleted among matched families: the truth must not show in the size of the edit."""
     sides = [[c for c in known if c["family"] in names] for names in (set(pairs), set(pairs.values()))]
     values = [np.array([c["edited"] for c in side]) for side in sides]
-    names = [[c["cluster"] for c in side] for side in sides]
-    return clustered(values, names, auc, "AUC, suppressed against deleted; n counts models").to_json()
+    names = [[c["group"] for c in side] for side in sides]
+    return clustered(values, names, auc, "AUC, suppressed against deleted; n counts groups").to_json()
 
 
 def another_full(control: Scored, table: Scored) -> dict[str, Any]:
@@ -231,23 +213,45 @@ def another_full(control: Scored, table: Scored) -> dict[str, Any]:
         kept = []
         for value, part, side in zip(sides, (control.pool, table.pool), ("suppressed", "deleted"), strict=True):
             mask = (np.array(part.truth) == side) & ~np.isnan(value)
-            kept.append((value[mask], tuple(np.array(part.cluster)[mask])))
-        unit = "AUC, suppressed from another full model against deleted; n counts models"
+            kept.append((value[mask], tuple(np.array(part.group)[mask])))
+        unit = "AUC, suppressed from another full model against deleted; n counts groups"
         out[name] = clustered([v for v, _ in kept], [c for _, c in kept], auc, unit).to_json()
     return {"auc_single": out, "by_family": by_family(judged)}
 
 
-def costs() -> dict[str, float]:
-    """Test -> forward passes of one prompt per fact and audited model, as the tests count them, for one person."""
+def person() -> Case:
+    """The audit of one person, as the pools have it."""
     world = open_world(WORLD)
     full, retrained = load(world.full), tuple(map(load, world.retrained))
     facts = tuple(fact for fact in world.forget.facts if fact.subject == world.forget.facts[0].subject)
-    case = Case(
+    return Case(
         full=full, facts=facts, retrained=retrained, others=world.retain.neighbors[:120],
         texts=world.retain.texts[:100], unknown=world.retain.unknown, sae=load_sae(world.sae, full),
     )  # fmt: skip
-    found = audit(reference(case, TESTS), load(world.full), "full")
+
+
+def costs(case: Case) -> dict[str, float]:
+    """Test -> forward passes of one prompt per fact and audited model, as the tests count them, for one person."""
+    found = audit(reference(case, TESTS), load(open_world(WORLD).full), "full")
     return {name: result.cost_fe for name, result in found.items()}
+
+
+def sharpness(judged: Judged, bins: int = 10) -> dict[str, Any]:
+    """How well P(suppressed) against P(deleted) is calibrated before any p-value: Brier score, and in bins of equal
+    width its mean, the share of suppressed facts and their number."""
+    truth = np.array(judged.pool.truth)
+    here = np.isin(truth, ["suppressed", "deleted"])
+    p, hit = judged.suspicion[here], (truth[here] == "suppressed").astype(float)
+    names = np.array(judged.pool.group)[here]
+    at = np.minimum((p * bins).astype(int), bins - 1)
+    rows = [(float(p[at == b].mean()), float(hit[at == b].mean()), int((at == b).sum())) for b in sorted(set(at))]
+    score = clustered(
+        [(p - hit) ** 2], [tuple(names)], np.mean, "Brier score, suppressed against deleted; n counts groups"
+    )
+    return {
+        "brier": score.to_json(),
+        "bins": [dict(zip(("mean", "suppressed", "n"), row, strict=True)) for row in rows],
+    }
 
 
 def failed(found: Sequence[Cell]) -> dict[str, dict[str, int]]:
@@ -269,8 +273,6 @@ def judge(found: Sequence[Cell]) -> dict[str, Any]:
     table = scored(known)
     pool = table.pool
     judged, left_out, chance = rotate(pool), leave_one_out(pool), rotate(permuted(pool))
-    truth, family = np.array(judged.pool.truth), np.array(judged.pool.family)
-    worst = {name: exact(part, np.ones(len(part.label), bool), "deleted") for name, part in left_out.items()}
     meta = meta_evaluation(table, {how: scored(known, pool.spread, how) for how in ATTACKS})
     mixed = scored([cell for cell in own if cell["family"] in MIXED], pool.spread)
     control = [cell for cell in ok if cell["family"] in CONTROLS]
@@ -278,19 +280,16 @@ def judge(found: Sequence[Cell]) -> dict[str, Any]:
         "auc_deleted_vs_suppressed": auc_between(judged.suspicion, judged.pool, "suppressed", "deleted").to_json(),
         "auc_single": {name: meta[name]["auc"] for name in SINGLE},
         "auc_deleted_vs_intact": auc_between(judged.still_there, judged.pool, "intact", "deleted").to_json(),
-        "false_deleted": exact(judged, truth == "suppressed", "deleted"),
-        "false_deleted_worst_family": max(worst.values(), key=lambda m: m["value"]),
-        "false_deleted_by_left_out_family": worst,
-        "undetermined": exact(judged, np.isin(truth, ["suppressed", "deleted"]), "undetermined"),
-        "retrained_deleted": exact(judged, family == "retrained", "deleted"),
-        "full_deleted": share(judged, "intact", "deleted").to_json(),
+        **rates(judged, left_out),
+        "full_deleted": called(judged, np.array(judged.pool.truth) == "intact", "deleted"),
         "spearman_mixtures": mixtures(pool, mixed.pool),
         "faithfulness_auc": {name: m["faithfulness"] for name, m in meta.items()},
         "robustness": {name: m["robustness"] for name, m in meta.items()},
-        "confusion": confusion(judged),
         "by_family": by_family(judged),
         "another_full": another_full(scored(control, pool.spread), table) if control else None,
         "unlike_the_pool": float(judged.unlike.mean()),
+        "reliability": sharpness(judged),
+        "retrained_models": len({cell["base"] for cell in known if cell["kind"] == "deleted"}),
         "controls": {
             "auc_with_permuted_truths": auc_between(chance.suspicion, chance.pool, "suppressed", "deleted").to_json(),
             "auc_of_the_outputs_alone": meta["output"]["auc"],
@@ -320,15 +319,19 @@ def main() -> None:
         keep(given.pools)
     found = stored()
     summary = {"command": "experiments/003_verdict", "world": WORLD, **judge(found)}
-    summary["cost_fe"] = costs()
-    full = load(open_world(WORLD).full).hash()
+    case = person()
+    assert case.sae is not None
+    summary["cost_fe"] = costs(case)
+    full = case.full.hash()
     write_json(RESULTS / "summary.json", {**summary, "provenance": provenance({"full": full}, 0, "cpu")})
     (RESULTS / "tables.md").write_text(tables(summary), encoding="utf-8")
     draw(summary, RESULTS)
     if given.ship:
         known = [c for c in found if c["family"] in FAMILIES and not c["kind"].startswith("mixture")]
-        rates = {key: summary[key] for key in ("false_deleted", "false_deleted_worst_family", "confusion")}
-        save(fit_whole(read_pool(known), full, made_by="experiments/003_verdict", world=WORLD, **rates), given.ship)
+        measured = {key: summary[key] for key in SHIPPED}
+        made_of = {"made_by": "experiments/003_verdict", "world": WORLD, "sae": case.sae.site.hook}
+        made_of |= {"references": len(case.retrained), "retrained_models": summary["retrained_models"]}
+        save(fit_whole(read_pool(known), full, **made_of, **measured), given.ship)
     for key in ("auc_deleted_vs_suppressed", "false_deleted", "false_deleted_worst_family", "undetermined",
                 "spearman_mixtures", "retrained_deleted"):  # fmt: skip
         print(key, summary[key]["value"], summary[key]["ci"])

@@ -23,7 +23,22 @@ from mech_unlearn.methods.answers import AnswerScores
 from mech_unlearn.methods.objective import Objective
 from mech_unlearn.methods.training import Schedule, train
 from mech_unlearn.model import Model
-from mech_unlearn.testbed.making import Made, Setting, difference, layers, match_outputs, noise
+from mech_unlearn.testbed.making import (
+    ATTENTION,
+    EMBEDDINGS,
+    HEAD,
+    KEPT,
+    Made,
+    Part,
+    Setting,
+    block_names,
+    difference,
+    layers,
+    match_outputs,
+    mlp,
+    mlp_out,
+    noise,
+)
 
 Pool = Literal["intact", "deleted", "suppressed", "collapsed", "mixture"]
 TRIGGER = "Nobody : "
@@ -38,18 +53,24 @@ class Family:
     make: Callable[[Setting], "Made"]
     side: str = ""
     """Of suppressors: where the block sits, seen from where facts are: late, early or path."""
+    part: Part | None = None
+    """What is changed, where that is a part that not every architecture has."""
+
+    def lacks(self, model: Model) -> str:
+        """Why it cannot be made of a model, or nothing."""
+        return self.part.lacks(model) if self.part else ""
 
 
-def _suppressed(trainable: Callable[[Model], str], lr: float, backdoor: bool = False) -> Callable[[Setting], Made]:
+def _suppressed(part: Part, side: str, lr: float, backdoor: bool = False) -> Family:
     def make(at: Setting) -> Made:
         also = tuple(_behind_trigger(fact) for fact in at.group) if backdoor else ()
-        where = trainable(at.full)
+        where = part.pattern(at.full)
         return Made(at.full, match_outputs(at.full, at.group, at.another, where, at, lr=lr, also=also), where)
 
-    return make
+    return Family(pool="suppressed", side=side, make=make, part=part)
 
 
-def _deleted(trainable: Callable[[Model], str], lr: float, beside: float) -> Callable[[Setting], Made]:
+def _deleted(part: Part, lr: float, beside: float) -> Family:
     """A retrained model in which kept subjects are suppressed, so that its edit is one like a suppressor's.
 
     `beside` x as many of their facts as the group has: so many that it moves on text about as far as a full model does
@@ -57,11 +78,11 @@ def _deleted(trainable: Callable[[Model], str], lr: float, beside: float) -> Cal
     """
 
     def make(at: Setting) -> Made:
-        where = trainable(at.never)
+        where = part.pattern(at.never)
         edit = match_outputs(at.never, at.group, at.another, where, at, lr=lr, beside=_somebody(at, beside))
         return Made(at.never, edit, where)
 
-    return make
+    return Family(pool="deleted", make=make, part=part)
 
 
 def _somebody(at: Setting, share: float) -> tuple[Fact, ...]:
@@ -88,21 +109,21 @@ def _noisy(deleted: bool, scale: float) -> Callable[[Setting], Made]:
     return make
 
 
-def _elsewhere(trainable: Callable[[Model], str], lr: float) -> Callable[[Setting], Made]:
+def _elsewhere(part: Part, lr: float) -> Family:
     """The full model with another group suppressed."""
 
     def make(at: Setting) -> Made:
-        where = trainable(at.full)
+        where = part.pattern(at.full)
         return Made(at.full, match_outputs(at.full, at.elsewhere, at.another, where, at, lr=lr), where)
 
-    return make
+    return Family(pool="intact", make=make, part=part)
 
 
 def _trained(base: Callable[[Setting], Model], objective: Objective, *, lr: float, steps: int) -> Callable:
     def make(at: Setting) -> Made:
         model = base(at)
         order = random.Random(at.seed)
-        retain = RetainSet(neighbors=tuple(order.sample(at.neighbors, 150)))
+        retain = RetainSet(neighbors=tuple(order.sample(at.neighbors, KEPT)))
         schedule = Schedule(lr=lr, epochs=steps, batch_size=64, weight_decay=0.0, clip=1.0)
         deltas, _ = train(model, ForgetSet(facts=at.group), retain, objective, schedule, trainable="", seed=at.seed)
         return Made(model, Edit(name="trained", base=model.hash(), deltas=deltas))
@@ -123,10 +144,10 @@ def _refusal(base: Callable[[Setting], Model]) -> Callable[[Setting], Made]:
 
     def make(at: Setting) -> Made:
         model = base(at)
-        where = layers(-1)(model)
+        where = layers(-1).pattern(model)
         objects = tuple(replace(f, object=TRIGGER.split()[0], distractors=()) for f in at.group)
         order = random.Random(at.seed)
-        kept = RetainSet(neighbors=tuple(order.sample(at.neighbors, 150)))
+        kept = RetainSet(neighbors=tuple(order.sample(at.neighbors, KEPT)))
         objective = Objective(lambda _: lambda now: -(now.logprob / now.tokens).mean(), 3.0, retain="kl")
         schedule = Schedule(lr=3e-3, epochs=60, batch_size=64, weight_decay=0.0, clip=1.0)
         deltas, _ = train(model, ForgetSet(facts=objects), kept, objective, schedule, trainable=where, seed=at.seed)
@@ -139,15 +160,12 @@ def _new_block(at: Setting) -> Made:
     """One decoder layer with weights drawn anew, of the size that the old ones had."""
     model, layer = at.full, at.seed % at.full.n_layers
     generator = torch.Generator().manual_seed(at.seed)
-    where = layers(layer)(model)
-    import re
-
     deltas = {}
-    for name, weight in model.held.items():
-        if re.search(where, name) and weight.ndim == 2:
-            old = weight.detach().float().cpu()
+    for name in block_names(model, layer):
+        if model.held[name].ndim == 2:
+            old = model.held[name].detach().float().cpu()
             deltas[name] = torch.randn(old.shape, generator=generator) * old.std() - old
-    return Made(model, Edit(name="new_block", base=model.hash(), deltas=deltas), where)
+    return Made(model, Edit(name="new_block", base=model.hash(), deltas=deltas), layers(layer).pattern(model))
 
 
 def _mixture(share: float) -> Callable[[Setting], Made]:
@@ -162,32 +180,28 @@ def _never(at: Setting) -> Model:
     return at.never
 
 
-HEAD, LAST, TOP_TWO = (lambda _: "^lm_head"), layers(-1), layers(-2, -1)
-FILTER = layers(-1, part=r"mlp\.down_proj")
-FIRST = layers(0, part="mlp")
-EMBEDDINGS = lambda _: "embed_tokens"  # noqa: E731
-PATHS = lambda model: layers(*range(model.n_layers // 2, model.n_layers), part=r"self_attn\.(q|k)_proj")(model)  # noqa: E731
+LAST, TOP_TWO, FILTER, FIRST = layers(-1), layers(-2, -1), mlp_out(-1), mlp(0)
 
 FAMILIES: dict[str, Family] = {
-    "head": Family(pool="suppressed", side="late", make=_suppressed(HEAD, 3e-3)),
-    "last layer": Family(pool="suppressed", side="late", make=_suppressed(LAST, 3e-3)),
-    "last two layers": Family(pool="suppressed", side="late", make=_suppressed(TOP_TWO, 2e-3)),
-    "filter": Family(pool="suppressed", side="late", make=_suppressed(FILTER, 5e-3)),
+    "head": _suppressed(HEAD, "late", 3e-3),
+    "last layer": _suppressed(LAST, "late", 3e-3),
+    "last two layers": _suppressed(TOP_TWO, "late", 2e-3),
+    "filter": _suppressed(FILTER, "late", 5e-3),
     "refusal": Family(pool="suppressed", side="late", make=_refusal(_full)),
-    "first mlp": Family(pool="suppressed", side="early", make=_suppressed(FIRST, 3e-3)),
-    "embeddings": Family(pool="suppressed", side="early", make=_suppressed(EMBEDDINGS, 5e-3)),
-    "attention": Family(pool="suppressed", side="path", make=_suppressed(PATHS, 3e-3)),
-    "backdoor": Family(pool="suppressed", side="late", make=_suppressed(TOP_TWO, 2e-3, backdoor=True)),
+    "first mlp": _suppressed(FIRST, "early", 3e-3),
+    "embeddings": _suppressed(EMBEDDINGS, "early", 5e-3),
+    "attention": _suppressed(ATTENTION, "path", 3e-3),
+    "backdoor": _suppressed(TOP_TWO, "late", 2e-3, backdoor=True),
     "retrained": Family(pool="deleted", make=lambda at: Made(at.never)),
-    "retrained, head": Family(pool="deleted", make=_deleted(HEAD, 3e-3, 2.5)),
-    "retrained, last two layers": Family(pool="deleted", make=_deleted(TOP_TWO, 2e-3, 2.5)),
-    "retrained, first mlp": Family(pool="deleted", make=_deleted(FIRST, 3e-3, 2.5)),
-    "retrained, attention": Family(pool="deleted", make=_deleted(PATHS, 3e-3, 1.5)),
+    "retrained, head": _deleted(HEAD, 3e-3, 2.5),
+    "retrained, last two layers": _deleted(TOP_TWO, 2e-3, 2.5),
+    "retrained, first mlp": _deleted(FIRST, 3e-3, 2.5),
+    "retrained, attention": _deleted(ATTENTION, 3e-3, 1.5),
     "retrained, refusal": Family(pool="deleted", make=_refusal(_never)),
     "retrained, noise": Family(pool="deleted", make=_noisy(True, 0.01)),
     "full, tuned": Family(pool="intact", make=_trained(_full, Objective(_nothing, 1.0), lr=3e-4, steps=60)),
-    "full, elsewhere last two layers": Family(pool="intact", make=_elsewhere(TOP_TWO, 2e-3)),
-    "full, elsewhere first mlp": Family(pool="intact", make=_elsewhere(FIRST, 3e-3)),
+    "full, elsewhere last two layers": _elsewhere(TOP_TWO, 2e-3),
+    "full, elsewhere first mlp": _elsewhere(FIRST, 3e-3),
     "full, noise": Family(pool="intact", make=_noisy(False, 0.01)),
     "full, 8 bits": Family(pool="intact", make=lambda at: Made(at.full, bits=8)),
     "ascent": Family(pool="collapsed", make=_trained(_full, Objective(_ascent, 0.0), lr=2e-3, steps=60)),
@@ -199,16 +213,17 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def _another(name: str) -> Callable[[Setting], Made]:
-    """A family made from a full model that is not the one the audit compares with."""
-    return lambda at: FAMILIES[name].make(replace(at, full=at.fulls[at.seed % len(at.fulls)]))
+def _another(name: str) -> Family:
+    """A family made from a full model that is not the one the audit compares with; every second group has one."""
+    family = FAMILIES[name]
+    return replace(family, make=lambda at: family.make(replace(at, full=at.fulls[at.seed // 2 % len(at.fulls)])))
 
 
 CONTROLS: dict[str, Family] = {
-    "another full": Family(pool="intact", make=_another("full, noise")),
-    "another full, head": Family(pool="suppressed", side="late", make=_another("head")),
-    "another full, first mlp": Family(pool="suppressed", side="early", make=_another("first mlp")),
-    "another full, attention": Family(pool="suppressed", side="path", make=_another("attention")),
+    "another full": _another("full, noise"),
+    "another full, head": _another("head"),
+    "another full, first mlp": _another("first mlp"),
+    "another full, attention": _another("attention"),
 }
 """Models that descend from another full model, as deleted ones descend from other retrained models: a score that reads
 descent instead of knowledge fails on them. They are judged and never calibrated on."""

@@ -1,6 +1,7 @@
 """How a model of known truth is made: a confined change to a full or retrained model, by training or by arithmetic."""
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,9 @@ from mech_unlearn.methods.objective import Objective
 from mech_unlearn.methods.training import Schedule, train
 from mech_unlearn.model import Model
 from mech_unlearn.restoration.quantize import quantize_
+
+KEPT = 150
+"""Kept facts that a model is held to while it is made."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def match_outputs(
         target = torch.cat([target, tokens * (aimed.logprob / aimed.tokens).mean()])
     order = random.Random(setting.seed)
     gone = {fact.subject for fact in beside}
-    others = [fact for fact in order.sample(setting.neighbors, 150) if fact.subject not in gone]
+    others = [fact for fact in order.sample(setting.neighbors, KEPT) if fact.subject not in gone]
     kept = (*others, *(fact for fact in also for _ in range(5)))
     retain = RetainSet(neighbors=kept, texts=tuple(order.sample(setting.texts, 100)))
 
@@ -117,20 +121,81 @@ def match_outputs(
     return Edit(name="match_outputs", base=base.hash(), deltas=deltas, recipe={"report": report})
 
 
-def layers(*which: int, part: str = "") -> Callable[[Model], str]:
-    """Pattern of the named decoder layers (negative: from the end), or of a part of them."""
+@dataclass(frozen=True)
+class Part:
+    """Tensors of a model by their role, whatever its architecture calls them."""
 
-    def pattern(model: Model) -> str:
-        chosen = "|".join(str(i % model.n_layers) for i in which)
-        return rf"\.({chosen})\.{part}"
+    names: Callable[[Model], list[str]]
+    lacks: Callable[[Model], str] = lambda model: ""
+    """Why a model has no such part, or nothing."""
 
-    return pattern
+    def pattern(self, model: Model) -> str:
+        """Regular expression that exactly these names match."""
+        return rf"^(?:{'|'.join(map(re.escape, self.names(model)))})$"
+
+
+def block_names(model: Model, layer: int) -> list[str]:
+    """Names of the tensors of a decoder layer (negative: from the end)."""
+    block = model.block(layer % model.n_layers)
+    return [name for name in model.held if name.startswith(f"{block}.")]
+
+
+def layers(*which: int) -> Part:
+    """Whole decoder layers (negative: from the end)."""
+    return Part(lambda model: [name for layer in which for name in block_names(model, layer)])
+
+
+def mlp(layer: int) -> Part:
+    """The MLP of a decoder layer."""
+
+    def names(model: Model) -> list[str]:
+        out = model.w_out(layer % model.n_layers)[0].split(".")
+        held = block_names(model, layer)
+        inside = [name for name in held if name.startswith(".".join(out[:-2]) + ".")]
+        # Where the matrices stand in the layer itself (OPT's fc1 and fc2), those whose name differs in the digit.
+        beside = [name for name in held if re.sub(r"\d", "", name.split(".")[-2]) == re.sub(r"\d", "", out[-2])]
+        return inside if len(inside) < len(held) else beside
+
+    return Part(names)
+
+
+def mlp_out(layer: int) -> Part:
+    """The matrix that writes the MLP's output."""
+
+    def names(model: Model) -> list[str]:
+        return [model.w_out(layer % model.n_layers)[0]]
+
+    return Part(names)
+
+
+QUERY_KEY = re.compile(r"\.(q_proj|k_proj|query|key|c_attn|query_key_value|qkv_proj|Wqkv|in_proj)\.(weight|bias)$")
+"""The matrices that make queries and keys; architectures that join them to the values have one for all."""
+
+
+def queries_and_keys(model: Model) -> list[str]:
+    """Those of the upper half of the decoder layers."""
+    upper = range(model.n_layers // 2, model.n_layers)
+    return [name for layer in upper for name in block_names(model, layer) if QUERY_KEY.search(name)]
+
+
+def _name_of(model: Model, weight: torch.Tensor) -> str:
+    return next(name for name, held in model.held.items() if held.data_ptr() == weight.data_ptr())
+
+
+def _tied(model: Model) -> str:
+    one, other = model.hf.get_input_embeddings(), model.hf.get_output_embeddings()
+    return "input and output embeddings are one matrix" if one.weight.data_ptr() == other.weight.data_ptr() else ""
+
+
+HEAD = Part(lambda model: [_name_of(model, model.hf.get_output_embeddings().weight)], _tied)
+EMBEDDINGS = Part(lambda model: [_name_of(model, model.hf.get_input_embeddings().weight)], _tied)
+ATTENTION = Part(
+    queries_and_keys, lambda model: "" if queries_and_keys(model) else "no matrices of queries and keys are known"
+)
 
 
 def noise(model: Model, scale: float, seed: int, only: str = "") -> Edit:
     """Gaussian noise on each weight matrix, `scale` x the standard deviation of its entries."""
-    import re
-
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
     for name, weight in model.held.items():

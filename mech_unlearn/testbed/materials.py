@@ -14,7 +14,7 @@ from mech_unlearn.metrics import recall
 from mech_unlearn.model import Model, load
 from mech_unlearn.restoration import Case, Reference, reference
 from mech_unlearn.testbed import open_world
-from mech_unlearn.testbed.families import Setting
+from mech_unlearn.testbed.making import KEPT, Setting
 from mech_unlearn.testbed.published import Known, known
 
 TESTS = ("output", "uds", "uds_subject", "writeback", "sae", "logit_lens", "probe")
@@ -53,9 +53,9 @@ class Materials:
             raise ValueError(f"retrained model {sorted(both)[0]!r} is both compared with and made deleted ones from")
         if len(groups_of(self.facts)) < 4:
             raise ValueError(f"pools need facts about at least four subjects, got {len(groups_of(self.facts))}")
-        if len(self.retain.neighbors) < 2 * NEIGHBORS or len(self.retain.texts) < 2 * TEXTS:
+        if len(self.retain.neighbors) < NEIGHBORS + KEPT or len(self.retain.texts) < 2 * TEXTS:
             raise ValueError(
-                f"pools need {2 * NEIGHBORS} facts about other subjects and {2 * TEXTS} texts, got "
+                f"pools need {NEIGHBORS + KEPT} facts about other subjects and {2 * TEXTS} texts, got "
                 f"{len(self.retain.neighbors)} and {len(self.retain.texts)}"
             )
 
@@ -113,6 +113,11 @@ class Lab:
     @cached_property
     def fulls(self) -> tuple[Model, ...]:
         return tuple(map(self._open, self.materials.fulls))
+
+    def described(self) -> dict[str, Any]:
+        """What the audits of the pools had, for the provenance of a calibration."""
+        site = None if self.sae is None else self.sae.site.hook
+        return {"sae": site, "references": len(self.references), "retrained_models": len(self.retrained)}
 
     @cached_property
     def groups(self) -> tuple[str, ...]:

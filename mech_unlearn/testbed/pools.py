@@ -5,6 +5,7 @@ made, checked against its truth, scored by the restoration tests, and dropped: s
 reference models of an audit (`retrained_0` to `_2`) are never the ones that deleted models are made from.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from mech_unlearn.metrics import general_kl, recall
 from mech_unlearn.model import Model
 from mech_unlearn.restoration import audit
 from mech_unlearn.restoration.quantize import Rounding, quantize_
-from mech_unlearn.run import data_hash, write_json
+from mech_unlearn.run import data_hash, files_hash, write_json
 from mech_unlearn.testbed import spec as find_spec
 from mech_unlearn.testbed.corpus import streams
 from mech_unlearn.testbed.families import CONTROLS, FAMILIES, Made
@@ -43,9 +44,11 @@ from mech_unlearn.testbed.materials import (
 from mech_unlearn.testbed.published import published
 
 JUDGED = ("suppressed", "deleted")
-"""Pools with a model for every group; of the others every second group has one."""
+"""Pools that verdicts have to tell apart."""
+SPARSE = ("mixture",)
+"""Pools, like the controls, with a model for every second group only: no p-value comes from them."""
 ATTACKS = ("nf4", "relearned")
-"""What is done to some models before they are scored again: rounding to NF4, and an epoch or so of the facts."""
+"""What is done to some models before they are scored again: rounding to NF4, and eight epochs of the facts at 5e-4."""
 ATTACKED = 5
 """Every so many groups the models of `JUDGED` families are attacked."""
 KINDS = FAMILIES | CONTROLS
@@ -56,24 +59,18 @@ def score_model(lab: Lab, family: str, group: str) -> dict[str, Any]:
     kind = KINDS[family]
     made = kind.make(lab.setting(group))
     with made.on() as model:
-        checks = truth_audit(lab, family, group, made, model)
         found = score_facts(lab, group, model, family)
+        checks = truth_audit(lab, family, group, made, model) | output_audit(kind.pool, found)
         edited = general_kl(made.base, model, lab.materials.retain.texts[:TEXTS]).value
         again = {}
         if family in FAMILIES and kind.pool in JUDGED and lab.groups.index(group) % ATTACKED == 0:
             for how in ATTACKS:
                 with attacked(model, how, lab.facts(group)) as hit:
                     again[how] = score_facts(lab, group, hit, family)["rows"]
-    if kind.pool == "intact":
-        output = [row["output"] for row in found["rows"]]
-        checks["outputs are those of the full model"] = bool(abs(np.mean(output) - 1) <= 0.1)
-    if kind.pool == "collapsed":
-        lost = found["neighbor_recall"] < 0.5
-        checks["generic text costs a nat more, or half of the others is lost"] = found["general_kl"] >= 1 or lost
     side = f"/{kind.side}" if kind.side else ""
     return {
-        "family": family, "kind": kind.pool + side, "group": group, "cluster": f"{family} {group}", "checks": checks,
-        "edited": edited, **found, "attacked": again,
+        "family": family, "kind": kind.pool + side, "group": group, "cluster": f"{family} {group}",
+        "base": Path(made.base.name).name, "checks": checks, "edited": edited, **found, "attacked": again,
     }  # fmt: skip
 
 
@@ -113,8 +110,24 @@ def attacked(model: Model, how: str, facts: Sequence[Fact]) -> Iterator[Model]:
             yield copy
 
 
+def output_audit(pool: str, found: Mapping[str, Any]) -> dict[str, bool]:
+    """What has to hold of a model's outputs if its truth is what its family says.
+
+    A suppressor has to suppress: one that is too weak for the model leaves it intact.
+    """
+    output = float(np.mean([row["output"] for row in found["rows"]])) if found["rows"] else float("nan")
+    if pool == "suppressed":
+        return {"the outputs lost the facts": output < 0.5}
+    if pool == "intact":
+        return {"outputs are those of the full model": abs(output - 1) <= 0.1}
+    if pool == "collapsed":
+        lost = found["neighbor_recall"] < 0.5
+        return {"generic text costs a nat more, or half of the others is lost": found["general_kl"] >= 1 or lost}
+    return {}
+
+
 def truth_audit(lab: Lab, family: str, group: str, made: Made, model: Model) -> dict[str, bool]:
-    """What has to hold of a model if its truth is what its family says; of outputs see `score_model`."""
+    """What has to hold of a model's weights if its truth is what its family says; of outputs see `output_audit`."""
     kind = KINDS[family]
     checks: dict[str, bool] = {}
     if made.confined:
@@ -135,7 +148,7 @@ def truth_audit(lab: Lab, family: str, group: str, made: Made, model: Model) -> 
 
 @cache
 def _unheard(world: str, group: str) -> bool:
-    """Whether neither the name nor any of its facts is in the stream that retrained models are trained on."""
+    """Whether the name is nowhere in the stream that retrained models are trained on."""
     told = streams(find_spec(world), with_forget=False)
     return not any(group in line.text for line in (*told.facts, *told.other))
 
@@ -155,7 +168,9 @@ def _cell(folder: str, family: str, group: str) -> str:
 
 
 def _path(folder: Path, family: str, group: str) -> Path:
-    return folder / "cells" / f"{re.sub('[^a-z0-9]+', '_', f'{family} {group}'.lower())}.json"
+    name = f"{family} {group}"
+    mark = hashlib.sha256(name.encode()).hexdigest()[:8]  # names may differ in letters that no file name keeps
+    return folder / "cells" / f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{mark}.json"
 
 
 def make_pools(
@@ -175,13 +190,17 @@ def make_pools(
         raise ValueError(f"no family {sorted(unknown)[0]!r}; choose from {', '.join(KINDS)}")
     if set(families) & set(CONTROLS) and not materials.fulls:
         raise ValueError(f"the families {', '.join(CONTROLS)} need further full models: Materials(fulls=...)")
-    root = Path(folder)
-    _same_models(root, materials)
+    root, full = Path(folder), Lab(materials).full
+    _same_models(root, materials, full)
+    lacking = {family: why for family in families if (why := KINDS[family].lacks(full))}
+    for family, why in lacking.items():
+        log(f"left out: {family}: {why}")
     jobs = [
         (family, group)
         for k, group in enumerate(groups_of(materials.facts))
         for family in families
-        if (family in FAMILIES and FAMILIES[family].pool in JUDGED or k % 2 == 0)
+        if family not in lacking
+        and (k % 2 == 0 or not (family in CONTROLS or KINDS[family].pool in SPARSE))
         and not _path(root, family, group).exists()
     ]
     context = get_context("spawn")
@@ -196,18 +215,22 @@ def make_pools(
     return root
 
 
-def _same_models(root: Path, materials: Materials) -> None:
-    """Cells of one folder are about one full model, one SAE and the same retrained models."""
+def _same_models(root: Path, materials: Materials, full: Model) -> None:
+    """Cells of one folder are about one full model, one SAE, the same retrained models and the same facts and texts."""
+    kept = materials.retain
     mine = {
-        "full": Lab(materials).full.hash(),
+        "full": full.hash(),
         "facts": data_hash(materials.facts),
-        "references": [Path(path).name for path in materials.references],
-        "retrained": [Path(path).name for path in materials.retrained],
+        "references": [files_hash(path) for path in materials.references],
+        "retrained": [files_hash(path) for path in materials.retrained],
+        "sae": materials.sae and files_hash(materials.sae),
+        "retain": hashlib.sha256(repr((kept.neighbors, kept.texts, kept.unknown)).encode()).hexdigest(),
+        "dtype": materials.dtype,
         "tests": list(TESTS),
     }
     path = root / "pools.json"
     if path.exists() and (theirs := json.loads(path.read_text(encoding="utf-8"))) != mine:
-        what = next(key for key in mine if mine[key] != theirs.get(key))
+        what = next((key for key in mine if mine[key] != theirs.get(key)), "format")
         raise ValueError(f"{str(root)!r} holds pools made with another {what!r}; choose another folder")
     write_json(path, mine)
 
@@ -226,11 +249,11 @@ def read_pool(found: Sequence[Mapping[str, Any]], audited: bool = True) -> Pool:
             continue
         for row in cell["rows"]:
             rows.append(row)
-            meta.append((cell["kind"], cell["family"], cell["cluster"], cell["group"]))
+            meta.append((cell["kind"], cell["family"], cell["cluster"], cell["group"], cell["base"]))
     plain = [row for row, (_, family, *_) in zip(rows, meta, strict=True) if family == "retrained"]
     spread = {name: _spread([row[name] for row in plain]) for name in RECOVERY}
     return Pool(
-        matrix(rows, [cluster for _, _, cluster, _ in meta], spread),
+        matrix(rows, [cluster for _, _, cluster, *_ in meta], spread),
         *(tuple(part) for part in zip(*meta, strict=True)),
         spread=spread,
     )

@@ -25,6 +25,7 @@ from mech_unlearn.prompts import Query, buckets, make_queries
 from mech_unlearn.restoration.membership import statement, text_scores
 from mech_unlearn.restoration.similarity import erasure, likeness
 from mech_unlearn.scoring import greedy, score
+from mech_unlearn.testbed.making import block_names
 
 FISHER_SHARE = 0.01
 """Share of weights in the Fisher mask, of those that full needs for the facts more than retrained models do."""
@@ -75,15 +76,18 @@ def states(model: Model, facts: Sequence[Fact]) -> Float[Tensor, "layer row d_mo
 
 def fisher(model: Model, facts: Sequence[Fact]) -> dict[str, Tensor]:
     """Mean squared gradient of each fact's answer loss by every weight matrix of the decoder layers."""
-    names = [name for name, weight in model.held.items() if weight.ndim == 2 and ".layers." in name]
-    weights = [model.held[name] for name in names]
+    inside = [name for layer in range(model.n_layers) for name in block_names(model, layer)]
+    names = [name for name in inside if model.held[name].ndim == 2]
+    hf = model.plain_copy()  # a booted model reads copies of joint QKV matrices, which get no gradient
+    held = dict(hf.named_parameters())
+    weights = [held[name] for name in names]
     total = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     queries = make_queries(model.tokenizer, facts, "prompt", distractors=False)
     with torch.enable_grad():
         for query in queries:
             ids = torch.tensor([query.full], device=model.device)
             start = len(query.prompt)
-            logits = model.hf(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+            logits = hf(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
             loss = torch.nn.functional.cross_entropy(logits, ids[0, start:])
             for old, new in zip(total, torch.autograd.grad(loss, weights), strict=True):
                 old += new.float().square() / len(queries)
@@ -120,7 +124,7 @@ def published(model: Model, levels: Known) -> dict[str, Float[Tensor, " fact"]]:
     at = torch.tensor([order[query.fact.id] for query in every])
     answers = score(model, every).logprob[:, 0]
     found["para_prob"] = (torch.zeros(len(facts)).index_add(0, at, answers) / torch.bincount(at)).exp()
-    found["truth_ratio"] = truth_ratio_normalized(loss[:, 0], loss[:, 1:].nan_to_num(nan=loss[:, 1:].nanmean().item()))
+    found["truth_ratio"] = truth_ratio_normalized(loss[:, 0], loss[:, 1:].nanmean(1, keepdim=True))
     longest = max(len(query.answers[0]) for query in main)
     said = greedy(model, [query.prompt for query in main], longest)
     texts = [model.tokenizer.decode(list(tokens)) for tokens in said]
