@@ -2,7 +2,7 @@
 
 A prefix moves every position behind it. Whoever reads or writes states by position would be misaligned, so while one
 is in force no other hook may be on the model: `require_positions` refuses before work starts, and the forward pass
-itself refuses hooks it finds. A cache is refused too, since a later step would no longer see the subject.
+itself refuses hooks it finds. A cache is refused by every kind, since a later step would no longer see the subject.
 """
 
 from collections.abc import Iterator, Sequence
@@ -79,6 +79,7 @@ def _on_states(interventions: Sequence[Any], model: Model) -> Iterator[None]:
         ),
         with_kwargs=True,
     )
+    cacheless = model.hf.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
     ours, before = model.known.setdefault(OURS, set()), _hooks(model)
     fresh: set[int] = set()
     try:
@@ -89,6 +90,17 @@ def _on_states(interventions: Sequence[Any], model: Model) -> Iterator[None]:
     finally:
         ours -= fresh
         handle.remove()
+        cacheless.remove()
+
+
+REMEDY = "generate with scoring.greedy, or pass use_cache=False"
+
+
+def _refuse_cache(_: Any, __: tuple, kwargs: dict[str, Any]) -> None:
+    """A call that names no cache may make one on the way: it reads whole rows, and reading on from it is refused."""
+    given = [name for name in ("past_key_values", "use_cache") if kwargs.get(name) not in (None, False)]
+    if given:
+        raise ValueError(f"an edit of activations needs whole rows of token ids, without {', '.join(given)}; {REMEDY}")
 
 
 def _ids(args: tuple, kwargs: dict[str, Any], what: str) -> Int[Tensor, "batch pos"]:
@@ -100,8 +112,9 @@ def _ids(args: tuple, kwargs: dict[str, Any], what: str) -> Int[Tensor, "batch p
     given = {name for name, value in kwargs.items() if value is not None and value is not False}
     odd = given - {"input_ids", "attention_mask", "position_ids", "return_dict"}
     if odd or len(args) > 1:
-        raise ValueError(f"{what} needs whole rows of token ids, without {', '.join(sorted(odd)) or 'more arguments'}; "
-                         "generate with scoring.greedy, or pass use_cache=False")  # fmt: skip
+        raise ValueError(
+            f"{what} needs whole rows of token ids, without {', '.join(sorted(odd)) or 'more arguments'}; {REMEDY}"
+        )
     ids = kwargs.get("input_ids", next(iter(args), None))
     if ids is None:
         raise ValueError(f"{what} needs input_ids")

@@ -85,11 +85,11 @@ def run_bench(
         if not facts:
             notes.append("no restoration tests and no scores by form: there are no facts to ask for")
         spec = {"command": "bench", "benchmark": name, "data": str(source), "settings": given, "limit": limit}
-        spec |= {"data_hash": hashlib.sha256(repr(data).encode()).hexdigest()}
         spec |= {"full": full, "unlearned": unlearned, "retrained": list(retrained), "sae": sae, "seed": seed}
         spec |= {"tests": list(audit.tests) if audit else [], "calibration": calibration}
-        run = open_run(out, spec)
-        known = hashes(facts, **models) | {"data": spec["data_hash"]}
+        known = hashes(facts, sae=sae, calibration=calibration, **models)
+        known |= {"data": hashlib.sha256(repr(data).encode()).hexdigest()}
+        run = open_run(out, spec | {"device": device, "dtype": dtype, "hashes": known})
         write_json(run.folder / "provenance.json", provenance(known, seed, device))
 
         def ask(called: str) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _finish(
     from mech_unlearn.demo import draw_figures
     from mech_unlearn.report import write_report
 
-    note = " ".join([*([audit.note] if audit else []), *(f"{line}." for line in result["notes"])])
+    note = " ".join([*([audit.note_of(cells)] if audit else []), *(f"{line}." for line in result["notes"])])
     write_json(run.folder / "bench.json", result)
     write_json(
         run.folder / "captions.json",

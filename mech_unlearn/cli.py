@@ -158,6 +158,10 @@ def audit(
         list[str] | None, typer.Option(help="model trained without the facts; repeat for more")
     ] = None,
     retain: Annotated[Path | None, typer.Option(help="facts that were to stay: health of the model")] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="running text, one passage per line, to see drift on; else the kept facts")
+    ] = None,
+    unknown: Annotated[Path | None, typer.Option(help="names of unknown entities, one per line")] = None,
     sae: Annotated[str | None, typer.Option(help="SAE of the full model: folder or release/id")] = None,
     tests: Annotated[
         str, typer.Option(help="core, all, or names from `mech-unlearn list tests`, comma-separated")
@@ -181,6 +185,8 @@ def audit(
         out,
         retrained=retrained or [],
         retain=retain,
+        texts=texts,
+        unknown=unknown,
         sae=sae,
         tests=tests,
         calibration=calibration,
@@ -196,7 +202,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="folder for the scores of the pools and calibration.json")],
     full: Annotated[str, typer.Option(help="the model that knows the facts: hub id or folder")],
     facts: Annotated[Path, typer.Option(help="facts it knows, about 40 subjects or more")],
-    retain: Annotated[Path, typer.Option(help="facts about other subjects, 240 at least")],
+    retain: Annotated[Path, typer.Option(help="facts about other subjects, 270 at least")],
     texts: Annotated[Path, typer.Option(help="running text, one passage per line, 200 at least")],
     reference: Annotated[list[str], typer.Option(help="model trained without the facts, to compare with; 2 at least")],
     retrained: Annotated[
@@ -208,19 +214,21 @@ def calibrate(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Make a calibration for your own models: pools of known truth, scored; goes on where it stopped."""
-    from mech_unlearn.auditing import run_calibrate
+    from mech_unlearn.calibrating import run_calibrate
 
     path, note = run_calibrate(
         full, facts, retain, texts, out, references=reference, retrained=retrained, unknown=unknown, sae=sae,
         workers=workers, device=device, dtype=dtype, seed=seed,
     )  # fmt: skip
-    print(f"{note}\nwritten to {path}; use it with `mech-unlearn audit --calibration {path}`")
+    told = f"{note}\nwritten to {path}; use it with `mech-unlearn audit --calibration {path}`"
+    _tell(told, {"calibration": str(path), "note": note}, as_json)
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="a run directory")]) -> None:
+def report(folder: Annotated[Path, typer.Argument(help="a run directory")], as_json: Json = False) -> None:
     """(Re)draw figures and report.html of a finished run."""
     from mech_unlearn.demo import draw_figures
     from mech_unlearn.report import write_report
@@ -231,7 +239,9 @@ def report(folder: Annotated[Path, typer.Argument(help="a run directory")]) -> N
         draw_bench(json.loads((folder / "bench.json").read_text(encoding="utf-8")), folder / "figures/0_benchmark.png")
     if (folder / "summary.json").is_file() and json.loads((folder / "summary.json").read_text("utf-8"))["rows"]:
         draw_figures(folder)
-    print(write_report(folder))
+    page = write_report(folder)
+    figures = [str(path) for path in sorted((folder / "figures").glob("*.png"))]
+    _tell(str(page), {"report": str(page), "figures": figures}, as_json)
 
 
 @app.command("list")
@@ -254,12 +264,13 @@ def build(
     world: World = "biographies",
     only: Annotated[str | None, typer.Option(help="base, full, retrained_0, retrained_1, ... or saes")] = None,
     seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Train the models of a world from scratch: full, retrained and the SAEs."""
     from mech_unlearn.testbed.build import build as build_world
 
     build_world(world, out, seed=seed, only=only)
-    print(f"written to {out}")
+    _tell(f"written to {out}", {"world": world, "folder": str(out)}, as_json)
 
 
 @testbed_app.command()
@@ -267,13 +278,15 @@ def pools(
     out: Annotated[Path, typer.Option(help="folder for further retrained models and the scores; it goes on there")],
     world: World = "biographies",
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+    as_json: Json = False,
 ) -> None:
     """Score models whose truth is known, for calibrating and testing verdicts: about 860 models."""
     from mech_unlearn.testbed.materials import world_materials
     from mech_unlearn.testbed.pools import make_pools
 
     make_pools(world_materials(world, out), out, workers=workers, log=lambda line: print(line, file=sys.stderr))
-    print(f"written to {out}")
+    models = len(list((out / "cells").glob("*.json")))
+    _tell(f"{models} models, written to {out}", {"world": world, "folder": str(out), "models": models}, as_json)
 
 
 @app.command()
@@ -340,6 +353,10 @@ def _bench_logs(logs: Path, retain_logs: Path, intervals: bool, rows_per_author:
     for key, entry in found.items():
         low, high = entry["ci"]
         print(f"{key:26} {entry['value']:<10.4g} [{low:.4g}, {high:.4g}]  n = {entry['n']}, {entry['unit']}")
+
+
+def _tell(told: str, found: dict[str, Any], as_json: bool) -> None:
+    print(json.dumps(found) if as_json else told)
 
 
 def _show(summary: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -1,12 +1,13 @@
 """What the commands on a user's own models and files do, without the printing: locate and unlearn."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn.core import Attribution, Fact, ForgetSet, RetainSet
+from mech_unlearn.core import Attribution, Entity, Fact, ForgetSet, RetainSet
 from mech_unlearn.data.jsonl import load_facts
 from mech_unlearn.inputs import (
     choose,
@@ -19,7 +20,7 @@ from mech_unlearn.inputs import (
     prompts_about,
     read_lines,
 )
-from mech_unlearn.run import data_hash, open_run, provenance, write_json
+from mech_unlearn.run import data_hash, files_hash, open_run, provenance, write_json
 
 PIECE = 100
 """Facts located at a time; an interrupted run goes on behind the last finished piece."""
@@ -43,7 +44,8 @@ def run_locate(
     """Run one locator over a facts file; writes locate.json, provenance.json and a figure, and resumes.
 
     Raises:
-        ValueError: an unknown locator or setting, bad input, or an input that the locator needs and was not given.
+        ValueError: an unknown locator or setting, bad input, an input that the locator needs and was not given, or a
+            folder that holds a run of something else, be it the same files with other contents.
     """
     from mech_unlearn import plots
     from mech_unlearn.locate import LOCATORS
@@ -67,9 +69,11 @@ def run_locate(
         given["sae"] = open_sae(sae, loaded, corpus, seed)
         given["saes"] = (given["sae"],)
     passed = {key: value for key, value in given.items() if key in locator.inputs} | wanted
+    about = hashes(known, kept=kept, texts=passages, unknown=names, sae=sae, model=loaded)
     spec = {"command": "locate", "model": model, "facts": str(facts), "how": how, "settings": wanted, "seed": seed}
-    run = open_run(out, spec | {"unknown": unknown and str(unknown), "retain": retain and str(retain)})
-    write_json(run.folder / "provenance.json", provenance(hashes(known, model=loaded), seed, device))
+    spec |= {"unknown": unknown and str(unknown), "retain": retain and str(retain), "texts": texts and str(texts)}
+    run = open_run(out, spec | {"sae": sae, "device": device, "dtype": dtype, "hashes": about})
+    write_json(run.folder / "provenance.json", provenance(about, seed, device))
     result = _locate_in_pieces(run, locator, loaded, known, passed)
     write_json(run.folder / "locate.json", {how: result.to_json()})
     plots.save(run.folder / "figures" / f"{how}.png", lambda ax: plots.draw(result, ax))
@@ -103,9 +107,29 @@ def _locate_in_pieces(run: Any, locator: Any, model: Any, facts: Sequence[Fact],
     return over_facts(whole, facts)
 
 
-def hashes(facts: Sequence[Fact], **models: Any) -> dict[str, str]:
-    """What a run was about: hashes of the facts and of each model."""
-    return {"facts": data_hash(facts)} | {name: model.hash() for name, model in models.items()}
+def hashes(
+    facts: Sequence[Fact],
+    *,
+    kept: Sequence[Fact] = (),
+    texts: Sequence[str] = (),
+    unknown: Sequence[Entity] = (),
+    sae: str | None = None,
+    calibration: str | None = None,
+    **models: Any,
+) -> dict[str, str]:
+    """What a run's numbers come from, by hash, for its spec and its provenance; only what is given is named.
+
+    Facts, texts and names count as they were read, an SAE and a calibration by the contents of their files (a release's
+    name stands in the spec), a model by its weights and the interventions in force on it.
+    """
+    from mech_unlearn.methods.key_statistics import state_hash
+
+    found = {"facts": data_hash(facts)} | ({"kept": data_hash(kept)} if kept else {})
+    for name, lines in (("texts", texts), ("unknown", [entity.name for entity in unknown])):
+        found |= {name: hashlib.sha256("\n".join(lines).encode()).hexdigest()} if lines else {}
+    files = {"sae": sae, "calibration": calibration}
+    found |= {name: files_hash(source) for name, source in files.items() if source and Path(source).exists()}
+    return found | {name: state_hash(model) for name, model in models.items()}
 
 
 def run_unlearn(
@@ -126,15 +150,16 @@ def run_unlearn(
 ) -> dict[str, Any]:
     """Fit one method, save its edit and, where weights can hold it, export the edited model with a parity proof.
 
-    A method that trains keeps a checkpoint in `out` while it does; the same call goes on from it.
+    A method that trains keeps a checkpoint in `out` while it does, and the edit is saved as soon as it is fitted; the
+    same call goes on from there, until unlearn.json is written.
 
     Args:
         sequential: entities per request, fitted one request after another; None fits all at once.
 
     Raises:
-        ValueError: bad input; nothing is written before all of it was read.
+        ValueError: bad input, or a folder with something else in it; nothing is written before all of it was read.
     """
-    from mech_unlearn.edit import require_empty
+    from mech_unlearn.edit import Edit, require_empty
     from mech_unlearn.methods import METHODS
     from mech_unlearn.methods.objective import Around
     from mech_unlearn.methods.sequential import fit_sequence, requests
@@ -142,8 +167,10 @@ def run_unlearn(
     from mech_unlearn.rows import measure_outputs
 
     kind = choose(method, METHODS, "method")
-    checkpoint = out / "checkpoint.safetensors"
-    if sequential or not out.is_dir() or {path.name for path in out.iterdir()} != {checkpoint.name}:
+    checkpoint, saved = out / "checkpoint.safetensors", out / "edit.safetensors"
+    begun = (out / "spec.yaml").is_file() and not (out / "unlearn.json").exists()
+    training = out.is_dir() and [path.name for path in out.iterdir()] == [checkpoint.name]
+    if not begun and not (training and trains(kind) and not sequential):
         require_empty(out)
     forgotten, kept = load_facts(forget), load_facts(retain)
     subjects = {fact.subject for fact in forgotten}
@@ -159,37 +186,49 @@ def run_unlearn(
     if not needs_sae:
         make_method(method, settings, seed)  # a misspelt setting is refused before the model is loaded
     loaded = open_model(model, device, dtype)
-    given: dict[str, Any] = {}
-    if needs_sae:
-        corpus = (*mentions((*forgotten, *kept)), *prompts_about(retain_set.unknown, forgotten), *retain_set.texts)
-        given = {"sae": open_sae(sae, loaded, corpus, seed)}
-    made = make_method(method, settings, seed, **given)
-    if parts:
-        edit = fit_sequence(made, loaded, parts, retain_set)
-    elif trains(made):
-        edit = made.fit(loaded, forget_set, retain_set, around=Around(checkpoint=checkpoint))
-    else:
-        edit = made.fit(loaded, forget_set, retain_set)
+    about = hashes(
+        (*forgotten, *kept), kept=kept, texts=retain_set.texts, unknown=retain_set.unknown, sae=sae, model=loaded
+    )
+    spec = {"command": "unlearn", "model": model, "forget": str(forget), "retain": str(retain), "method": method}
+    spec |= {"settings": list(settings), "sequential": sequential, "sae": sae, "seed": seed}
+    spec |= {"unknown": unknown and str(unknown), "texts": texts and str(texts)}
+    spec |= {"device": device, "dtype": dtype, "hashes": about}
+    if begun:
+        open_run(out, spec)
+    edit = Edit.load(saved, loaded) if begun and saved.is_file() else None
+    made: Any = None
+    if edit is None:
+        given: dict[str, Any] = {}
+        if needs_sae:
+            corpus = (*mentions((*forgotten, *kept)), *prompts_about(retain_set.unknown, forgotten), *retain_set.texts)
+            given = {"sae": open_sae(sae, loaded, corpus, seed)}
+        made = make_method(method, settings, seed, **given)
 
     def outputs(of: Any) -> dict[str, Any]:
         return measure_outputs(loaded, of, forgotten, retain_set.neighbors, retain_set.texts, seed).to_json(seed)
 
     before = outputs(loaded)
+    if edit is None:
+        if parts:
+            edit = fit_sequence(made, loaded, parts, retain_set)
+        elif trains(made):
+            edit = made.fit(loaded, forget_set, retain_set, around=Around(checkpoint=checkpoint))
+        else:
+            edit = made.fit(loaded, forget_set, retain_set)
+        open_run(out, spec)
+        edit.save(saved)
     with twin(loaded, edit) as edited:
         after = outputs(edited)
     result: dict[str, Any] = {"method": method, "recipe": dict(edit.recipe), "before": before, "after": after}
-    known = hashes((*forgotten, *kept), model=loaded)
-    out.mkdir(parents=True, exist_ok=True)
-    edit.save(out / "edit.safetensors")
-    result["files"] = ["edit.safetensors", "unlearn.json"]
+    result["files"] = [saved.name, "unlearn.json"]
+    write_json(out / "provenance.json", provenance(about, seed, device))
     if edit.interventions:
         result["parity"] = None
     else:
-        card = {"data": known["facts"], "measurements": {"before": before, "after": after}, "verdict": "not audited"}
+        card = {"data": about["facts"], "measurements": {"before": before, "after": after}, "verdict": "not audited"}
         worst, bound = edit.export(loaded, out / "model", card)
         result["parity"] = {"max_abs_logit_difference": worst, "bound": bound}
         result["files"].append("model/")
-    write_json(out / "provenance.json", provenance(known, seed, device))
     write_json(out / "unlearn.json", result)
     return result
 

@@ -47,7 +47,8 @@ class Fact:
     """One (subject, relation, object) triple and the prompts after which the object follows.
 
     Raises:
-        ValueError: an empty field, an object equal to the subject, or a prompt without exactly one `{}`.
+        ValueError: an empty field, an object equal to the subject, a prompt without exactly one `{}`, or a held-out
+            phrasing that methods may see.
     """
 
     id: str
@@ -85,6 +86,8 @@ class Fact:
             _check_template(template, "paraphrase")
         for template in self.heldout:
             _check_template(template, "heldout phrasing")
+            if template in self.templates:
+                raise ValueError(f"heldout phrasing {template!r} stands among those that a method may see")
         object.__setattr__(self, "extra", MappingProxyType(dict(self.extra)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # the read-only view of `extra` cannot be pickled

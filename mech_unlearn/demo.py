@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mech_unlearn import plots
-from mech_unlearn.core import Attribution
+from mech_unlearn.core import Attribution, Fact
 from mech_unlearn.edit import Edit
 from mech_unlearn.metrics import recall
 from mech_unlearn.model import Model, load
@@ -147,12 +148,18 @@ class Bench:
         facts, retain = self.world.forget.facts, self.world.retain
         found = {
             "logit_lens": LOCATORS["logit_lens"].run(self.full, facts),
-            "causal_trace": LOCATORS["causal_trace"].run(self.full, facts[:: max(1, len(facts) // 40)], seed=self.seed),
+            "causal_trace": LOCATORS["causal_trace"].run(self.full, drawn(facts, 40, self.seed), seed=self.seed),
             "known_unknown": LOCATORS["known_unknown"].run(
                 self.full, retain.neighbors, retain.unknown, [self.sae], texts=retain.texts, seed=self.seed
             ),
         }
         return {name: result.to_json() for name, result in found.items()}
+
+
+def drawn(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
+    """So many of the facts, or all where there are fewer, in their order. Drawn and not taken at equal steps, which
+    would be facts of one relation where each subject has as many as a step."""
+    return [facts[i] for i in sorted(random.Random(seed).sample(range(len(facts)), min(count, len(facts))))]
 
 
 @contextmanager

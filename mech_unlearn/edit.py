@@ -175,7 +175,10 @@ class Edit:
     def export(
         self, model: Model, path: str | os.PathLike, card: Mapping[str, Any] | None = None
     ) -> tuple[float, float]:
-        """Write the edited model as a Hugging Face folder and prove that plain transformers gives the same logits.
+        """Write the edited model as a Hugging Face folder and prove that plain transformers reads the same model.
+
+        The reloaded weights are compared bit by bit, since in bfloat16 rounding alone moves logits by as much as a
+        small edit; the logits show that the architecture does with them what the edited model does.
 
         Args:
             card: what the model card is to record beside the recipe: measurements, verdict, data hash.
@@ -185,7 +188,7 @@ class Edit:
 
         Raises:
             ValueError: activation interventions (no weights can hold them), or a folder that exists and is not empty.
-            RuntimeError: the reloaded logits differ by more than rounding; nothing is left behind.
+            RuntimeError: a reloaded weight differs, or logits by more than rounding; nothing is left behind.
         """
         if self.interventions:
             raise ValueError(f"edit {self.name!r} changes activations, which no checkpoint can hold; use a weight edit")
@@ -204,10 +207,11 @@ def _intervention(form: str, i: int, kept: dict[str, Any], tensors: Mapping[str,
 
 @contextmanager
 def clone(model: Model) -> Iterator[Model]:
-    """A second Model with the same weights and the same interventions in force, free to be trained or rounded.
+    """A second Model with the same weights and the same interventions in force, free to be changed.
 
-    Weights written by an edit that is in force are copied with the rest. Training the clone goes through
-    `clone.hf` and `clone.held`.
+    Weights written by an edit that is in force are copied with the rest. Change the clone through `clone.held`, with
+    `clone.require_live` after it. To train, take gradients on a `Model.plain_copy` and write the trained weights to
+    `clone.held`: the clone itself reads copies of joint QKV matrices (GPT-2, GPT-NeoX), which get no gradient.
     """
     copy = load(model.plain_copy(), tokenizer=model.tokenizer)
     with attached(tuple(model.active), copy):
@@ -262,9 +266,10 @@ def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> tu
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
     try:
-        model.hf.save_pretrained(part, state_dict={k: v.detach() for k, v in model.held.items()})
+        model.hf.save_pretrained(part, state_dict={k: v.detach() for k, v in model.weights.items()})
         model.tokenizer.save_pretrained(part)
         plain: Any = AutoModelForCausalLM.from_pretrained(part, dtype=model.dtype, attn_implementation="eager")
+        model.require_same(plain, f"export to {str(folder)!r}: what plain transformers reads")
         plain = plain.to(model.device).eval()
         generator = torch.Generator().manual_seed(0)
         probe = torch.randint(0, model.hf.config.vocab_size, (4, 12), generator=generator).to(model.device)

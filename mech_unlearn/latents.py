@@ -101,28 +101,23 @@ class Sae:
         return self.sae.cfg.d_sae
 
     @property
-    def mean_l0(self) -> float:
-        """Latents active per token: k of a TopK SAE, else the mean that sae-lens stored at the end of training.
-
-        Raises:
-            ValueError: the SAE has neither; measure it on tokens of your own.
-        """
+    def mean_l0(self) -> float | None:
+        """Latents active per token: k of a TopK SAE, else the mean that sae-lens stored at the end of training; None
+        where the SAE has neither, as most pretrained ones (measure it on tokens of your own)."""
         k = getattr(self.sae.cfg, "k", None)
         value = k if k is not None else self.sae.cfg.metadata.l0
-        if value is None:
-            raise ValueError(f"the SAE at {self.site} does not say how many latents are active per token; measure it")
-        return float(value)
+        return None if value is None else float(value)
 
 
 def _site_of(sae: Any, model: Model) -> Site | None:
     """The site that the SAE's metadata names, if it names one that `Site` can spell."""
     name = sae.cfg.metadata.hook_name
-    kinds = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post")
-    sites = (Site(layer, kind) for layer in range(model.n_layers) for kind in kinds)
     if not name:
         return None
-    for site in sites:
-        if name in (site.hook, model.resolve(site)):
+    kinds = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post")
+    for site in (Site(layer, kind) for layer in range(model.n_layers) for kind in kinds):
+        point = model.points.get(site.hook)  # parallel blocks have no resid_mid
+        if point is not None and name in (site.hook, point.name):
             return site
     raise ValueError(f"the SAE was trained at {name!r}, which is no site of {model.name!r} ({model.n_layers} layers)")
 
@@ -194,16 +189,33 @@ def save_sae(sae: Sae, folder: str | os.PathLike) -> None:
 
 
 def token_rows(model: Model, texts: Sequence[str], context: int = 512) -> list[tuple[int, ...]]:
-    """Token ids of texts, with special tokens, in pieces of at most `context` tokens."""
-    known = encode_all(model.tokenizer, texts)
-    ids = [known[text].ids for text in texts]
-    return [row[i : i + context] for row in ids for i in range(0, len(row), context)]
+    """Token ids of texts, special tokens included, in pieces of at most `context` tokens (or the model's positions, if
+    those are fewer). The special tokens that a text begins with (BOS) stand before each of its pieces.
+
+    Raises:
+        ValueError: `context` leaves no room for a token behind those.
+    """
+    context = min(context, getattr(model.hf.config, "max_position_embeddings", None) or context)
+    special, known = set(model.tokenizer.all_special_ids), encode_all(model.tokenizer, texts)
+    rows = []
+    for text in texts:
+        ids = known[text].ids
+        head = tuple(itertools.takewhile(special.__contains__, ids))
+        size, body = context - len(head), ids[len(head) :]
+        if size < 1:
+            raise ValueError(f"pieces of {context} tokens have no room behind {len(head)} special ones; raise context")
+        rows += [head + body[i : i + size] for i in range(0, len(body), size)]
+    return rows
 
 
 def ordinary_positions(model: Model, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Positions of each row that hold no special token: BOS states are outliers that no SAE should be judged by."""
+    """Positions of each row that hold no special token, and never the first.
+
+    States of BOS are outliers that no SAE should be judged by; so is the state of whatever token stands first where
+    there is none. Source: massive activations, arXiv 2402.17762.
+    """
     special = set(model.tokenizer.all_special_ids)
-    return [tuple(i for i, token in enumerate(row) if token not in special) for row in rows]
+    return [tuple(i for i, token in enumerate(row) if i > 0 and token not in special) for row in rows]
 
 
 def _pools(
@@ -255,14 +267,14 @@ def train_sae(
     """Train a TopK SAE on the model's own activations with sae-lens's trainer (arXiv 2406.04093).
 
     The activations are computed by us, once if all texts fit into `buffer_tokens`, and cycled through in a new order
-    each time; special tokens are left out. They are scaled to a mean norm of sqrt(d_in), the scale is folded into the
-    weights at the end, and the decoder bias starts at their mean (starting at zero, most latents died in our trials).
-    The learning rate decays linearly to a tenth over the last fifth. No files, no logging.
+    each time, without special tokens and first ones. They are scaled to a mean norm of sqrt(d_in), the scale is folded
+    into the weights at the end, and the decoder bias starts at their mean (starting at zero, most latents died in our
+    trials). The learning rate decays linearly to a tenth over the last fifth. No files, no logging.
 
     Args:
         texts: running text; it should hold the entities whose latents are wanted.
         training_tokens: tokens seen in all, repeats counted.
-        context: texts longer than this many tokens are cut into pieces.
+        context: longer texts are cut into pieces of this many tokens; see `token_rows`.
         buffer_tokens: activations held at a time; peak memory is about three times as many float32 rows.
 
     Raises:
@@ -326,7 +338,7 @@ def train_sae(
 def fvu(model: Model, sae: Sae, rows: Sequence[Sequence[int]]) -> float:
     """Fraction of variance unexplained, sum ||h - h^||^2 / sum ||h - mean h||^2, over all ordinary tokens of the rows.
 
-    Sums in float64; special tokens (BOS) are left out. Rows are token ids.
+    Sums in float64; special tokens (BOS) and first ones are left out. Rows are token ids.
 
     Raises:
         ValueError: fewer than two ordinary tokens, or states that do not vary.

@@ -1,9 +1,9 @@
 """A language model, ready to be looked into: the HF model, its TransformerBridge and its tokenizer.
 
-The only file that knows the quirks of TransformerBridge, which is why it is a little over 300 lines:
+The only file that knows the quirks of TransformerBridge, which is why it is over 300 lines:
 
-* the HF parameters are held before the bridge is booted, because booting renames them; train through
-  `held`, edit through `held`, export from `held`;
+* the HF parameters and buffers are held before the bridge is booted, because booting renames them; edit
+  through `held`, export from `held`, train a `plain_copy`;
 * weights are never processed (no folding, no centring), so they stay those of the HF checkpoint;
 * text is tokenized with the HF tokenizer, never by the bridge, which would prepend a second BOS;
 * transformer-lens 3.9 ignores an unknown hook name; `Model.resolve` refuses it and names the nearest.
@@ -49,10 +49,17 @@ class Model:
     """HF module path -> canonical hook name of its output."""
     points: dict[str, Any] = field(repr=False)
     """Every name of a hook point -> the point; the bridge makes this anew each time it is asked."""
+    buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """HF name -> buffer that is saved with the weights; no method changes one."""
     known: dict[str, Any] = field(default_factory=dict, repr=False)
     """What was found out about the model once and does not change."""
     active: list[Any] = field(default_factory=list, repr=False)
     """Activation interventions in force now; kept by `mech_unlearn.edit`, so that a clone can carry them too."""
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds: `held` and `buffers`."""
+        return {**self.held, **self.buffers}
 
     @property
     def n_layers(self) -> int:
@@ -71,9 +78,9 @@ class Model:
         return next(iter(self.held.values())).dtype
 
     def hash(self) -> str:
-        """SHA-256 over the names, shapes, dtypes and bytes of every weight: the identity of the checkpoint."""
+        """SHA-256 over the names, shapes, dtypes and bytes of weights and buffers: the identity of the checkpoint."""
         digest = hashlib.sha256()
-        for name, weight in sorted(self.held.items()):
+        for name, weight in sorted(self.weights.items()):
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             digest.update(weight.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -156,7 +163,7 @@ class Model:
         for block in self.bridge.blocks:
             attention: Any = getattr(block, "attn", None)
             split = getattr(attention, "split_qkv_matrix", None)
-            path = self.hf_paths.get(id(getattr(attention, "original_component", None)))
+            path = _hf_path(attention, self.hf_paths)
             if split is None or path is None or not any(name.startswith(f"{path}.") for name in names):
                 continue
             with torch.no_grad():
@@ -171,12 +178,49 @@ class Model:
 
         Train there and not here, because the bridge adds parameters that no checkpoint has (transformer-lens 3.9)
         and reads copies of joint QKV matrices.
+
+        Raises:
+            RuntimeError: weights that a model made from the config does not hold; see `require_same`.
         """
+        config = copy.deepcopy(self.hf.config)  # making a model writes its dtype and attention into the config
         with torch.random.fork_rng(devices=[]):  # the random weights it begins with are not the caller's
-            hf = type(self.hf)._from_config(self.hf.config, dtype=self.dtype, attn_implementation="eager")
-        hf.load_state_dict({k: w.detach() for k, w in self.held.items()}, strict=False)
+            hf = type(self.hf)._from_config(config, dtype=self.dtype, attn_implementation="eager")
+        # Assigned, not copied into place: a weight kept in another dtype than the rest stays in it.
+        hf.load_state_dict({k: w.detach().clone() for k, w in self.weights.items()}, strict=False, assign=True)
         hf.tie_weights()
+        hf.generation_config = copy.deepcopy(self.hf.generation_config)
+        self.require_same(hf, "the plain copy")
         return hf.to(self.device).eval()
+
+    def require_same(self, hf: Any, what: str) -> None:
+        """Check that an unbooted HF model has the values of these weights and buffers exactly, and no weights beside.
+
+        A dtype that holds the same values may be wider: transformers keeps some weights in float32.
+
+        Raises:
+            RuntimeError: names the first that are missing, differ or are too many.
+        """
+        theirs = hf.state_dict(keep_vars=True)
+        shared = {id(theirs[name]) for name in self.weights if name in theirs}
+        wrong = [name for name, weight in theirs.items() if id(weight) not in shared]
+        for name, weight in self.weights.items():
+            if name in theirs:
+                wide = torch.promote_types(theirs[name].dtype, weight.dtype)
+                if torch.equal(theirs[name].to(weight.device, wide), weight.to(wide)):
+                    continue
+            wrong.append(name)
+        if wrong:
+            raise RuntimeError(f"{what} of {self.name!r} has other weights: {', '.join(sorted(wrong)[:3])}")
+
+    def block(self, layer: int) -> str:
+        """HF path of a decoder layer, for example `model.layers.3`.
+
+        Raises:
+            KeyError: no such layer.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise KeyError(f"model {self.name!r} has no layer {layer}; layers 0..{self.n_layers - 1}")
+        return self.hf_paths[id(_unwrapped(self.bridge.blocks[layer]))]
 
     def w_out(self, layer: int) -> tuple[str, bool]:
         """Name in `held` of the matrix that writes the MLP's output, and whether it is stored [d_mlp, d_model].
@@ -184,13 +228,36 @@ class Model:
         Raises:
             KeyError: no such layer, or an MLP without one output matrix (a mixture of experts).
         """
-        if not 0 <= layer < self.n_layers:
-            raise KeyError(f"model {self.name!r} has no layer {layer}; layers 0..{self.n_layers - 1}")
-        pattern = re.compile(rf"(^|\.){layer}\.mlp\.(c_proj|down_proj|dense_4h_to_h|fc_out|fc2)\.weight$")
-        names = [name for name in self.held if pattern.search(name)]
+        inside = r"((mlp|ffn|feed_forward)\.)?(c_proj|down_proj|dense_4h_to_h|fc_out|fc2)\.weight"
+        pattern = re.compile(rf"{re.escape(self.block(layer))}\.{inside}")
+        names = [name for name in self.held if pattern.fullmatch(name)]
         if len(names) != 1:
             raise KeyError(f"model {self.name!r}: found {len(names)} MLP output matrices in layer {layer}, need one")
-        return names[0], names[0].endswith("c_proj.weight") and self.hf.config.model_type == "gpt2"
+        return names[0], self.transposed(names[0])
+
+    def transposed(self, name: str) -> bool:
+        """Whether a weight of `held` is stored [d_in, d_out], as in GPT-1 and GPT-2."""
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(_unwrapped(self.hf.get_submodule(name.rpartition(".")[0])), Conv1D)
+
+
+def _unwrapped(component: Any) -> Any:
+    """The HF module within a component of the bridge, or of bridges booted over each other; an HF module itself."""
+    while getattr(component, "original_component", None) is not None:
+        component = component.original_component
+    return component
+
+
+def _hf_path(component: Any, paths: dict[int, str]) -> str | None:
+    """HF path of a component of the bridge; None for one that wraps no module."""
+    inner = _unwrapped(component)
+    return None if inner is component else paths.get(id(inner))
+
+
+def _buffers(hf: Any) -> dict[str, Tensor]:
+    """The buffers of an unbooted model that are saved with its weights."""
+    return {key: x for key, x in hf.state_dict(keep_vars=True).items() if not isinstance(x, nn.Parameter)}
 
 
 def _quiet_imports():
@@ -228,8 +295,7 @@ def _module_hooks(bridge: Any, points: dict[str, Any], paths: dict[int, str]) ->
     for point in points.values():
         if point.name.endswith("hook_out"):
             component = bridge.get_submodule(point.name.removesuffix(".hook_out"))
-            path = paths.get(id(getattr(component, "original_component", None)))
-            if path:
+            if path := _hf_path(component, paths):
                 places[path] = point.name
     return places
 
@@ -280,7 +346,8 @@ def load(
     An in-memory model keeps its own device and dtype.
 
     Raises:
-        ValueError: no such model, not a causal language model, no tokenizer, missing or non-finite weights.
+        ValueError: no such model, not a causal language model, no tokenizer, missing or non-finite weights, or a model
+            that somebody else booted into a bridge.
     """
     from transformers import AutoTokenizer, PreTrainedModel
 
@@ -302,13 +369,16 @@ def load(
     if not hf.config.architectures:
         hf.config.architectures = [type(hf).__name__]  # the bridge picks its adapter by this name
     # Booting wraps the modules in place; a model that was booted before still shows its parameters by their HF names.
-    held = getattr(hf, "_mech_unlearn_held", None) or dict(hf.named_parameters())
+    before = getattr(hf, "_mech_unlearn", None)
+    held, buffers, paths = before or (
+        dict(hf.named_parameters()), _buffers(hf), {id(module): path for path, module in hf.named_modules()}
+    )  # fmt: skip
+    if any("._original_component" in key for key in held):
+        raise ValueError(f"model {name!r} lies in a TransformerBridge already: give the HF model before it is booted")
     for key, weight in held.items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"model {name!r}: weight {key!r} holds NaN or infinite values")
-    paths = getattr(hf, "_mech_unlearn_paths", None) or {id(module): path for path, module in hf.named_modules()}
-    object.__setattr__(hf, "_mech_unlearn_held", held)
-    object.__setattr__(hf, "_mech_unlearn_paths", paths)
+    object.__setattr__(hf, "_mech_unlearn", (held, buffers, paths))
     bridge = _boot(name, hf, tokenizer, next(iter(held.values())).device)
     points = bridge.hook_dict
-    return Model(name, hf, bridge, tokenizer, held, paths, _module_hooks(bridge, points, paths), points)
+    return Model(name, hf, bridge, tokenizer, held, paths, _module_hooks(bridge, points, paths), points, buffers)

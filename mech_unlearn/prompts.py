@@ -47,6 +47,12 @@ def encode(tokenizer: Any, text: str) -> Encoding:
     return encode_all(tokenizer, [text])[text]
 
 
+def has_unknown(tokenizer: Any, encoding: Encoding) -> bool:
+    """Whether the tokenizer only knows part of the text as its unknown token; a BOS that is the same token is none."""
+    pairs = zip(encoding.ids, encoding.offsets, strict=True)
+    return any(token == tokenizer.unk_token_id and b > a for token, (a, b) in pairs)
+
+
 def token_span(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
     """Token positions [a, b) that cover the characters [start, end) of the encoded text.
 
@@ -128,14 +134,13 @@ def tokenize(tokenizer: Any, asks: Sequence[Ask], distractors: bool = True) -> t
         wanted.append([joint + answer for answer in answers])
         texts += [prompt, *wanted[-1]]
     known = encode_all(tokenizer, texts)
-    unknown = tokenizer.unk_token_id
     return tuple(
-        _query(ask, known[ask.prompt], [known[text] for text in both], unknown)
+        _query(tokenizer, ask, known[ask.prompt], [known[text] for text in both])
         for ask, both in zip(asks, wanted, strict=True)
     )
 
 
-def _query(ask: Ask, encoding: Encoding, both: Sequence[Encoding], unknown: int | None) -> Query:
+def _query(tokenizer: Any, ask: Ask, encoding: Encoding, both: Sequence[Encoding]) -> Query:
     prompt, fact = encoding.ids, ask.fact
     for answer, candidate in zip((fact.object, *fact.distractors), both):
         if candidate.ids[: len(prompt)] != prompt or len(candidate.ids) == len(prompt):
@@ -143,7 +148,7 @@ def _query(ask: Ask, encoding: Encoding, both: Sequence[Encoding], unknown: int 
                 f"fact {fact.id!r}: the tokens of {answer!r} merge with the end of the prompt {ask.prompt!r}; "
                 "end the prompt in a full word"
             )
-        if unknown is not None and unknown in candidate.ids:
+        if has_unknown(tokenizer, candidate):
             raise ValueError(f"fact {fact.id!r}: the tokenizer has no tokens for part of {ask.prompt!r} or its answers")
     slot = ask.template.index("{}")
     span = token_span(encoding, slot, slot + len(ask.subject or fact.subject))

@@ -59,6 +59,21 @@ def data_hash(facts: Iterable[Fact]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def files_hash(source: str | os.PathLike) -> str:
+    """SHA-256 over names and contents of the files of a folder, or of one file; of a hub id, the id itself."""
+    path = Path(source)
+    if not path.exists():
+        return str(source)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                for block in iter(lambda: stream.read(1 << 20), b""):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
 def provenance(hashes: Mapping[str, str], seed: int, device: str) -> dict[str, Any]:
     """Versions, git commit (None outside a checkout), machine, and the hashes that the caller names."""
     root = Path(__file__).parent

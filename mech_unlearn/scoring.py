@@ -236,11 +236,18 @@ def per_fact(scores: Scores, queries: Sequence[Query], facts: Sequence[Fact]) ->
     return FactScores(mean(scores.logprob[:, 0]), mean(scores.margin), mean(scores.choice), mean(scores.exact))
 
 
+def end_tokens(model: Model) -> tuple[int, ...]:
+    """The tokens that end a text: the tokenizer's, and those of the model's generation settings (chat models)."""
+    settings = getattr(model.hf.generation_config, "eos_token_id", None)
+    own = settings if isinstance(settings, list | tuple) else [settings]
+    return tuple(sorted({token for token in (model.tokenizer.eos_token_id, *own) if token is not None}))
+
+
 @torch.no_grad()
 def greedy(
     model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, max_tokens: int = 8192
 ) -> list[tuple[int, ...]]:
-    """The greedy continuation of each prompt, token ids, up to the tokenizer's end-of-text token.
+    """The greedy continuation of each prompt, token ids, up to the first of the model's `end_tokens`.
 
     Where nothing but the weights acts, each step reads one new token and the model's own cache of keys and values.
     Where an intervention or any hook is in force, each step reads the whole row again, so that what looks for a
@@ -253,7 +260,7 @@ def greedy(
         ValueError: more tokens than the model has positions.
     """
     out: list[list[int]] = [[] for _ in prompts]
-    end, plain = model.tokenizer.eos_token_id, untouched(model)
+    ends, plain = torch.tensor(end_tokens(model), dtype=torch.long, device=model.device), untouched(model)
     for members in buckets([range(len(prompt) + max_new_tokens) for prompt in prompts], max_tokens):
         ids = torch.tensor([list(prompts[i]) for i in members], device=model.device)
         open_rows = torch.ones(len(members), dtype=torch.bool, device=model.device)
@@ -264,7 +271,7 @@ def greedy(
             else:
                 logits = last_logits(model, ids, 1)[:, -1]
             token = logits.argmax(-1)
-            open_rows &= token != end
+            open_rows &= ~torch.isin(token, ends)
             for i, t, is_open in zip(members, token.tolist(), open_rows.tolist(), strict=True):
                 if is_open:
                     out[i].append(t)

@@ -66,20 +66,20 @@ WORDS = [
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2", "qwen3", "olmo2")
 
 
-def tiny_tokenizer(bos: bool = True):
+def tiny_tokenizer(bos: bool = True, unk: str = "<unk>"):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     pieces = ["<pad>", "<unk>", "<s>", "</s>", *dict.fromkeys(WORDS), *letters, *(f"##{c}" for c in letters)]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unk))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer, unk_token=unk, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
 
 
@@ -116,6 +116,19 @@ def tiny_hf(architecture: str = "llama", layers: int = 4, seed: int = 0):
         "gemma2": lambda: t.Gemma2Config(**shape, **gqa, head_dim=8, sliding_window=8),
         "qwen3": lambda: t.Qwen3Config(**shape, **gqa, head_dim=8),
         "olmo2": lambda: t.Olmo2Config(**shape, **gqa),
+        "opt": lambda: t.OPTConfig(
+            vocab_size=shape["vocab_size"],
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            init_std=0.2,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+        ),
     }[architecture]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

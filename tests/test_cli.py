@@ -46,6 +46,49 @@ def test_help_answers_without_importing_anything_slow():
     assert helped.returncode == 0 and "demo" in helped.stdout
 
 
+def test_every_command_can_answer_in_json():
+    from typer.main import get_command
+
+    from mech_unlearn.cli import app
+
+    def leaves(command, path=()):
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from leaves(inner, (*path, name))
+        if not hasattr(command, "commands"):
+            yield path, [option for parameter in command.params for option in parameter.opts]
+
+    found = dict(leaves(get_command(app)))
+    assert {("unlearn",), ("report",), ("calibrate",), ("testbed", "build"), ("testbed", "pools")} <= found.keys()
+    assert [path for path, options in found.items() if "--json" not in options] == []
+
+
+def test_building_a_world_whose_models_are_there_answers_in_json(call, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("{}")
+    status, out, err = call("testbed", "build", "--only", "full", "--out", tmp_path, "--json")
+    assert status == 0, err
+    assert json.loads(out) == {"world": "biographies", "folder": str(tmp_path)}
+
+
+def test_a_report_answers_in_json_and_a_run_without_a_page_says_where_its_result_is(call, tmp_path):
+    done, where = tmp_path / "done", tmp_path / "where"
+    for folder, command in ((done, "audit"), (where, "locate")):
+        (folder / "figures").mkdir(parents=True)
+        (folder / "spec.yaml").write_text(f"command: {command}\n")
+        (folder / "provenance.json").write_text("{}")
+        (folder / "figures" / "1_some.png").write_bytes(b"")
+    (done / "verdicts.json").write_text("{}")
+    summary = {"command": "audit", "world": None, "seconds": 1, "peak_rss_mib": 1, "rows": []}
+    (done / "summary.json").write_text(json.dumps(summary))
+    status, out, err = call("report", done, "--json")
+    assert status == 0, err
+    assert json.loads(out) == {"report": str(done / "report.html"), "figures": [str(done / "figures" / "1_some.png")]}
+    assert call("report", done)[1].strip() == str(done / "report.html")
+    refused(call("report", where), "a run of `locate`", "locate.json and figures/")
+    (done / "summary.json").unlink()
+    refused(call("report", done), "not a finished run directory: summary.json is missing")
+
+
 @pytest.mark.parametrize("kind", ["methods", "locators", "tests", "datasets", "worlds"])
 def test_list_gives_name_paper_and_summary(call, kind):
     status, out, _ = call("list", kind, "--json")
@@ -213,6 +256,50 @@ def test_training_that_was_cut_goes_on_from_the_checkpoint_in_its_folder(call, f
     whole, again = (load_file(folder / "edit.safetensors") for folder in (tmp_path / "whole", files["out"]))
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     refused(call(*trained_words(files)), "not empty")
+
+
+def test_what_was_fitted_is_kept_when_writing_the_model_fails_and_the_same_call_goes_on(call, files, monkeypatch):
+    from mech_unlearn.edit import Edit
+    from mech_unlearn.methods import Rocr
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Edit, "export", cut)
+        assert call(*unlearn_words(files))[0] == 130
+    kept = (files["out"] / "edit.safetensors").read_bytes()
+    assert not (files["out"] / "unlearn.json").exists()
+    refused(call(*unlearn_words(files, set="ridge=0.5")), "another spec")
+    refused(call(*unlearn_words(files), "--sequential", 1), "another spec")
+    with monkeypatch.context() as fitted:
+        fitted.setattr(Rocr, "fit", cut)
+        status, out, err = call(*unlearn_words(files), "--json")
+    assert status == 0, err
+    assert (files["out"] / "edit.safetensors").read_bytes() == kept
+    resumed = json.loads(out)
+    assert resumed["parity"]["max_abs_logit_difference"] <= resumed["parity"]["bound"]
+    _, out, _ = call(*unlearn_words(files, out=files["out"].with_name("whole")), "--json")
+    whole = json.loads(out)
+    for result in (resumed, whole):
+        result["recipe"]["report"].pop("seconds")
+    assert resumed == whole
+    refused(call(*unlearn_words(files)), "not empty")
+
+
+def test_a_model_that_cannot_be_measured_is_told_before_anything_is_fitted(call, files, monkeypatch):
+    from mech_unlearn.methods import Rocr
+
+    def late(*_):
+        raise AssertionError("fitted before the model was measured")
+
+    def bad(*_):
+        raise ValueError("cannot be measured")
+
+    monkeypatch.setattr(Rocr, "fit", late)
+    monkeypatch.setattr("mech_unlearn.rows.measure_outputs", bad)
+    refused(call(*unlearn_words(files)), "cannot be measured")
+    assert not files["out"].exists()
 
 
 def test_entities_can_be_forgotten_one_request_after_another(call, files):

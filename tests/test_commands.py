@@ -3,15 +3,16 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from planted import planted_facts, planted_hf
+from planted import planted_facts, planted_hf, planted_model, planted_sae
 
 from mech_unlearn.auditing import run_audit
-from mech_unlearn.commands import run_locate
-from mech_unlearn.core import Attribution
+from mech_unlearn.commands import hashes, run_locate
+from mech_unlearn.core import Attribution, Entity, Site
 from mech_unlearn.data.jsonl import save_facts
 from mech_unlearn.inputs import make_method
 from mech_unlearn.locate import LOCATORS
@@ -74,7 +75,8 @@ def test_with_retrained_models_the_suppressed_is_told_from_the_retrained(strange
 def test_a_calibration_judges_the_model_it_was_made_for_and_no_other(strangers, tmp_path):
     from test_calibration import simulated
 
-    from mech_unlearn.calibration import fit_whole, save
+    from mech_unlearn.calibration import save
+    from mech_unlearn.calibration_fit import fit_whole
     from mech_unlearn.model import load
 
     mine, other = tmp_path / "mine.json", tmp_path / "other.json"
@@ -89,9 +91,9 @@ def test_a_calibration_judges_the_model_it_was_made_for_and_no_other(strangers, 
     assert "Calibrated verdicts" in json.loads((tmp_path / "run" / "captions.json").read_text())["note"]
     with pytest.raises(ValueError, match="made for another full model"):
         audited(strangers, tmp_path / "b", "late", calibration=str(other), **given)
-    with pytest.raises(ValueError, match="needs retrained models and the tests output"):
+    with pytest.raises(ValueError, match="cannot judge this audit, for want of two retrained models"):
         audited(strangers, tmp_path / "c", "late", calibration=str(mine))
-    with pytest.raises(ValueError, match="needs retrained models and the tests output"):
+    with pytest.raises(ValueError, match="for want of the tests output, uds"):
         audited(strangers, tmp_path / "d", "late", calibration=str(mine), tests="uds,sae", **given)
     with pytest.raises(ValueError, match="no such file"):
         audited(strangers, tmp_path / "e", "late", calibration="nowhere.json", **given)
@@ -99,7 +101,7 @@ def test_a_calibration_judges_the_model_it_was_made_for_and_no_other(strangers, 
 
 
 def test_calibrating_on_too_little_is_refused_before_anything_is_made(strangers, tmp_path):
-    from mech_unlearn.auditing import run_calibrate
+    from mech_unlearn.calibrating import run_calibrate
 
     (tmp_path / "texts.txt").write_text("Rivers run.\n")
 
@@ -113,7 +115,7 @@ def test_calibrating_on_too_little_is_refused_before_anything_is_made(strangers,
         calibrate(["a"], ["b", "c"])
     with pytest.raises(ValueError, match="'b' is both"):
         calibrate(["a", "b"], ["b", "c"])
-    with pytest.raises(ValueError, match="240 facts about other subjects and 200 texts, got 4 and 1"):
+    with pytest.raises(ValueError, match="270 facts about other subjects and 200 texts, got 4 and 1"):
         calibrate(["a", "b"], ["c", "d"])
     assert not (tmp_path / "out").exists()
 
@@ -136,13 +138,67 @@ INPUTS = dict(settings=[], unknown=None, retain=None, texts=None, sae=None)
 
 
 def located(model, facts, how, out, **changes):
-    return run_locate(str(model), facts, how, out, **INPUTS | changes, **COMMON)
+    return run_locate(str(model), facts, how, out, **INPUTS | COMMON | changes)
 
 
 def test_locate_finds_the_planted_layer(strangers, tmp_path):
     result = located(strangers / "full", strangers / "facts.jsonl", "logit_lens", tmp_path / "run")
     assert result.values[2] > result.values[1] + 1  # the MLP of layer 2 writes the object
     assert (tmp_path / "run" / "figures" / "logit_lens.png").is_file()
+
+
+def test_a_run_directory_is_not_gone_on_with_when_the_same_paths_hold_something_else(strangers, tmp_path):
+    model, facts, texts, out = (tmp_path / name for name in ("model", "facts.jsonl", "texts.txt", "run"))
+    shutil.copytree(strangers / "full", model)
+    save_facts(planted_facts()[:3], facts)
+    texts.write_text("Rivers run to the sea .")
+    first = located(model, facts, "logit_lens", out, texts=texts)
+    written = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.suffix != ".png"}
+
+    def refused(**changes):
+        with pytest.raises(ValueError, match="a run of another spec"):
+            located(model, facts, "logit_lens", out, **{"texts": texts} | changes)
+        assert {path: path.read_bytes() for path in written} == written
+
+    refused(dtype="bfloat16")
+    refused(texts=None)
+    texts.write_text("The sea is in Oslo .")
+    refused()
+    texts.write_text("Rivers run to the sea .")
+    save_facts((*planted_facts()[:2], dataclasses.replace(planted_facts()[2], object="Acme")), facts)
+    refused()
+    save_facts(planted_facts()[:3], facts)
+    planted_hf("late").save_pretrained(model)
+    refused()
+    planted_hf("full").save_pretrained(model)
+    again = located(model, facts, "logit_lens", out, texts=texts)
+    torch.testing.assert_close(again.values, first.values)
+
+
+def test_hashes_name_what_is_given_and_change_with_each_of_it(tmp_path):
+    from mech_unlearn.edit import Edit, Shift
+    from mech_unlearn.latents import save_sae
+
+    facts, model = planted_facts(), planted_model()
+    plain = hashes(facts[:4], full=model)
+    assert plain.keys() == {"facts", "full"} and plain == hashes(facts[:4], sae="release/id", full=model)
+    assert plain["facts"] != hashes(facts[1:5], full=model)["facts"]
+    assert plain["full"] != hashes(facts[:4], full=planted_model("late"))["full"]
+    given = dict(kept=facts[4:], texts=("a b",), unknown=(Entity(name="Anna Lee"),))
+    other = dict(kept=facts[5:], texts=("a", "b"), unknown=(Entity(name="Ben Hill"),))
+    for key in given:
+        mine, theirs = hashes(facts[:4], **{key: given[key]}), hashes(facts[:4], **{key: other[key]})
+        assert mine.keys() == {"facts", key} and mine[key] != theirs[key]
+    seen = set()
+    for k in (2, 3):  # the same weights with another number of active latents
+        save_sae(planted_sae(k=k), tmp_path / "sae")
+        seen.add(hashes(facts[:4], sae=str(tmp_path / "sae"))["sae"])
+    assert len(seen) == 2
+    shift = Shift(Site(1, "resid_post"), ((4,),), torch.ones(1, 64))
+    with Edit(name="shift", base=model.hash(), interventions=(shift,)).on(model):
+        model.logits(torch.tensor([[2, 4]]))
+        assert hashes(facts[:4], full=model)["full"] != plain["full"]
+    assert hashes(facts[:4], full=model) == plain
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +234,9 @@ def test_every_locator_runs_over_a_facts_file_and_leaves_a_result_a_figure_and_i
     assert result.low is not None and result.high is not None
     again = Attribution.from_json(json.loads((tmp_path / "run" / "locate.json").read_text())[how])
     torch.testing.assert_close(again.values, result.values, equal_nan=True)
-    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["hashes"].keys() == {"facts", "model"}
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["hashes"].keys() == {
+        "facts", "model", *(key for key in ("texts", "unknown", "sae") if key in extra)
+    }  # fmt: skip
     assert (tmp_path / "run" / "figures" / f"{how}.png").stat().st_size > 5000
 
 

@@ -20,6 +20,14 @@ GOOD = dict(id="1", subject="Anna Lee", relation="born", object="Oslo", prompt="
         ({"prompt": "She was born in"}, "prompt 'She was born in' must hold exactly one {}"),
         ({"paraphrases": ("{} and {} were born in",)}, "found 2"),
         ({"heldout": ("born in",)}, "heldout phrasing"),
+        (
+            {"heldout": ("{} was born in",)},
+            "heldout phrasing '{} was born in' stands among those that a method may see",
+        ),
+        (
+            {"paraphrases": ("{} is of",), "heldout": ("{} comes from", "{} is of")},
+            "heldout phrasing '{} is of' stands",
+        ),
     ],
 )
 def test_a_fact_that_cannot_be_meant_is_refused_with_the_reason(change, reason):

@@ -238,6 +238,27 @@ def test_an_exported_folder_holds_the_edited_weights_and_a_card(model, tmp_path)
     assert edit.base in card and '"verdict": "suppressed"' in card
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_an_export_whose_file_differs_in_one_bit_is_refused_and_removed(dtype, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    model = load(tiny_hf("llama").to(dtype), tokenizer=tiny_tokenizer())
+    edit, write = random_edit(model), type(model.tokenizer).save_pretrained
+
+    def altering(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[W_OUT].view(torch.uint8).flatten()[0] ^= 1  # the lowest bit of the first entry
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return write(model.tokenizer, folder)
+
+    monkeypatch.setattr(model.tokenizer, "save_pretrained", altering, raising=False)
+    with pytest.raises(RuntimeError, match=rf"other weights: {W_OUT}"):
+        edit.export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    edit.export(model, tmp_path / "out")
+
+
 def test_loading_refuses_what_is_not_an_edit(model, tmp_path):
     from safetensors.torch import save_file
 

@@ -14,7 +14,7 @@ from mech_unlearn.testbed.ensemble import join
 IDS = torch.randint(4, 60, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 @torch.no_grad()
 def test_last_and_next_logits_are_those_of_the_whole_pass(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())

@@ -13,6 +13,7 @@ from mech_unlearn.edit import Edit, clone, compose
 from mech_unlearn.interventions import KINDS, Affine, Ban, Clamp, Prefix, Shift, kind_of
 from mech_unlearn.model import load
 from mech_unlearn.prompts import pad
+from mech_unlearn.scoring import greedy
 from mech_unlearn.sweep import record
 
 SITE = Site(1, "resid_post")
@@ -186,6 +187,29 @@ def test_whoever_addresses_positions_is_refused_while_a_prefix_is_in_force_and_w
         model.hf(input_ids=IDS, use_cache=True)
     capture(model, [(2, 5, 6)], [SITE])
     record(model, IDS)
+
+
+@pytest.mark.parametrize("one", every_kind(), ids=lambda one: type(one).__name__)
+@torch.no_grad()
+def test_a_cache_is_refused_by_every_kind_and_a_single_pass_needs_no_argument(model, one):
+    ids = IDS[:1, :4]
+    cache = model.hf(input_ids=ids, use_cache=True).past_key_values
+    with put(model, one).on(model):
+        for cached in ({"use_cache": True}, {"past_key_values": cache}):
+            with pytest.raises(ValueError, match=f"whole rows of token ids, without {next(iter(cached))}"):
+                model.hf(input_ids=ids, **cached)
+        with pytest.raises(ValueError, match="scoring.greedy"):
+            model.hf.generate(ids, max_new_tokens=4, do_sample=False)
+        torch.testing.assert_close(model.hf(input_ids=ids).logits, model.logits(ids))
+    assert model.hf(input_ids=ids, use_cache=True).past_key_values.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("one", every_kind()[:-2], ids=lambda one: type(one).__name__)
+def test_without_a_cache_transformers_generates_what_greedy_says(model, one):
+    ids = IDS[:1, :4]
+    with put(model, one).on(model):
+        said = model.hf.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)[0, 4:].tolist()
+        assert said == list(greedy(model, [ids[0].tolist()], 4)[0])
 
 
 @pytest.mark.parametrize(

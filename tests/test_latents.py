@@ -4,10 +4,21 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
+from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, Site
-from mech_unlearn.latents import Sae, entity_states, fvu, largest, load_sae, sae_still_valid, save_sae, train_sae
+from mech_unlearn.latents import (
+    Sae,
+    entity_states,
+    fvu,
+    largest,
+    load_sae,
+    ordinary_positions,
+    sae_still_valid,
+    save_sae,
+    token_rows,
+    train_sae,
+)
 from mech_unlearn.model import load
 from mech_unlearn.prompts import encode
 
@@ -64,7 +75,17 @@ def test_training_is_a_function_of_the_seed_and_leaves_the_model_and_the_random_
     assert small.isfinite().all() and not torch.equal(small, first)
 
 
-def test_fvu_has_its_closed_form_over_ordinary_tokens(model, sae, rows):
+@pytest.fixture(scope="module")
+def bare():
+    """The same model with a tokenizer that puts nothing in front, as those of GPT-2, Pythia and Qwen."""
+    return load(tiny_hf("llama"), tokenizer=tiny_tokenizer(bos=False))
+
+
+@pytest.mark.parametrize("which", ["model", "bare"])
+def test_fvu_has_its_closed_form_over_ordinary_tokens_and_never_judges_by_the_first(which, request, sae):
+    model = request.getfixturevalue(which)
+    rows = token_rows(model, TEXTS)
+    assert (rows[0][0] == model.tokenizer.bos_token_id) == (which == "model")
     with torch.no_grad():
         parts = []
         with model.hooks((SITE, lambda x: parts.append(x[0, 1:]))):
@@ -78,6 +99,25 @@ def test_fvu_has_its_closed_form_over_ordinary_tokens(model, sae, rows):
     assert fvu(model, perfect, rows) == pytest.approx(0.0, abs=1e-12)
     with pytest.raises(ValueError, match="states that vary"):
         fvu(model, sae, [(2,)])
+
+
+def test_pieces_of_a_long_text_begin_as_the_text_does_and_hold_all_of_it(model, bare):
+    text = " ".join(TEXTS * 4)
+    for one, head in ((model, (2,)), (bare, ())):
+        whole = encode(one.tokenizer, text).ids
+        assert len(whole) > one.hf.config.max_position_embeddings == 64
+        for context, longest in ((7, 7), (512, 64)):
+            pieces = token_rows(one, [text], context)
+            assert max(map(len, pieces)) == longest and all(piece[: len(head)] == head for piece in pieces)
+            assert head + tuple(token for piece in pieces for token in piece[len(head) :]) == whole
+        assert token_rows(one, TEXTS) == [encode(one.tokenizer, short).ids for short in TEXTS]
+    with pytest.raises(ValueError, match="no room behind 1 special"):
+        token_rows(model, [text], 1)
+
+
+def test_ordinary_positions_are_those_of_words_behind_the_first_token(model, bare):
+    assert ordinary_positions(model, [(2, 9, 3, 8), (9, 8), (2,)]) == [(1, 3), (1,), ()]
+    assert ordinary_positions(bare, [(9, 8, 7)]) == [(1, 2)]
 
 
 class _Identity:
@@ -145,6 +185,22 @@ def test_an_sae_that_does_not_belong_is_refused_with_the_reason(model, sae, tmp_
     for absent in (tmp_path / "absent", "absent", "./a/b/c"):
         with pytest.raises(ValueError, match="no such folder"):
             load_sae(absent, model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_sae_is_trained_saved_and_found_again_on_every_architecture(architecture, tmp_path):
+    model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
+    for site in (Site(1, "resid_post"), Site(1, "mlp_out")):
+        made = train_sae(model, TEXTS, site, d_sae=8, k=2, training_tokens=64, batch_size=64)
+        save_sae(made, tmp_path / site.kind)
+        assert made.site == load_sae(tmp_path / site.kind, model).site == site
+    config = tmp_path / "mlp_out" / "cfg.json"
+    config.write_text(config.read_text().replace("hook_mlp_out", "hook_resid_mid"))
+    if architecture == "gpt_neox":  # attention and MLP side by side: nothing lies between them
+        with pytest.raises(ValueError, match="which is no site of"):
+            load_sae(tmp_path / "mlp_out", model)
+    else:
+        assert load_sae(tmp_path / "mlp_out", model).site == Site(1, "resid_mid")
 
 
 def test_bad_training_settings_are_refused(model):

@@ -8,7 +8,7 @@ from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 from torch import nn
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import clone
+from mech_unlearn.edit import clone, export
 from mech_unlearn.model import load
 from mech_unlearn.prompts import pad
 
@@ -22,7 +22,7 @@ def plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 @torch.no_grad()
 def test_logits_are_those_of_plain_transformers_from_a_folder(architecture, tiny_folder):
     folder = tiny_folder(architecture)
@@ -38,13 +38,14 @@ def test_logits_are_those_of_plain_transformers_from_a_folder(architecture, tiny
     name, transposed = model.w_out(1)
     d_mlp = 128 if architecture == "gpt2" else 64
     assert model.held[name].shape == ((d_mlp, 32) if transposed else (32, d_mlp))
-    assert transposed == (architecture == "gpt2") and ".1.mlp." in name
+    assert transposed == (architecture == "gpt2") and name.startswith(f"{model.block(1)}.")
     assert (model.n_layers, model.d_model, model.dtype) == (4, 32, torch.float32)
-    with pytest.raises(KeyError, match="no layer 4; layers 0..3"):
-        model.w_out(4)
+    for of in (model.w_out, model.block):
+        with pytest.raises(KeyError, match="no layer 4; layers 0..3"):
+            of(4)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 @torch.no_grad()
 def test_writing_to_the_output_matrix_moves_the_logits_as_in_plain_transformers(architecture, tiny_folder):
     model, reference = load(tiny_folder(architecture)), plain(tiny_folder(architecture))
@@ -76,6 +77,114 @@ def test_copies_have_the_same_logits_and_none_of_the_storage_also_with_tied_embe
             weight.mul_(1.5)
         assert (second.logits(IDS) - logits).abs().max() > 1e-3
     assert model.hash() == seen and torch.equal(model.logits(IDS), logits)
+
+
+def tiny_of(kind, dtype=torch.float32):
+    """A random model of two layers of a kind that few tests need; what the config leaves at zero or one is drawn."""
+    import transformers as t
+
+    shape = dict(
+        vocab_size=len(tiny_tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=3,
+    )  # fmt: skip
+    ranks = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8, qk_nope_head_dim=4)
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16)
+    config = {
+        "gemma4": lambda: t.Gemma4TextConfig(
+            **shape, head_dim=8, global_head_dim=8, vocab_size_per_layer_input=shape["vocab_size"],
+            hidden_size_per_layer_input=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
+        ),
+        "deepseek_v3": lambda: t.DeepseekV3Config(
+            **{**shape, **experts, **ranks, "num_key_value_heads": 4, "first_k_dense_replace": 1}
+        ),
+        "mixtral": lambda: t.MixtralConfig(**shape, num_local_experts=4),
+        "mpt": lambda: t.MptConfig(
+            d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=64, vocab_size=shape["vocab_size"]
+        ),
+        "openai-gpt": lambda: t.OpenAIGPTConfig(
+            vocab_size=shape["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=64
+        ),
+    }[kind]()  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = t.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+        for name, weight in hf.state_dict().items():
+            if name.endswith(("layer_scalar", "e_score_correction_bias")):
+                weight.copy_(torch.rand(weight.shape) + 0.5)
+    return hf
+
+
+def test_a_decoder_layer_and_its_output_matrix_are_found_whatever_the_architecture_calls_them():
+    matrix = {
+        "mpt": ("transformer.blocks.1", "ffn.down_proj", False),
+        "openai-gpt": ("transformer.h.1", "mlp.c_proj", True),
+        "mixtral": ("model.layers.1", None, None),
+    }
+    for kind, (block, path, transposed) in matrix.items():
+        model = load(tiny_of(kind), tokenizer=tiny_tokenizer())
+        again = load(model.hf, tokenizer=tiny_tokenizer())  # a bridge over a bridge
+        for one in (model, again):
+            assert one.block(1) == block and block in one.hf_hooks
+            if path is None:
+                with pytest.raises(KeyError, match="found 0 MLP output matrices in layer 1"):
+                    one.w_out(1)
+            else:
+                assert one.w_out(1) == (f"{block}.{path}.weight", transposed)
+                assert (one.held[f"{block}.{path}.weight"].shape[1] == 32) == transposed
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("kind", ("gemma4", "deepseek_v3"))
+@torch.no_grad()
+def test_buffers_that_are_saved_with_the_weights_are_hashed_copied_and_exported_with_them(kind, dtype, tmp_path):
+    model = load(tiny_of(kind, dtype), tokenizer=tiny_tokenizer())
+    logits, seen = model.logits(IDS), model.hash()
+    assert model.buffers and not model.buffers.keys() & model.held.keys()
+    assert torch.equal(model.plain_copy()(IDS).logits, logits)
+    with clone(model) as second:
+        assert second.hash() == seen and torch.equal(second.logits(IDS), logits)
+    export(model, tmp_path / "out", {})
+    torch.testing.assert_close(load(tmp_path / "out", dtype=dtype).logits(IDS), logits)
+    for buffer in model.buffers.values():
+        buffer.mul_(-2)
+        assert model.hash() != seen
+        buffer.div_(-2)
+    assert model.hash() == seen
+
+
+def test_a_copy_that_would_be_another_model_is_refused():
+    untied, more = tiny_hf("gemma2"), tiny_hf("llama")
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach() + 1)
+    more.model.register_parameter("extra", nn.Parameter(torch.ones(3)))
+    for hf, name in ((untied, "lm_head.weight"), (more, "model.extra")):
+        model = load(hf, tokenizer=tiny_tokenizer())
+        with pytest.raises(RuntimeError, match=f"the plain copy of .* has other weights: {name}"):
+            model.plain_copy()
+
+
+def test_the_model_of_somebody_elses_bridge_is_refused():
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs |= {"name_or_path": "tiny", "add_bos_token": True}
+    bridge = TransformerBridge.boot_transformers("tiny", hf_model=tiny_hf("llama"), tokenizer=tokenizer, device="cpu")
+    with pytest.raises(ValueError, match="lies in a TransformerBridge already"):
+        load(bridge.original_model, tokenizer=tiny_tokenizer())
+
+
+@torch.no_grad()
+def test_copying_leaves_the_config_and_the_logits_of_the_model_as_they_were():
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_config(tiny_hf("llama").config, attn_implementation="sdpa").to(torch.bfloat16)
+    model = load(hf, tokenizer=tiny_tokenizer())
+    hf.config.dtype = torch.float32  # what a model says that was cast after it was read
+    logits, said = model.logits(IDS), (model.hf.config.to_dict(), model.hf.config._attn_implementation)
+    model.plain_copy()
+    with clone(model) as second:
+        assert second.hash() == model.hash()
+    assert (model.hf.config.to_dict(), model.hf.config._attn_implementation) == said
+    assert torch.equal(model.logits(IDS), logits)
 
 
 @torch.no_grad()

@@ -5,7 +5,17 @@ import torch
 from conftest import tiny_facts, tiny_tokenizer
 
 from mech_unlearn.core import Fact
-from mech_unlearn.prompts import buckets, encode, make_queries, make_query, pad, subject_spans, token_span
+from mech_unlearn.prompts import (
+    buckets,
+    encode,
+    has_unknown,
+    make_queries,
+    make_query,
+    pad,
+    subject_spans,
+    token_span,
+)
+from mech_unlearn.restoration.prompting import unwritable_marks
 
 
 def words(tokenizer, ids):
@@ -68,6 +78,21 @@ def test_a_subject_that_is_not_in_the_prompt_is_refused():
     encoding = encode(tiny_tokenizer(), "Anna Lee")
     with pytest.raises(ValueError, match="no token covers characters 8..12"):
         token_span(encoding, 8, 12)
+
+
+def test_a_bos_that_is_the_unknown_token_is_no_unknown_word_but_a_word_without_tokens_is():
+    plain, shared = tiny_tokenizer(), tiny_tokenizer(unk="<s>")
+    assert shared.unk_token_id == shared.bos_token_id == encode(shared, "Anna").ids[0]
+    facts = tiny_facts(["Anna Lee", "Ben Hill"])
+    asked = [[(q.prompt, q.answers) for q in make_queries(tokenizer, facts)] for tokenizer in (plain, shared)]
+    assert asked[0] == asked[1]
+    for tokenizer in (plain, shared):
+        assert [has_unknown(tokenizer, encode(tokenizer, text)) for text in ("Anna .", "Anna 7", "")] == [0, 1, 0]
+        assert unwritable_marks(tokenizer) == ";!_"
+        with pytest.raises(ValueError, match="no tokens for part of 'Anna 7 was' or its answers"):
+            make_query(
+                tokenizer, Fact(id="1", subject="Anna 7", relation="r", object="Oslo", prompt="{} was"), "{} was"
+            )
 
 
 def test_padding_on_either_side_shifts_a_span_onto_the_same_tokens():

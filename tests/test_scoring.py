@@ -5,10 +5,10 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Fact, Site
-from mech_unlearn.edit import Edit, Shift
+from mech_unlearn.edit import Edit, Shift, clone
 from mech_unlearn.model import load
 from mech_unlearn.prompts import make_queries, pad
-from mech_unlearn.scoring import Scores, greedy, per_fact, score, score_each
+from mech_unlearn.scoring import Scores, end_tokens, greedy, per_fact, score, score_each
 
 LONG = Fact(
     id="long", subject="Cara Moss", relation="born", object="West Oslo", prompt="{} was born in",
@@ -31,7 +31,7 @@ def reference(model, query):
     return rows, exact
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 def test_scores_equal_one_pass_per_candidate_and_do_not_depend_on_the_batch(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
     queries = make_queries(model.tokenizer, FACTS)
@@ -73,6 +73,19 @@ def test_greedy_decoding_is_that_of_transformers(architecture, tiny_folder):
         theirs = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         expected = [t for t in theirs[0, len(prompt) :].tolist() if t not in (0, 3)]
         assert list(ours) == expected
+
+
+def test_greedy_text_ends_at_every_token_that_the_generation_settings_name_also_in_a_clone(tiny_model):
+    prompts = [(2, 9, 10, 11), (2, 13, 14), (2, 15, 16, 17)]
+    said = greedy(tiny_model, prompts, 8)
+    end = said[0][2]
+    assert end_tokens(tiny_model) == (3,) and len(said[0]) > 2
+    for named, ends in ((end, (3, end)), ([3, end], (3, end)), (None, (3,))):
+        tiny_model.hf.generation_config.eos_token_id = named
+        cut = [tokens[: tokens.index(end)] if end in tokens and named else tokens for tokens in said]
+        assert end_tokens(tiny_model) == ends and greedy(tiny_model, prompts, 8) == cut
+        with clone(tiny_model) as other:
+            assert greedy(other, prompts, 8) == cut
 
 
 def test_a_write_sees_the_rows_it_is_given_and_changes_only_them(tiny_model):
@@ -130,7 +143,7 @@ def test_scores_per_fact_are_means_over_its_phrasings(tiny_model):
         per_fact(partial, [queries[j] for j in mine], FACTS)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 def test_arms_scored_together_are_those_scored_one_by_one(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
     queries = make_queries(model.tokenizer, tiny_facts(["Anna Lee", "Ben Hill", "Gina"]))
@@ -182,7 +195,7 @@ def padded_greedy(architecture, side, steps):
     return [tuple(tokens[: tokens.index(3)] if 3 in tokens else tokens) for tokens in said]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 def test_greedy_text_is_the_same_with_a_cache_without_one_in_any_batch_and_padded_on_either_side(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
     cached = greedy(model, PROMPTS, 12)
@@ -196,7 +209,7 @@ def test_greedy_text_is_the_same_with_a_cache_without_one_in_any_batch_and_padde
     assert any(len(set(tokens)) > 2 for tokens in cached)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 @torch.no_grad()
 def test_greedy_text_under_an_intervention_at_earlier_positions_is_that_of_whole_rows(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())

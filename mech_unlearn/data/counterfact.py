@@ -147,7 +147,10 @@ def _heldout(row: CounterFactRow, number: int) -> tuple[tuple[str, ...], list[Le
         try:
             if "{}" in text:
                 raise ValueError("it holds '{}'")
-            kept.append(slot(text, row.requested_rewrite.subject).rstrip())
+            template = slot(text, row.requested_rewrite.subject).rstrip()
+            if template == row.requested_rewrite.prompt:
+                raise ValueError("it is the prompt itself")
+            kept.append(template)
         except ValueError as error:
             lost.append(LeftOut("counterfact", number, text, f"held-out phrasing: {error}"))
     return tuple(dict.fromkeys(kept)), lost

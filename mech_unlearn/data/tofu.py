@@ -104,7 +104,10 @@ class _Reader:
         heldout = ()
         if row.paraphrased_question and self.form == "question":
             try:
-                heldout = (self._ask(row.paraphrased_question, subject),)
+                held = self._ask(row.paraphrased_question, subject)
+                if held == prompt:
+                    raise ValueError("it is the question itself")
+                heldout = (held,)
             except ValueError as error:
                 self.left.append(LeftOut(name, number, row.paraphrased_question, f"held-out phrasing: {error}"))
         return Fact(

@@ -139,7 +139,7 @@ def orthogonal_writers(
         raise ValueError(f"model {model.name!r}: found no embedding matrix by its name")
     for layer in range(site.layer + (site.kind == "resid_post")):
         for name, gain in _writers(model, layer):
-            conv = model.hf.config.model_type == "gpt2" or name.endswith("bias")
+            conv = model.transposed(name) or name.endswith("bias")
             basis = directions if gain is None else orthonormal(directions.to(gain) * gain)
             deltas[name] = _projected_out(model.held[name], basis, columns=conv)
     return deltas

@@ -278,7 +278,7 @@ def post_norm(model: Model, layer: int) -> tuple[str, Float[Tensor, " d_model"]]
     Source: with such a norm a residual shift is no linear function of W_out, so that a write has to aim at the
     norm's input.
     """
-    block = model.w_out(layer)[0].split(".mlp.")[0]
+    block = model.block(layer)
     for norm in POST_NORMS:
         if f"{block}.{norm}.weight" in model.held:
             ones = torch.ones(1, 1, model.d_model, device=model.device, dtype=model.dtype)

@@ -63,7 +63,7 @@ class LastLayerAscent:
 
 def last_layer(model: Model) -> str:
     """What the HF names of the last decoder layer's weights begin with, dot included."""
-    return model.w_out(model.n_layers - 1)[0].split("mlp.")[0]
+    return f"{model.block(model.n_layers - 1)}."
 
 
 def ascent_loss(scores: AnswerScores, max_nll: float) -> Float[Tensor, ""]:

@@ -115,7 +115,7 @@ def neuron_masks(model: Model, neurons: Sequence[tuple[int, int]]) -> dict[str, 
         out, by_neuron = model.w_out(layer)
         d_mlp = model.held[out].shape[0 if by_neuron else 1]
         _require(chosen, d_mlp, "neuron", layer, model)
-        into = [name for name in _matrices(model, out.rpartition(".mlp.")[0] + ".mlp.") if name != out]
+        into = [name for name in _matrices(model, out.removesuffix(".weight").rpartition(".")[0] + ".") if name != out]
         for name in (*into, out):
             rows = by_neuron if name == out else not by_neuron
             if model.held[name].shape[0 if rows else 1] != d_mlp:
@@ -191,7 +191,7 @@ def _matrices(model: Model, prefix: str) -> list[str]:
 def _prefix(model: Model, layer: int, part: Part) -> str:
     """What the names of a part's weights begin with."""
     _require((layer,), model.n_layers, "layer", None, model)
-    block = model.w_out(layer)[0].rpartition(".mlp.")[0]
+    block = model.block(layer)
     if part == "block":
         return f"{block}."
     if part == "mlp":

@@ -52,7 +52,7 @@ class Lora:
         """
         require_trains(self.base, "lora")
         require_positive(self, "rank", "alpha")
-        blocks = tuple(model.w_out(layer)[0].split(".mlp.")[0] + "." for layer in range(model.n_layers))
+        blocks = tuple(f"{model.block(layer)}." for layer in range(model.n_layers))
         adapter = Factors(self, model.name, blocks)
         inner = extended(around, "lora", self, adapter=adapter)
         edit = self.base.fit(model, forget, retain, inner)

@@ -185,7 +185,7 @@ def _trainee(
         hf=hf,
         frozen=frozen,
         weights={name: w for name, w in hf.named_parameters() if w.requires_grad},
-        blocks=[model.w_out(layer)[0].split(".mlp.")[0] for layer in range(model.n_layers)],
+        blocks=[model.block(layer) for layer in range(model.n_layers)],
         objective=objective,
         asked=[*rows, *objective.others],
         n_forget=len(rows),

@@ -87,7 +87,7 @@ def clamped(delta: Float[Tensor, "name d_model"], limit: Float[Tensor, " name"])
 
 def module_path(model: Model, layer: int, where: Literal["mlp", "resid"]) -> str:
     """HF path of the module whose output delta is added to: the layer's MLP (before a norm behind it) or the layer."""
-    return model.w_out(layer)[0].split(".mlp.")[0] + (".mlp" if where == "mlp" else "")
+    return model.block(layer) + (".mlp" if where == "mlp" else "")
 
 
 def optimized(

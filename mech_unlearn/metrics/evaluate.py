@@ -23,7 +23,7 @@ from mech_unlearn.core import Measurement
 from mech_unlearn.forward import last_logits
 from mech_unlearn.metrics.intervals import mean_ci
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Encoding, buckets, encode_all
+from mech_unlearn.prompts import Encoding, buckets, encode_all, has_unknown
 
 UNITS = {
     "answer_loss": "nats per answer token, mean over rows",
@@ -91,17 +91,17 @@ def token_rows(
         joint = prompt if not prompt or prompt[-1].isspace() else prompt + " "
         starts.append(len(joint) + len(answer) - len(answer.lstrip()))
         texts.append(joint + answer)
-    known, unknown = encode_all(tokenizer, texts), tokenizer.unk_token_id
+    known = encode_all(tokenizer, texts)
     return tuple(
-        _token_row(name, known[text], text, start, unknown)
+        _token_row(name, tokenizer, known[text], text, start)
         for name, text, start in zip(called, texts, starts, strict=True)
     )
 
 
-def _token_row(name: str, encoding: Encoding, text: str, start: int, unknown: int | None) -> TokenRow:
+def _token_row(name: str, tokenizer: Any, encoding: Encoding, text: str, start: int) -> TokenRow:
     said = repr(text[start:][:60])
     first = next((i for i, (a, b) in enumerate(encoding.offsets) if b > start and b > a), None)
-    if first is None or (unknown is not None and unknown in encoding.ids):
+    if first is None or has_unknown(tokenizer, encoding):
         raise ValueError(f"{name}: the tokenizer has no tokens for part of the prompt or of the answer {said}")
     if text[encoding.offsets[first][0] : start].strip():
         raise ValueError(f"{name}: the tokens of {said} merge with the end of the prompt; end it in a full word")

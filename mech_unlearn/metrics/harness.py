@@ -5,7 +5,7 @@ Differs: a number carries an interval: value +- 1.96 standard errors, as the har
     this package. The name of each number is `TASK/METRIC,FILTER` as the harness writes it, so that variants of a metric
     never share a column.
 Fails: groups of tasks without a standard error, and metrics that the harness gives none for, come without an interval
-    (NaN at both ends).
+    (NaN at both ends). Tasks that generate text use a cache, which an edit of activations refuses.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ costs only the audited model's share. Add a test with one file and one line in `
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -109,7 +109,12 @@ TESTS: dict[str, Entry] = {
     "soft_prompt": Entry(soft_prompt.prepare, soft_prompt.audit, "arXiv 2402.09063", "a trained prompt before it"),
     "membership": Entry(membership.prepare, membership.audit, "arXiv 2407.06460", "membership scores, by group"),
     "suffix": Entry(suffix.prepare, suffix.audit, "arXiv 2307.15043", "a trained suffix of tokens"),
-    "keyword": Entry(keyword.prepare, keyword.audit, "arXiv 2509.24675", "the subject emphasised in the prompt"),
+    "keyword": Entry(
+        partial(keyword.prepare, focus_too=True),
+        keyword.audit,
+        "arXiv 2509.24675",
+        "the subject emphasised in the prompt",
+    ),
     "keyword_attention": Entry(
         keyword.prepare_attention, keyword.audit_attention, "arXiv 2509.24675", "more attention to the subject"
     ),
@@ -153,32 +158,63 @@ class Reference:
 
     case: Case
     ready: Mapping[str, Any]
+    seen: tuple[tuple[str, tuple[int, ...]], ...] = field(init=False)
+    """What the full and the retrained models were: hash of the weights, ids of the interventions in force."""
+
+    def __post_init__(self) -> None:
+        models = (self.case.full, *self.case.retrained)
+        object.__setattr__(self, "seen", tuple((m.hash(), tuple(map(id, m.active))) for m in models))
+
+    def require_unchanged(self, model: Model) -> None:
+        """Check that a model of the case is still what this reference was made from; other models may be anything.
+
+        Raises:
+            ValueError: its weights changed, or other interventions are in force.
+        """
+        models = (self.case.full, *self.case.retrained)
+        then = next((seen for own, seen in zip(models, self.seen, strict=True) if own is model), None)
+        if then is not None and then != (model.hash(), tuple(map(id, model.active))):
+            raise ValueError(
+                f"{model.name!r} is a model of the case and no longer what the reference was made from: an edit on it "
+                "would be measured by what it was before; audit a copy (`with clone(model) as copy, edit.on(copy)`)"
+            )
 
 
-def reference(case: Case, tests: Sequence[str] = CORE) -> Reference:
+def reference(case: Case, tests: Sequence[str] = CORE, refused: Callable[[str, str], None] | None = None) -> Reference:
     """Prepare the tests of an audit on the full and the retrained models.
+
+    Args:
+        refused: told (test, why) of each test that the case does not allow, which is then left out; without it the
+            first such test ends the work.
 
     Raises:
         KeyError: an unknown test.
+        ValueError: a test that the case does not allow.
     """
     if unknown := [name for name in tests if name not in TESTS]:
         raise KeyError(f"unknown restoration test {unknown[0]!r}; choose from {', '.join(TESTS)}")
     ready, shared = {}, make_levels(case, "test")
     for name in tests:
         case.log(f"{name}: full and retrained models")
-        ready[name] = TESTS[name].prepare(case, shared)
+        try:
+            ready[name] = TESTS[name].prepare(case, shared)
+        except ValueError as error:
+            if refused is None or name == "output":
+                raise
+            refused(name, str(error))
     return Reference(case, ready)
 
 
 def audit(ref: Reference, model: Model, name: str | None = None) -> dict[str, Result]:
     """The result of each prepared test on one model.
 
-    A retrained model of the case is compared with the other ones, itself left out.
+    A retrained model of the case is compared with the other ones, itself left out. A model of the case costs one hash.
 
     Raises:
-        ValueError: the model is of another shape than the full one.
+        ValueError: the model is of another shape than the full one, or a model of the case that changed since.
     """
     require_same_shape(ref.case.full, model)
+    ref.require_unchanged(model)
     label = model.name if name is None else name
     results = {}
     for test, ready in ref.ready.items():

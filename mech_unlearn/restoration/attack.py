@@ -5,24 +5,33 @@ The point with the largest mean rho on TUNE is reported on TEST. Held-out retrai
 the same way, so that the null contains what choosing gains.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import Query
-from mech_unlearn.restoration.case import Case, Result, split_queries
+from mech_unlearn.attach import attached
+from mech_unlearn.core import Fact
+from mech_unlearn.edit import clone
+from mech_unlearn.model import Model, load
+from mech_unlearn.prompts import Ask, Query, tokenize
+from mech_unlearn.restoration.case import Case, Result, split_templates
 from mech_unlearn.restoration.levels import Levels, Probe, make_levels
+from mech_unlearn.restoration.normalise import relation_mean
 from mech_unlearn.scoring import score
 
 TUNE_FACTS = 40
 """Facts on which the setting is chosen, at the most; drawn with the seed."""
+OTHER_FACTS = 200
+"""Other facts on which damage is measured, at the most: enough for `MAX_LOST` to be four of them."""
 MAX_LOST = 0.02
-"""Share of other facts that an attack on weights may lose. Source: two points, the bound of arXiv 2402.05162."""
+"""Share of other facts that an attack on weights may lose. Source: two points, the bound of arXiv 2402.05162. Where a
+case has fewer than 50 of them, none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +41,7 @@ class Curves:
     tune: Float[Tensor, "point kind tune_fact"]
     test: Float[Tensor, "point kind fact"]
     lost: Float[Tensor, " point"]
-    """Share of other facts that the attack breaks; 0 where it was not measured."""
+    """Share of other facts that were answered before the attack and no longer are; 0 where it was not measured."""
 
 
 Operate = Callable[[Model, Probe, Probe], Curves]
@@ -55,15 +64,64 @@ def same(tune: Sequence[Tensor], test: Sequence[Tensor]) -> Curves:
     return Curves(torch.stack(list(tune)), torch.stack(list(test)), torch.zeros(len(tune)))
 
 
-def other_queries(case: Case, limit: int = TUNE_FACTS) -> tuple[Query, ...]:
-    """Prompts about other subjects, on which damage is measured; none without such facts."""
-    facts = case.others[:: max(1, len(case.others) // limit)][:limit]
-    return split_queries(case, "tune", facts, limit=1) if facts else ()
+def _is_half(model: Model) -> bool:
+    return any(weight.dtype.itemsize < 4 for weight in model.held.values())
 
 
-def recalled(model: Model, queries: Sequence[Query]) -> float:
-    """Share of the queries answered by greedy decoding; 1 without queries."""
-    return score(model, queries).exact.float().mean().item() if queries else 1.0
+@contextmanager
+def float32_clone(model: Model) -> Iterator[Model]:
+    """A clone to be trained, with the same interventions in force; float32 where the model is in half precision.
+
+    A step of 1e-5 is below the resolution of bfloat16, and float16 turns NaN.
+    """
+    if not _is_half(model):
+        with clone(model) as copy:
+            yield copy
+        return
+    copy = load(model.plain_copy().float(), tokenizer=model.tokenizer)
+    with attached(tuple(model.active), copy):
+        yield copy
+
+
+def float32_margins(probe: Probe, model: Model) -> Float[Tensor, "kind fact"]:
+    """Margins at the precision in which the model is trained."""
+    if not _is_half(model):
+        return probe.margins(model)
+    with float32_clone(model) as copy:
+        return probe.margins(copy)
+
+
+def float32_levels(case: Case, shared: Levels | None) -> Levels:
+    """TEST levels at the precision in which models are trained; the shared ones where none is in half precision."""
+    levels = shared or make_levels(case, "test")
+    if not any(map(_is_half, (case.full, *case.retrained))):
+        return levels
+    full = float32_margins(levels.probe, case.full)
+    each = [float32_margins(levels.probe, model)[0] for model in case.retrained]
+    return replace(levels, full=full[0], never=torch.stack(each) if each else relation_mean(full[1:], case.facts))
+
+
+def drawn(case: Case, facts: Sequence[Fact], limit: int) -> tuple[Fact, ...]:
+    """At most `limit` of the facts, drawn with the seed, in their order."""
+    chosen = random.Random(case.seed).sample(range(len(facts)), min(limit, len(facts)))
+    return tuple(facts[i] for i in sorted(chosen))
+
+
+def other_queries(case: Case) -> tuple[Query, ...]:
+    """Prompts about other subjects, on which damage is measured, with the true answer only; none without such facts."""
+    facts = drawn(case, case.others, OTHER_FACTS)
+    asks = [Ask(fact, split_templates(fact, "tune")[0]) for fact in facts]
+    return tokenize(case.full.tokenizer, asks, distractors=False)
+
+
+def recalled(model: Model, queries: Sequence[Query]) -> Bool[Tensor, " query"]:
+    """Which of the queries greedy decoding answers."""
+    return score(model, queries).exact
+
+
+def lost_share(before: Bool[Tensor, " query"], after: Bool[Tensor, " query"]) -> float:
+    """Share of the queries that were answered before and are not after; what is newly answered makes up for none."""
+    return (before & ~after).float().mean().item() if len(before) else 0.0
 
 
 def both_levels(case: Case, shared: Levels | None) -> tuple[Levels, Levels]:
@@ -121,6 +179,17 @@ def null(ready: Ready) -> Float[Tensor, "heldout fact"]:
     return torch.stack([on_test[k, point] for k, point in enumerate(picked)])
 
 
+def ignorant(
+    case: Case,
+    keep: Sequence[int],
+    retrained: Float[Tensor, "retrained *point fact"],
+    after: Float[Tensor, "*point kind fact"],
+) -> Float[Tensor, "never *point fact"]:
+    """What an attack makes of models that never knew: the retrained ones, or in grade B one row, the relation's mean
+    of the audited model's sham facts under the same attack."""
+    return retrained[list(keep)] if keep else relation_mean(after[..., 1, :], case.facts)[None]
+
+
 def result(
     case: Case,
     ready: Ready,
@@ -148,7 +217,7 @@ def result(
     on_tune = ready.tune.rho(ready.tune.probe.margins(model), curves.tune, tune, keep)
     best, warning = choose(on_tune.nanmean(1), curves.lost)
     found = levels.rho(before, curves.test, after, keep)
-    never = after[keep][:, best] if keep else curves.test[best][1:]
+    never = ignorant(case, keep, after[:, best], curves.test[best])
     base, facts = never.mean(0), len(case.facts)
     gap = levels.full - levels.base(keep)
     axis = tuple(float(a) for a in (alphas or range(len(ready.points))))

@@ -114,7 +114,7 @@ def require_same_shape(full: Model, other: Model) -> None:
     """Check that states of one model can be written into the other.
 
     Raises:
-        ValueError: another depth, width or vocabulary, or a tokenizer that gives other ids.
+        ValueError: another depth or width, or a tokenizer that gives other ids.
     """
     for what in ("n_layers", "d_model"):
         if getattr(full, what) != getattr(other, what):
@@ -125,6 +125,20 @@ def require_same_shape(full: Model, other: Model) -> None:
     probe = "The quick brown fox met Anna Lee in Paris, 1987."
     if full.tokenizer(probe)["input_ids"] != other.tokenizer(probe)["input_ids"]:
         raise ValueError(f"models {full.name!r} and {other.name!r} have different tokenizers")
+
+
+def require_same_vocabulary(full: Model, other: Model) -> None:
+    """Check that logits of one model can be compared with the other's, token by token.
+
+    Raises:
+        ValueError: embeddings of another number of tokens (padded, for example).
+    """
+    sizes = [model.hf.get_output_embeddings().weight.shape[0] for model in (full, other)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"model {other.name!r} has logits for {sizes[1]} tokens, {full.name!r} for {sizes[0]}: they cannot be "
+            "compared; resize its embeddings, or leave this test out"
+        )
 
 
 def split_templates(fact: Fact, split: Split) -> tuple[str, ...]:

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mech_unlearn.capture import stream
 from mech_unlearn.core import Fact, Site
-from mech_unlearn.latents import Sae
+from mech_unlearn.latents import Sae, token_rows
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query
 from mech_unlearn.restoration.case import Case, split_queries
@@ -114,46 +115,51 @@ def unspecific(
 
 
 @torch.no_grad()
-def generic(model: Model, sae: Sae, texts: Sequence[str]) -> Bool[Tensor, " latent"]:
+def generic(model: Model, sae: Sae, texts: Sequence[str], l0: float) -> Bool[Tensor, " latent"]:
     """Latents that fire on more than 1 % of the tokens of generic text, or more than the mean latent does where that is
-    more (a small SAE: L0 / d_sae); none without texts."""
-    if not texts:
-        return torch.zeros(sae.d_sae, dtype=torch.bool, device=model.device)
+    more (a small SAE: L0 / d_sae); none without texts. Long texts are read in pieces, see `latents.token_rows`.
+
+    Args:
+        l0: latents active per token.
+    """
     count, total = torch.zeros(sae.d_sae, device=model.device), 0
-    for text in texts[:200]:
-        ids = torch.tensor([model.tokenizer(text)["input_ids"]], device=model.device)
-        seen = {}
-        with model.hooks((sae.site, lambda x, seen=seen: seen.__setitem__("x", x))):
-            model.logits(ids)
-        count += (sae.encode(seen["x"][0]) > 0).float().sum(0)
-        total += ids.shape[1]
-    return count / total > max(0.01, sae.mean_l0 / sae.d_sae)
+    for part in stream(model, token_rows(model, texts[:200]), [sae.site], max_tokens=1):  # one row at a time
+        fires = sae.encode(part.at[sae.site].to(model.device)) > 0
+        count += fires.float().sum(0)
+        total += len(fires)
+    return count / max(total, 1) > max(0.01, l0 / sae.d_sae)
 
 
 @torch.no_grad()
 def direct_effect(
-    model: Model, rows: Float[Tensor, "unit d_model"], state: Float[Tensor, " d_model"]
-) -> Float[Tensor, "unit d_vocab"]:
-    """First-order change of the logits per unit length of each row, added to the residual stream before the final norm.
+    model: Model, rows: Float[Tensor, "unit d_model"], state: Float[Tensor, " d_model"], tokens: Int[Tensor, " token"]
+) -> Float[Tensor, "unit token"]:
+    """First-order change of these tokens' logits per unit length of each row, added to the residual stream before the
+    final norm.
 
     The final norm is differentiated at `state` by central differences in the model's own code, so that each
-    architecture's norm (and its scale) is the true one.
+    architecture's norm (and its scale) is the true one; with its weights in float32, as the steps are too small for
+    fewer digits.
     """
     size = 1e-2 * state.norm()
     steps = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12) * size
     norm = model.bridge.ln_final
-    change = (norm((state + steps)[None])[0] - norm((state - steps)[None])[0]).float() / (2 * size)
-    return change @ model.hf.get_output_embeddings().weight.float().T
+    weights = {name: weight.float() for name, weight in norm.named_parameters()}
+    above, below = (torch.func.functional_call(norm, weights, (x[None],))[0] for x in (state + steps, state - steps))
+    change = (above - below) / (2 * size)
+    return change @ model.hf.get_output_embeddings().weight[tokens].float().T
 
 
 def leaks(
     model: Model, rows: Float[Tensor, "unit d_model"], queries: Sequence[Query], state: Float[Tensor, " d_model"]
 ) -> dict[str, Bool[Tensor, " unit"]]:
     """Subject -> units in the top 1 % of |direct effect| on an answer of the subject against its distractors."""
-    effect = direct_effect(model, rows, state)
+    tokens = sorted({answer[0] for query in queries for answer in query.answers})
+    effect = direct_effect(model, rows, state, torch.tensor(tokens, device=rows.device))
+    column = {token: i for i, token in enumerate(tokens)}
     out: dict[str, Tensor] = {}
     for query in queries:
-        first = torch.tensor([answer[0] for answer in query.answers], device=effect.device)
+        first = [column[answer[0]] for answer in query.answers]
         toward = effect[:, first[0]] - (effect[:, first[1:]].mean(1) if len(first) > 1 else 0.0)
         top = toward.abs().topk(max(1, len(rows) // 100)).indices
         mask = out.setdefault(query.fact.subject, torch.zeros(len(rows), dtype=torch.bool, device=effect.device))
@@ -174,7 +180,7 @@ def make_profiles(case: Case) -> Profiles:
     rows = directions if case.sae is None else torch.cat([case.sae.w_dec.detach().float(), directions])
     units = Units(case.sae, directions, rows)
     values = units.read(h) * valid[..., None]
-    by_entity, flags = _choose(case, units, values.amax(1) > 0, entity, subjects)
+    by_entity, flags = _choose(case, units, values, valid, entity, subjects)
     target, known = _targets(values, valid, queries, facts)
     of_fact = torch.tensor([subjects.index(fact.subject) for fact in facts], device=h.device)
     rate = (values.amax(1) > 0).float().mean(0)
@@ -190,21 +196,29 @@ def _directions(last: Float[Tensor, "prompt d_model"], entity: Tensor, entities:
     return away / away.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
+def active_latents(sae: Sae, values: Float[Tensor, "*place latent"], valid: Bool[Tensor, "*place"]) -> float:
+    """Latents active per token: what the SAE says of itself, else the mean over these tokens."""
+    known = sae.mean_l0
+    return (values[valid] > 0).float().sum(-1).mean().item() if known is None else known
+
+
 def _choose(
-    case: Case, units: Units, fires: Tensor, entity: Tensor, subjects: Sequence[str]
+    case: Case, units: Units, values: Tensor, valid: Tensor, entity: Tensor, subjects: Sequence[str]
 ) -> tuple[Bool[Tensor, "entity unit"], dict[str, tuple[str, ...]]]:
     n, latents = len(subjects), len(units.rows) - len(subjects)
-    chosen = torch.zeros(n, len(units.rows), dtype=torch.bool, device=fires.device)
+    chosen = torch.zeros(n, len(units.rows), dtype=torch.bool, device=values.device)
     if case.sae is None:
         chosen[torch.arange(n), torch.arange(n)] = True
         return chosen, {subject: ("direction",) for subject in subjects}
-    f1, hits = expert_scores(fires[:, :latents], entity, n)
+    l0 = active_latents(case.sae, values[..., :latents], valid)
+    fires = values[..., :latents].amax(1) > 0
+    f1, hits = expert_scores(fires, entity, n)
     positives = torch.bincount(entity, minlength=n).to(hits)
-    barred = unspecific(fires[:, :latents], entity, n) | generic(case.full, case.sae, case.texts)
+    barred = unspecific(fires, entity, n) | generic(case.full, case.sae, case.texts, l0)
     f1 = f1.masked_fill(barred[None] | (hits < positives.clamp(max=5)[:, None] * 0.5), 0.0)
     for subject, mask in _leaks(case, units.rows[:latents]).items():
         f1[subjects.index(subject), mask] = 0.0
-    most = min(round(EXPERTS_PER_L0 * case.sae.mean_l0), latents)
+    most = min(max(1, round(EXPERTS_PER_L0 * l0)), latents)
     flags: dict[str, tuple[str, ...]] = {}
     for e, subject in enumerate(subjects):
         if f1[e].max() < MIN_F1:

@@ -14,8 +14,9 @@ Differs:  all texts are templates, written here; the published prompts were not 
 Fails:    a model that cannot follow a form at all says nothing in it; retrained models then say as little.
 
 `score_raw` is the margin in nats in the form chosen on TUNE; recoverability is rho. `kappa_max_form` is the largest
-kappa over forms, each against the same form asked of retrained (0) and full (1); `form_gap` is that minus the kappa of
-the plain question: a large gap is evidence of suppression.
+kappa over forms, each against the same form asked of retrained (0; in grade B of full about shams, the relation's mean)
+and full (1); `form_gap` is that minus the kappa of the plain question, NaN where that has less than half a nat between
+them: a large gap is evidence of suppression.
 """
 
 import string
@@ -33,7 +34,9 @@ from mech_unlearn.prompts import Ask, Query
 from mech_unlearn.restoration import prompting
 from mech_unlearn.restoration.attack import Curves, Ready
 from mech_unlearn.restoration.case import Case, Result, split_templates
+from mech_unlearn.restoration.in_context import statement, states_answer
 from mech_unlearn.restoration.levels import Levels
+from mech_unlearn.restoration.normalise import relation_mean
 from mech_unlearn.restoration.prompting import PromptReady, Rewrite
 
 Kind = Literal["forms", "prefix", "steps"]
@@ -49,9 +52,9 @@ GAP = 0.5
 """Nats between full and retrained below which a form says nothing about a fact."""
 
 
-def _wrap(before: str = "", after: str = "") -> Rewrite:
+def _behind(opening: str) -> Rewrite:
     def rewrite(query: Query) -> Ask:
-        return Ask(query.fact, f"{before} {query.template}{after}".strip())
+        return Ask(query.fact, f"{opening} {query.template}")
 
     return rewrite
 
@@ -140,28 +143,34 @@ def turned(case: Case) -> Rewrite:
     return rewrite
 
 
+def implied(fact: Fact) -> str:
+    """The subject by way of a fact about it, without its name."""
+    return f"the one whose {words(fact.relation)} is {fact.object}"
+
+
 def helper_fact(case: Case, fact: Fact) -> Fact | None:
-    """Another true fact of the same subject that does not contain the answer."""
+    """Another true fact of the same subject; no wording in which a chain states it holds the answer."""
     alike = (f for f in (*case.facts, *case.others) if f.subject == fact.subject and f.relation != fact.relation)
-    true = {f.object for f in case.facts if f.id == fact.id} | {fact.object}
-    return next((f for f in alike if not any(answer in f.object for answer in true)), None)
+    return next((f for f in alike if not states_answer(case, fact, f"{statement(f)} {implied(f)}")), None)
 
 
 def chain(case: Case, how: Literal["direct", "indirect", "implied"], opening: str) -> Rewrite:
-    """A step-by-step question that never states the answer."""
+    """A step-by-step question that never states the answer.
+
+    Args:
+        opening: what it begins with, its last space included.
+    """
 
     def rewrite(query: Query) -> Ask | None:
         fact = query.fact
         if how == "direct":
-            return Ask(fact, f"{opening} First, we think of {fact.subject}. Then, {query.template}")
+            return Ask(fact, f"{opening}First, we think of {fact.subject}. Then, {query.template}")
         other = helper_fact(case, fact)
         if other is None:
             return None
-        stated = f"{split_templates(other, 'select')[0].replace('{}', other.subject)} {other.object}."
         if how == "indirect":
-            return Ask(fact, f"{opening} First, {stated} Then, {query.template}")
-        person = f"the one whose {words(other.relation)} is {other.object}"
-        return Ask(fact, f"{opening} {query.template}", person)
+            return Ask(fact, f"{opening}First, {statement(other)} Then, {query.template}")
+        return Ask(fact, f"{opening}{query.template}", implied(other))
 
     return rewrite
 
@@ -169,12 +178,12 @@ def chain(case: Case, how: Literal["direct", "indirect", "implied"], opening: st
 def rewrites(case: Case, kind: Kind) -> dict[str, Rewrite]:
     """The forms of one kind by name."""
     if kind == "prefix":
-        return {name: _wrap(text) for name, text in PREFIXES.items()}
+        return {name: _behind(text) for name, text in PREFIXES.items()}
     if kind == "steps":
         return {
             f"{how}_{i}": chain(case, how, opening)
             for how in ("direct", "indirect", "implied")
-            for i, opening in enumerate(("", "Let us think step by step."))
+            for i, opening in enumerate(("", "Let us think step by step. "))
         }
     asked: dict[str, Rewrite] = {"question": question, "cloze": cloze, "alias": alias, "spelled": spelled}
     return asked | {
@@ -190,7 +199,7 @@ def rewrites(case: Case, kind: Kind) -> dict[str, Rewrite]:
 class FormsReady:
     prompts: PromptReady
     kind: Kind
-    full: Float[Tensor, "form fact"]
+    full: Float[Tensor, "form kind fact"]
     """The full model's margins in each form."""
 
 
@@ -204,7 +213,7 @@ def prepare(case: Case, shared: Levels | None = None, *, kind: Kind = "forms") -
         raise ValueError(f"unknown kind of forms {kind!r}; choose from {', '.join(get_args(Kind))}")
     prompts = prompting.prepare(case, shared, rewrites(case, kind))
     probe = prompts.ready.test.probe
-    full = [prompting.margins(case, probe, case.full, rewrite)[0] for rewrite in prompts.rewrites.values()]
+    full = [prompting.margins(case, probe, case.full, rewrite) for rewrite in prompts.rewrites.values()]
     return FormsReady(prompts, kind, torch.stack(full))
 
 
@@ -219,12 +228,14 @@ def form_kappa(
 
 def _columns(case: Case, forms: FormsReady, keep: Sequence[int], plain: Tensor, curves: Curves) -> Mapping[str, Tensor]:
     ready: Ready = forms.prompts.ready
-    never = torch.stack([ready.retrained[k].test[:, 0] for k in keep]) if keep else curves.test[None, :, 1]
-    placed = form_kappa(curves.test[:, 0], forms.full, never)
+    if keep:
+        never = torch.stack([ready.retrained[k].test[:, 0] for k in keep])
+    else:
+        never = relation_mean(forms.full[:, 1], case.facts)[None]
+    placed = form_kappa(curves.test[:, 0], forms.full[:, 0], never)
     most = placed.nan_to_num(nan=-torch.inf).amax(0)
     most = torch.where(most.isinf(), torch.nan, most)
-    base = ready.test.base(keep)
-    kappa = (plain - base) / (ready.test.full - base)
+    kappa = form_kappa(plain[None], ready.test.full[None], ready.test.base(keep)[None, None])[0]
     return {"kappa_max_form": most, "form_gap": most - kappa}
 
 

@@ -12,8 +12,9 @@ Differs:  the answers to be ranked are the fact's object and its distractors, wi
           one that ranks best among a fifth of the kept subjects that it was not fitted to. The statement of fact and
           answer is the verification text: its last token is read. P(True) is scored where the tokenizer can write the
           question. Without retrained models the level of ignorance is that of sham facts: grade B.
-Fails:    a model that states facts need not know a true statement when it reads one: if the classifier ranks kept
-          facts no better than chance, the test is silent (flag `kept_at_chance`, column `K_kept`).
+Fails:    a model that states facts need not know a true statement when it reads one: if the classifier of the full or
+          of the audited model ranks kept facts no better than chance, the test is silent (flag `kept_at_chance`, column
+          `K_kept`). A model whose kept facts were wrecked too is silent for that reason.
 
 K = share of (right, wrong) pairs that a score ranks rightly, ties 1/2. External scores: log p(answer), its mean per
 token, P(True). `score_raw` is K_int, of the classifier; recoverability is kappa of it. `hidden` = [K_int(U) -
@@ -22,6 +23,7 @@ K_ext(U)] - [K_int(R) - K_ext(R)], K_ext the best external one; `hidden` above 0
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +32,7 @@ from torch import Tensor
 from mech_unlearn.capture import capture
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Ask, encode_all, tokenize
+from mech_unlearn.prompts import Ask, Query, encode_all, has_unknown, tokenize
 from mech_unlearn.restoration.case import Case, Result, mean_by_fact, split_queries
 from mech_unlearn.restoration.levels import Levels
 from mech_unlearn.restoration.normalise import relation_mean, sham_facts
@@ -40,8 +42,8 @@ from mech_unlearn.scoring import score
 MIN_GAP = 0.2
 """K between full and retrained below which the test says nothing about a fact."""
 MIN_KEPT = 0.7
-"""K on kept subjects, the best of all layers, below which the full model's classifier has found next to nothing (chance
-is 0.5): the test is silent. The shipped worlds stay below, at 0.6."""
+"""K on kept subjects (`Inside.kept`) below which a model's classifier has found next to nothing (chance is 0.5): the
+test is silent. The shipped worlds stay below: their best layer is at 0.6."""
 MAX_KEPT = 400
 """Kept facts that the classifier is fitted to, at the most."""
 VERIFY = "{} Is this true? Answer:"
@@ -57,7 +59,8 @@ class Inside:
     by_layer: Float[Tensor, "layer fact"]
     layer: int
     kept: float
-    """K of the chosen layer on kept subjects that the classifier was not fitted to."""
+    """K on kept subjects that the classifier was not fitted to: on each half of them that of the layer which the other
+    half chooses, so that choosing among layers gains nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,7 @@ class HiddenLevels:
     shams: Statements | None
     """The same questions with a sham object as the right answer; grade B only."""
     heldout: Int[Tensor, " row"]
-    """1 for the rows of kept subjects that only choose the layer."""
+    """0 for the rows that the classifier is fitted to, 1 and 2 for the halves of the kept subjects left out of it."""
     samples: int
     full: Inside
     never: tuple[Inside, ...]
@@ -79,49 +82,68 @@ def _last(model: Model, told: Statements) -> Float[Tensor, "layer row d_model"]:
     return torch.stack([store[site] for site in sites])
 
 
-def _p_true(case: Case, model: Model, told: Statements) -> Float[Tensor, " row"] | None:
-    """Log-probability of True after the verification question, or None if the tokenizer cannot write it."""
-    tokenizer, asks = model.tokenizer, []
-    unknown = tokenizer.unk_token_id
+def _verification(tokenizer: Any, told: Statements) -> list[Query] | None:
+    """The verification question about each candidate, or None if the tokenizer cannot write it.
+
+    A sampled answer, which is known as tokens only, stands where the true one stands in the question's tokens.
+    """
+    asks = []
     ids = encode_all(tokenizer, [VERIFY.replace("{} ", ""), "True False"])
-    if unknown is not None and any(unknown in e.ids for e in ids.values()):
+    if any(has_unknown(tokenizer, encoding) for encoding in ids.values()):
         return None
     for query in told.queries:
-        candidates = (query.fact.object, *query.fact.distractors)[: len(query.answers)]
-        for answer in candidates:
-            said = f"{query.template} {answer}."
-            fact = replace(query.fact, object="True", distractors=("False",))
-            asks.append(Ask(fact, VERIFY.replace("{}", said, 1)))
-    return score(model, tokenize(tokenizer, asks)).margin
+        fact = replace(query.fact, object="True", distractors=("False",))
+        names = (query.fact.object, *query.fact.distractors)
+        asks += [Ask(fact, VERIFY.replace("{}", f"{query.template} {name}.", 1)) for name in names]
+    written, out = iter(tokenize(tokenizer, asks)), []
+    for query in told.queries:
+        known = [next(written) for _ in (query.fact.object, *query.fact.distractors)]
+        more, start = query.answers[len(known) :], len(query.full)
+        if more and known[0].prompt[:start] != query.full:
+            return None
+        out += known + [replace(known[0], prompt=query.prompt + a + known[0].prompt[start:]) for a in more]
+    return out
 
 
-def external(case: Case, model: Model, told: Statements) -> Float[Tensor, " query"]:
+def _p_true(model: Model, told: Statements) -> Float[Tensor, " row"] | None:
+    """Margin in nats of True over False after the verification question, or None if it cannot be written."""
+    asked = _verification(model.tokenizer, told)
+    return None if asked is None else score(model, asked).margin
+
+
+def external(model: Model, told: Statements) -> Float[Tensor, " query"]:
     """K of the best external score, the best by its mean over all questions."""
     values = score(model, told.queries).logprob
     mean = torch.cat([values[q, : len(query.answers)] for q, query in enumerate(told.queries)])
     length = torch.tensor([len(answer) for query in told.queries for answer in query.answers])
     found = [k_of(told, mean), k_of(told, mean * length)]
-    asked = _p_true(case, model, told)
+    asked = _p_true(model, told)
     if asked is not None:
         found.append(k_of(told, asked))
     return max(found, key=lambda k: k.nanmean().item())
 
 
+def _best(by_layer: Float[Tensor, " layer"]) -> int:
+    """The first of the layers with the largest value."""
+    return max(range(len(by_layer)), key=lambda layer: by_layer[layer].item())
+
+
 def _inside(case: Case, ready: HiddenLevels, model: Model, told: Statements) -> Inside:
     x, known = _last(model, told), _last(model, ready.kept)
-    held = ready.heldout == 1
+    held = ready.heldout > 0
     weight = even_weights(ready.kept, ~held)
-    asked = ready.kept.owner[held].unique()
     rows, check = [], []
     for layer in range(model.n_layers):
         fitted = classify(known[layer], ready.kept.right, weight, torch.cat([known[layer, held], x[layer]]))
         inner = torch.full((len(held),), torch.nan)
         inner[held] = fitted[: int(held.sum())]
-        check.append(k_of(ready.kept, inner)[asked].mean().item())
+        check.append(k_of(ready.kept, inner))
         rows.append(mean_by_fact(k_of(told, fitted[int(held.sum()) :])[None], told.queries, case.facts)[0])
-    best = max(range(len(check)), key=lambda layer: check[layer])
-    outer = mean_by_fact(external(case, model, told)[None], told.queries, case.facts)[0]
-    return Inside(rows[best], outer, torch.stack(rows), best, check[best])
+    half = [torch.stack(check)[:, ready.kept.owner[ready.heldout == h].unique()].mean(1) for h in (1, 2)]
+    kept = (half[1][_best(half[0])] + half[0][_best(half[1])]).item() / 2
+    best = _best(torch.stack(check)[:, ready.kept.owner[held].unique()].mean(1))
+    outer = mean_by_fact(external(model, told)[None], told.queries, case.facts)[0]
+    return Inside(rows[best], outer, torch.stack(rows), best, kept)
 
 
 def _kept_facts(case: Case) -> tuple[Fact, ...]:
@@ -129,10 +151,10 @@ def _kept_facts(case: Case) -> tuple[Fact, ...]:
     relations = {fact.relation for fact in case.facts}
     away = [f for f in case.others if f.subject not in gone and f.distractors]
     alike = [f for f in away if f.relation in relations] or away
-    if len({f.subject for f in alike}) < 2:
+    if len({f.subject for f in alike}) < 4:
         raise ValueError(
             "hidden knowledge is read by a classifier of kept facts: give Case(others=...) facts with distractors "
-            "about two other subjects at least"
+            "about four other subjects at least"
         )
     order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(case.seed)).tolist()
     return tuple(alike[i] for i in sorted(order[:MAX_KEPT]))
@@ -146,7 +168,7 @@ def prepare(case: Case, shared: Levels | None = None, *, samples: int = 0) -> Hi
             the paper's 1,000).
 
     Raises:
-        ValueError: no kept facts with distractors, or a forgotten fact without.
+        ValueError: kept facts with distractors about fewer than four subjects, or a forgotten fact without any.
     """
     if bare := [fact.id for fact in case.facts if not fact.distractors]:
         raise ValueError(f"fact {bare[0]!r} has no distractors: there is nothing to rank its answer against")
@@ -156,9 +178,9 @@ def prepare(case: Case, shared: Levels | None = None, *, samples: int = 0) -> Hi
     kept = statements(split_queries(case, "test", facts, limit=1))
     subjects = list(dict.fromkeys(fact.subject for fact in facts))
     generator = torch.Generator().manual_seed(case.seed)
-    picked = torch.randperm(len(subjects), generator=generator)[: max(1, len(subjects) // 5)].tolist()
-    checked = {subjects[i] for i in picked}
-    heldout = torch.tensor([int(kept.queries[q].fact.subject in checked) for q in kept.owner.tolist()])
+    picked = torch.randperm(len(subjects), generator=generator)[: max(2, len(subjects) // 5)].tolist()
+    half = {subjects[i]: 1 + place % 2 for place, i in enumerate(picked)}
+    heldout = torch.tensor([half.get(kept.queries[q].fact.subject, 0) for q in kept.owner.tolist()])
     forgotten = statements(split_queries(case, "test"))
     empty = torch.zeros(len(case.facts))
     blank = Inside(empty, empty, empty[None], 0, 0.0)
@@ -193,7 +215,7 @@ def _ignorant(case: Case, ready: HiddenLevels) -> Inside:
 def _kappa(found: Inside, full: Inside, never: Sequence[Inside]) -> Float[Tensor, " fact"]:
     base = torch.stack([n.internal for n in never]).mean(0)
     room = full.internal - base
-    if full.kept < MIN_KEPT:
+    if min(full.kept, found.kept) < MIN_KEPT:
         return torch.full_like(room, torch.nan)
     return torch.where(room >= MIN_GAP, (found.internal - base) / room.clamp(min=MIN_GAP), torch.nan)
 
@@ -210,7 +232,7 @@ def audit(case: Case, ready: HiddenLevels, model: Model, name: str) -> Result:
     ]
     base_int, base_ext = (torch.stack([getattr(o, side) for o in others]) for side in ("internal", "external"))
     placed, facts = _kappa(found, ready.full, others), len(case.facts)
-    silent = ("kept_at_chance",) if ready.full.kept < MIN_KEPT else ()
+    silent = ("kept_at_chance",) if min(ready.full.kept, found.kept) < MIN_KEPT else ()
     axis = tuple(float(layer) for layer in range(case.full.n_layers))
     curves = {
         "K_int": found.by_layer,

@@ -35,12 +35,17 @@ def statement(fact: Fact) -> str:
     return f"{split_templates(fact, 'select')[0].replace('{}', fact.subject)} {fact.object}."
 
 
+def states_answer(case: Case, fact: Fact, text: str) -> bool:
+    """Whether a text holds the fact's answer, true or sham, in whatever case."""
+    answers = {f.object for f in case.facts if f.id == fact.id} | {fact.object}
+    return any(answer.casefold() in text.casefold() for answer in answers)
+
+
 def told(case: Case, fact: Fact, count: int) -> list[str]:
     """Up to `count` statements about the fact's subject, without its answer (true or sham)."""
-    answers = {f.object for f in case.facts if f.id == fact.id} | {fact.object}
     mine = [f for f in (*case.facts, *case.others) if f.subject == fact.subject and f.id != fact.id]
     free = [statement(f) for f in mine if f.relation != fact.relation]
-    return [text for text in free if not any(answer in text for answer in answers)][:count]
+    return [text for text in free if not states_answer(case, fact, text)][:count]
 
 
 def context(case: Case, count: int) -> Rewrite:

@@ -15,7 +15,7 @@ drops of log p(answer) when the subject's, or another class's, tokens are replac
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,9 +29,9 @@ from mech_unlearn.prompts import Ask, Query
 from mech_unlearn.restoration import attack, prompting
 from mech_unlearn.restoration.attack import Curves, Ready
 from mech_unlearn.restoration.case import Case, Result
-from mech_unlearn.restoration.levels import Levels, Probe
+from mech_unlearn.restoration.levels import Levels, Probe, make_probe
 from mech_unlearn.restoration.prompting import PromptReady, Rewrite
-from mech_unlearn.scoring import Batch, RowWrite
+from mech_unlearn.scoring import Batch, RowWrite, score
 
 BETAS = (0.5, 1.0, 2.0)
 """Added to attention scores (logits before the softmax)."""
@@ -79,6 +79,26 @@ def attend(model: Model, beta: float) -> dict[Site | str, RowWrite]:
         return torch.where(masked, scores, scores + beta * chosen[:, None, None].to(scores))
 
     return {f"blocks.{layer}.attn.hook_attn_scores": write for layer in range(model.n_layers)}
+
+
+def require_attended(model: Model, query: Query) -> None:
+    """Check that what is written to the attention scores reaches the attention pattern.
+
+    Raises:
+        ValueError: a model under TransformerBridge that computes its pattern apart (OPT).
+    """
+    seen: list[Tensor] = []
+
+    def read(pattern: Tensor, _: Batch) -> None:
+        seen.append(pattern)
+
+    for beta in (0.0, BETAS[-1]):
+        writes = {**attend(model, beta), "blocks.0.attn.hook_pattern": read}
+        score(model, [replace(query, answers=query.answers[:1])], writes)
+    if torch.equal(*seen):
+        raise ValueError(
+            f"{model.name!r} does not read attention scores where they can be written; leave keyword_attention out"
+        )
 
 
 def focus(model: Model, facts: Sequence[Fact]) -> Float[Tensor, " fact"]:
@@ -131,7 +151,9 @@ def prepare_attention(case: Case, shared: Levels | None = None, *, betas: tuple[
 
     Raises:
         KeyError: a model whose attention scores have no hook.
+        ValueError: one that does not read them there.
     """
+    require_attended(case.full, make_probe(case, "test").queries[0])
     points = [f"beta {beta:g}" for beta in betas]
     return AttentionReady(attack.prepare(case, shared, points, partial(_operate, betas)), betas)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.locate.logit_lens import answer_logprobs, read_out
@@ -101,20 +101,27 @@ def lens_curve(
     return mean_by_fact(torch.stack(curve), asked.queries, case.facts)
 
 
+def _count(query: Int[Tensor, " token"], which: Bool[Tensor, " token"], size: int) -> Int[Tensor, " query"]:
+    """How many of each query's tokens are chosen."""
+    return torch.zeros(size, dtype=torch.long).index_add(0, query, which.long())
+
+
 def leaks(case: Case, asked: Asked, states: States, reader: Model, top_k: int = TOP_K) -> Float[Tensor, " fact"]:
-    """Share of the phrasings after which some layer of the upper half has the answer within its first k tokens."""
+    """Share of the phrasings after which some layer of the upper half has the answer within its first k tokens; NaN
+    where none has and logits are not numbers."""
     rows, query, tokens = _flat(asked, states)
-    out = torch.zeros(len(asked.queries), dtype=torch.bool)
+    out, broken = (torch.zeros(len(asked.queries), dtype=torch.bool) for _ in range(2))
     for some in rows[len(rows) // 2 :]:
-        parts = []
+        parts, lost = [], []
         for chunk, wanted in zip(some.split(512), tokens.split(512), strict=True):
             logits = read_out(reader, chunk).cpu()
             own = logits.gather(1, wanted[:, None])
             ahead = (logits > own).sum(1) + ((logits == own).sum(1) - 1) / 2  # of tied tokens half are ahead
-            parts.append(ahead < top_k)
-        missed = torch.zeros(len(out), dtype=torch.long).index_add(0, query, (~torch.cat(parts)).long())
-        out |= missed == 0
-    return mean_by_fact(out.float(), asked.queries, case.facts)
+            lost.append(logits.isnan().any(1))
+            parts.append((ahead < top_k) & ~lost[-1])
+        out |= _count(query, ~torch.cat(parts), len(out)) == 0
+        broken |= _count(query, torch.cat(lost), len(out)) > 0
+    return mean_by_fact(torch.where(broken & ~out, torch.nan, out.float()), asked.queries, case.facts)
 
 
 def make_lens_levels(

@@ -35,6 +35,8 @@ from mech_unlearn.restoration.levels import Levels
 K = 0.4
 """Share of the tokens that Min-K % reads. Source: MUSE, arXiv 2407.06460 (40 %)."""
 VARIANCE_FLOOR = 1e-6
+BATCH_TOKENS = 512
+"""Tokens whose next-token distributions are held at once: for 256,000 tokens 0.5 GB of float32, a few times."""
 MIN_AUC_GAP = 0.02
 """AUC between full and retrained below which kappa is undefined."""
 ATTACKS = ("loss", "zlib", "min_k", "min_k_pp", "reference")
@@ -73,7 +75,7 @@ def text_scores(model: Model, texts: Sequence[str]) -> dict[str, Float[Tensor, "
     """loss, zlib, min_k and min_k_pp of each text; higher = less like a member."""
     rows = [encoding.ids for encoding in (encode_all(model.tokenizer, texts)[text] for text in texts)]
     out = {name: torch.zeros(len(texts)) for name in ("loss", "zlib", "min_k", "min_k_pp")}
-    for members in buckets(rows):
+    for members in buckets(rows, BATCH_TOKENS):
         ids: Int[Tensor, "row pos"] = torch.tensor([list(rows[i]) for i in members], device=model.device)
         table = model.logits(ids)[:, :-1].float().log_softmax(-1)
         logprob = table.gather(2, ids[:, 1:, None])[..., 0].cpu()

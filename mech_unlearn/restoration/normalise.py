@@ -91,10 +91,12 @@ def is_testable(
     """Whether a fact can be tested at all: full knows it and retrained models do no better than guess.
 
     Full - retrained margin >= 0.5 nat; full prefers the true object on at least 75 % of the phrasings; retrained
-    models prefer it no more often than chance + 2 SE. The phrasings of one fact agree with each other, so the SE
+    models prefer it no more often than chance + 2 SE, and not always (with one retrained model or few candidates that
+    bound reaches 1), where there is a second candidate. The phrasings of one fact agree with each other, so the SE
     counts models, not phrasings: sqrt(p (1 - p) / number of retrained models).
     """
-    chance = 1 / candidates
+    chance, chosen = 1 / candidates, retrained_choice.mean(0)
     slack = 2 * (chance * (1 - chance) / len(retrained_choice)).sqrt()
     gap = full_margin - retrained_margin.mean(0)
-    return (gap >= MIN_GAP) & (full_choice >= 0.75) & (retrained_choice.mean(0) <= chance + slack + 1e-6)
+    guess = (chosen <= chance + slack + 1e-6) & ((chosen < 1 - 1e-6) | (candidates < 2))
+    return (gap >= MIN_GAP) & (full_choice >= 0.75) & guess

@@ -7,12 +7,12 @@ Needs:    per source layer one patched pass of each candidate; before that, on a
 Differs:  three prompts, put together from the case's own words: `relation` (the question about a placeholder),
           `description` (the same after two other facts of the relation), `identity` (words repeated, then the
           placeholder). The first two are given the state of the subject's last token, `identity` that of the prompt's
-          last token. The answer is scored as a margin over its distractors, not generated. For each source layer,
-          prompt and target layer are those that set the full model furthest apart from a retrained one on TUNE; the
-          source layer is chosen per audited model on TUNE. A negative margin counts as 0: certainty of something else
-          is no less knowledge. target="full" reads with F, target="self" with the audited model itself. The
-          placeholder is an unknown name, or x. Without retrained models the level of ignorance is that of sham facts:
-          grade B.
+          last token. A prompt is left out unless the case has words for it for every fact. The answer is scored as a
+          margin over its distractors, not generated. For each source layer, prompt and target layer are those that set
+          the full model furthest apart from a retrained one on TUNE; the source layer is chosen per audited model on
+          TUNE. A negative margin counts as 0: certainty of something else is no less knowledge. target="full" reads
+          with F, target="self" with the audited model itself. The placeholder is an unknown name, or x. Without
+          retrained models the level of ignorance is that of sham facts: grade B.
 Fails:    target="self" is blind to a block behind the target layer, both to one before the source layer. A small
           model that binds facts to more than one token of the name reads little off its last one; then it is silent.
 
@@ -31,7 +31,7 @@ from mech_unlearn.attach import require_positions
 from mech_unlearn.capture import capture
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Ask, Query, encode, tokenize
+from mech_unlearn.prompts import Ask, Query, encode, has_unknown, tokenize
 from mech_unlearn.restoration import readouts
 from mech_unlearn.restoration.case import Case, Result, mean_by_fact, split_queries
 from mech_unlearn.restoration.levels import Levels
@@ -120,8 +120,7 @@ def target_ask(case: Case, query: Query, prompt: Name, number: int) -> Ask | Non
     words = list(dict.fromkeys(f.object for f in away if f.object not in told))[:DEMOS]
     if len(words) < DEMOS:
         return None
-    unknown = tokenizer.unk_token_id
-    arrow = " " if unknown is not None and unknown in encode(tokenizer, "->").ids else " -> "
+    arrow = " " if has_unknown(tokenizer, encode(tokenizer, "->")) else " -> "
     return Ask(query.fact, _written(tokenizer, " ".join(f"{w}{arrow}{w};" for w in words)) + " {}", name)
 
 
@@ -134,6 +133,17 @@ def make_asked(case: Case, queries: Sequence[Query], facts: Sequence[Fact], prom
         if len(made) == len(asks):
             targets[prompt] = tokenize(case.full.tokenizer, made)
     return Asked(tuple(facts), tuple(queries), targets)
+
+
+def _tune_and_test(
+    case: Case, facts: Sequence[Fact], chosen: Sequence[int], prompts: Sequence[Name]
+) -> tuple[Asked, Asked]:
+    """The TUNE questions about the chosen facts, and the TEST questions about all of them."""
+    some = [facts[i] for i in chosen]
+    return (
+        make_asked(case, split_queries(case, "tune", some), some, prompts),
+        make_asked(case, split_queries(case, "test", facts), facts, prompts),
+    )
 
 
 def read(
@@ -183,7 +193,8 @@ def prepare(
         target_layers: layers behind which a state may be put; by default the first, the one at a quarter, the middle.
 
     Raises:
-        ValueError: an unknown target or prompt, a layer that the model lacks, or no prompt that the case has words for.
+        ValueError: an unknown target or prompt, a layer that the model lacks, a fact without distractors, or no prompt
+            that the case has words for.
     """
     if target not in get_args(Target) or any(p not in get_args(Name) for p in prompts):
         raise ValueError(
@@ -194,17 +205,19 @@ def prepare(
     layers = sorted({0, depth // 4, depth // 2}) if target_layers is None else list(target_layers)
     if not layers or not all(0 <= layer < depth for layer in layers):
         raise ValueError(f"target layers {layers}: choose from 0..{depth - 1}")
-    order = readouts.tune_facts(case, TUNE_FACTS)
-    some, few = ([case.facts[i] for i in order[:n]] for n in (TUNE_FACTS, PICK_FACTS))
-    picked = make_asked(case, split_queries(case, "tune", few), few, prompts)
-    if not picked.targets:
+    if bare := [fact.id for fact in case.facts if not fact.distractors]:
+        raise ValueError(f"fact {bare[0]!r} has no distractors: the answer's margin over them is what is read")
+    order, few = readouts.tune_facts(case, TUNE_FACTS), readouts.tune_facts(case, PICK_FACTS)
+    tune, test = _tune_and_test(case, case.facts, order, prompts)
+    shams = () if case.retrained else _tune_and_test(case, sham_facts(case.facts, case.seed), order, prompts)
+    everything = (tune, test, *shams)
+    used: tuple[Name, ...] = tuple(p for p in prompts if all(p in asked.targets for asked in everything))
+    if left := [prompt for prompt in prompts if prompt not in used]:
+        case.log(f"patchscopes without {', '.join(left)}: the case has no words for it for every fact")
+    if not used:
         raise ValueError("no prompt to put states into: give Case(others=...), or the prompt 'relation'")
-    places = pick_places(case, picked, layers)
-    used: tuple[Name, ...] = tuple(dict.fromkeys(p.prompt for p in places))
-    tune, test = (
-        make_asked(case, queries, facts, used)
-        for queries, facts in ((split_queries(case, "tune", some), some), (split_queries(case, "test"), case.facts))
-    )
+    some = [case.facts[i] for i in few]
+    places = pick_places(case, make_asked(case, split_queries(case, "tune", some), some, used), layers)
 
     def both(source: Model, reader: Model, a: Asked = tune, b: Asked = test) -> tuple[Read, Tensor]:
         (on_tune, _), (on_test, choice) = read(a, source, reader, places), read(b, source, reader, places)
@@ -213,12 +226,8 @@ def prepare(
     full, choice = both(case.full, case.full)
     never = [both(model, case.full if target == "full" else model)[0] for model in case.retrained]
     if not never:
-        shams = sham_facts(case.facts, case.seed)
-        few = [shams[i] for i in order]
-        on_tune = make_asked(case, split_queries(case, "tune", few), few, used)
-        on_test = make_asked(case, split_queries(case, "test", shams), shams, used)
-        sham = both(case.full, case.full, on_tune, on_test)[0]
-        never = [Read(relation_mean(sham.tune, some), relation_mean(sham.test, case.facts))]
+        sham = both(case.full, case.full, *shams)[0]
+        never = [Read(relation_mean(sham.tune, tune.facts), relation_mean(sham.test, case.facts))]
     points = tuple(f"layer {p.source} into {p.prompt}, layer {p.target}" for p in places)
     levels = ReadLevels(points, tuple(p.source for p in places), full, tuple(never), MIN_GAP)
     return PatchReady(target, places, tune, test, levels, choice)

@@ -7,11 +7,13 @@ Needs:    facts of the same relations about other subjects (`Case.others`), one 
           (layer x last subject token or last prompt token), relation and model one fit.
 Differs:  trained on kept subjects and tested on forgotten ones, so that it cannot have memorised their answers. The
           L2 strength is chosen once, on the full model's kept facts, by 5-fold cross-validation over subjects. The
-          control task keeps the labels of a relation and deals them out to other subjects. Code length: the receiver
-          already has the kept facts; the forgotten subjects follow in blocks of .1, .2, .4, .8, 1. The place is
-          chosen on TUNE. A negative margin counts as 0: a probe that takes a name for another one is sure and wrong,
-          and knows no less than one that is unsure. Without retrained models the level of ignorance is the full
-          model's score of sham facts.
+          control task keeps the labels of a relation and deals them out to other subjects; as no subject is both
+          trained on and tested, no label can be memorised: the control measures chance and leaks, not the capacity of
+          the probe, and selectivity is accuracy above chance. Code length: the receiver already has the kept facts;
+          the forgotten subjects follow in blocks of .1, .2, .4, .8, 1. The place is chosen on TUNE. A negative margin
+          counts as 0: a probe that takes a name for another one is sure and wrong, and knows no less than one that is
+          unsure. Without retrained models the level of ignorance is the full model's score of those sham facts whose
+          object the probe knows.
 Fails:    that a probe reads it does not say that U uses it. It finds what is written in the same code as kept facts;
           with few kept subjects per object it finds nothing, then full and retrained agree and the test is silent.
 
@@ -25,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact, Measurement
@@ -64,21 +66,32 @@ class ProbeLevels:
     """(Model, point) -> code length; model -1 is the full one. Filled when first needed."""
 
 
-def _margins(table: Float[Tensor, "point test class"], objects: Sequence[str], facts: Sequence[Fact]) -> Tensor:
-    """log p(object) - log mean p(distractor) in nats, 0 if negative, of each row's fact; distractors that the probe
-    does not know are left out, and without any all other objects stand in."""
+def _margins(
+    table: Float[Tensor, "point test class"],
+    objects: Sequence[str],
+    facts: Sequence[Fact],
+    true: Int[Tensor, " test"],
+) -> Float[Tensor, "point test"]:
+    """log p(object) - log mean p(distractor) in nats, 0 if negative, of each row's fact, which may be a sham.
+
+    Distractors that the probe does not know are left out; without any all other objects stand in, but for the true one
+    (`true`, a label). NaN where the probe does not know the object, or nothing stands against it.
+    """
     columns = []
-    for row, fact in enumerate(facts):
+    for row, (fact, label) in enumerate(zip(facts, true.tolist(), strict=True)):
         known = [objects.index(d) for d in fact.distractors if d in objects]
-        wrong = known or [i for i, name in enumerate(objects) if name != fact.object]
-        own = (
-            table[:, row, objects.index(fact.object)]
-            if fact.object in objects
-            else torch.full(table.shape[:1], torch.nan)
-        )
-        margin = own - (table[:, row, wrong].logsumexp(-1) - torch.tensor(float(len(wrong))).log())
-        columns.append(margin.clamp(min=0))
+        wrong = known or [i for i, name in enumerate(objects) if name != fact.object and i != label]
+        if fact.object not in objects or not wrong:
+            columns.append(torch.full(table.shape[:1], torch.nan))
+            continue
+        own, count = table[:, row, objects.index(fact.object)], torch.tensor(float(len(wrong)))
+        columns.append((own - (table[:, row, wrong].logsumexp(-1) - count.log())).clamp(min=0))
     return torch.stack(columns, 1)
+
+
+def _asked_mean(values: Float[Tensor, "point fact"], facts: Sequence[Fact]) -> Float[Tensor, "point fact"]:
+    """Each value replaced by the mean over those facts of its relation that have one; NaN if none has."""
+    return relation_mean(values.nan_to_num(), facts) / relation_mean((~values.isnan()).float(), facts)
 
 
 def _score(case: Case, setup: Setup, x: Float[Tensor, "point query d_model"], fit: Fit, shams: bool = False) -> Scored:
@@ -90,7 +103,7 @@ def _score(case: Case, setup: Setup, x: Float[Tensor, "point query d_model"], fi
         if len(task.asked):
             table = fit(x[:, task.kept], task.label, task.subject, x[:, task.asked], len(task.objects))
             facts = [asked[setup.queries[i].fact.id] for i in task.asked.tolist()]
-            margin[:, task.asked] = _margins(table, task.objects, facts)
+            margin[:, task.asked] = _margins(table, task.objects, facts, task.true)
             hits[:, task.asked] = (table.argmax(-1) == task.true).float()
     tune, test = setup.queries[: setup.tune], setup.queries[setup.tune : setup.forgotten]
     read = [
@@ -98,7 +111,7 @@ def _score(case: Case, setup: Setup, x: Float[Tensor, "point query d_model"], fi
         mean_by_fact(margin[:, setup.tune :], test, case.facts),
     ]
     if shams:
-        read = [relation_mean(read[0].nan_to_num(), setup.tune_facts), relation_mean(read[1].nan_to_num(), case.facts)]
+        read = [_asked_mean(read[0], setup.tune_facts), _asked_mean(read[1], case.facts)]
     return Scored(Read(*read), mean_by_fact(hits[:, setup.tune :], test, case.facts))
 
 

@@ -55,12 +55,13 @@ class Setup:
 
 def kept_facts(case: Case) -> list[Fact]:
     """Facts about other subjects that a probe can be trained on: of the forgotten relations, if those have between two
-    and `MAX_OBJECTS` objects."""
+    and `MAX_OBJECTS` objects; at most `MAX_KEPT` of each, taken at even distances."""
     gone, kept = {fact.subject for fact in case.facts}, []
     for relation in dict.fromkeys(fact.relation for fact in case.facts):
         alike = [f for f in case.others if f.relation == relation and f.subject not in gone]
         if len({f.object for f in alike}) > 1 and len({f.object for f in alike}) <= MAX_OBJECTS:
-            kept += alike[:: max(1, len(alike) // MAX_KEPT)][:MAX_KEPT]
+            most = min(len(alike), MAX_KEPT)
+            kept += [alike[i * len(alike) // most] for i in range(most)]
     return kept
 
 

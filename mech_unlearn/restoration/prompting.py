@@ -5,6 +5,7 @@ counts as nothing gained). Punctuation that the tokenizer has no token for is le
 cannot write are left out, with a line in the log and a flag.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Ask, Query, encode, tokenize
+from mech_unlearn.prompts import Ask, Query, encode, has_unknown, tokenize
 from mech_unlearn.restoration import attack
 from mech_unlearn.restoration.attack import Curves, Ready
 from mech_unlearn.restoration.case import Case, Result
@@ -24,10 +25,16 @@ MARKS = ".,:;?!_"
 """Punctuation that is left out of a rewritten prompt where the tokenizer has no token for it."""
 
 
+def without_marks(text: str, marks: str) -> str:
+    """The text without these marks and the spaces that they leave double or at its ends; without any, as it is."""
+    if not any(mark in text for mark in marks):
+        return text
+    return re.sub(" +", " ", text.translate(str.maketrans("", "", marks))).strip(" ")
+
+
 def unwritable_marks(tokenizer: Any) -> str:
     """The marks that the tokenizer only knows as its unknown token."""
-    unknown = tokenizer.unk_token_id
-    return "".join(mark for mark in MARKS if unknown is not None and unknown in encode(tokenizer, mark).ids)
+    return "".join(mark for mark in MARKS if has_unknown(tokenizer, encode(tokenizer, mark)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +53,9 @@ def rewritten(case: Case, queries: Sequence[Query], rewrite: Rewrite) -> tuple[Q
     Raises:
         ValueError: a text that the tokenizer has no tokens for, or longer than the model's positions.
     """
-    without = str.maketrans("", "", unwritable_marks(case.full.tokenizer))
+    marks = unwritable_marks(case.full.tokenizer)
     asks = [
-        ask and replace(ask, template=" ".join(ask.template.translate(without).split()))
+        ask and replace(ask, template=without_marks(ask.template, marks))
         for ask in (rewrite(query) for query in queries)
     ]
     made = iter(tokenize(case.full.tokenizer, [ask for ask in asks if ask is not None]))

@@ -13,7 +13,8 @@ Fails:    a suppressor spread over weights that the rest needs too. SNIP does no
           reach (joint QKV matrices under TransformerBridge); those stay.
 
 `score_raw` is the margin in nats at the setting chosen on TUNE (at most two points of other facts lost, else the flag
-`collateral`); recoverability is rho. For `full` nothing is lost: rho 0, kappa 1.
+`collateral`); recoverability is rho. For `full` nothing is lost: rho 0, kappa 1. `covers:x` flags a model of whose
+weights only the share x can be pruned (the experts of a mixture stay).
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from mech_unlearn.restoration import attack
 from mech_unlearn.restoration.attack import Curves, Ready
 from mech_unlearn.restoration.case import Case, Result, split_queries
 from mech_unlearn.restoration.levels import Levels, Probe
-from mech_unlearn.restoration.quantize import linear_weights
+from mech_unlearn.restoration.quantize import coverage_flags, linear_weights
 from mech_unlearn.scoring import greedy
 
 SPARSITIES = (0.01, 0.05, 0.1, 0.2, 0.3)
@@ -88,8 +89,13 @@ def set_difference(
 
 @torch.no_grad()
 def input_norms(model: Model, rows: Sequence[Sequence[int]]) -> dict[str, Float[Tensor, " column"]]:
-    """||X_j||_2 over all tokens, per input of each linear layer. Source: arXiv 2306.11695, equation 1."""
+    """||X_j||_2 over all tokens, per input of each linear layer. Source: arXiv 2306.11695, equation 1.
+
+    Rows longer than the model's positions are read in windows.
+    """
     hf, axes = model.plain_copy(), linear_weights(model)
+    limit = getattr(hf.config, "max_position_embeddings", None) or max(map(len, rows))
+    parts = [row[at : at + limit] for row in rows for at in range(0, len(row), limit)]
     total: dict[str, Tensor] = {}
     handles = []
     for path, module in hf.named_modules():
@@ -101,8 +107,9 @@ def input_norms(model: Model, rows: Sequence[Sequence[int]]) -> dict[str, Float[
                 total[name] = total.get(name, 0) + squares
 
             handles.append(module.register_forward_pre_hook(read))
-    for members in buckets(rows):
-        hf(torch.tensor([list(rows[i]) for i in members], device=model.device), use_cache=False)
+    for members in buckets(parts):
+        ids = torch.tensor([list(parts[i]) for i in members], device=model.device)
+        hf.base_model(ids, use_cache=False)  # without the output matrix, which nobody reads
     for handle in handles:
         handle.remove()
     return {name: squares.sqrt() for name, squares in total.items()}
@@ -146,13 +153,13 @@ def material(case: Case) -> Material:
     Raises:
         ValueError: neither texts nor other facts.
     """
-    others = case.others[:: max(1, len(case.others) // PROMPTS)][:PROMPTS]
+    others = attack.drawn(case, case.others, PROMPTS)
     utility = split_queries(case, "select", others, limit=1) if others else ()
     tokenizer = case.full.tokenizer
     texts = tuple(encoding.ids for encoding in encode_all(tokenizer, case.texts[:TEXTS]).values())
     if not utility:
         raise ValueError("pruning needs facts about other subjects, to see what must stay: Case(others=...)")
-    chosen = case.facts[:: max(1, len(case.facts) // PROMPTS)][:PROMPTS]
+    chosen = attack.drawn(case, case.facts, PROMPTS)
     return Material(texts or tuple(q.full for q in utility), split_queries(case, "select", chosen, limit=1), utility)
 
 
@@ -197,7 +204,7 @@ def _operate(case: Case, grid: Sequence[Setting], on: Material, model: Model, tu
             prune_(copy, _masks(model, setting, norms, forget, use))
             on_tune.append(tune.margins(copy))
             on_test.append(test.margins(copy))
-            lost.append(plain - attack.recalled(copy, others))
+            lost.append(attack.lost_share(plain, attack.recalled(copy, others)))
             with torch.no_grad():
                 for name, weight in intact.items():
                     copy.held[name].copy_(weight)
@@ -242,4 +249,5 @@ def audit(case: Case, pruning: PruningReady, model: Model, name: str) -> Result:
         test="pruning",
         name=name,
         cost_fe=attack.fe_per_fact(ready, len(pruning.grid)) + scored,
+        flags=[coverage_flags(model, linear_weights(model))] * len(case.facts),
     )

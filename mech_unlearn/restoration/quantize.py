@@ -2,7 +2,8 @@
 
 Paper:    Does unlearning truly unlearn? arXiv 2410.16454: an unlearning step smaller than half a rounding step is
           undone by rounding. NF4: QLoRA, arXiv 2305.14314.
-Changes:  a clone of the audited model; its linear layers are rounded to nearest, per output channel.
+Changes:  a clone of the audited model; its linear layers, and each expert of a mixture, are rounded to nearest, per
+          output channel.
 Needs:    one rounding and one scoring of U and of each retrained model.
 Differs:  round-to-nearest instead of GPTQ (runs anywhere). NF4 is plain rounding to its 16 values: the step per block
           stays in float32 (no double quantisation), blocks run along each output channel, and a channel's last block
@@ -11,9 +12,11 @@ Differs:  round-to-nearest instead of GPTQ (runs anywhere). NF4 is plain roundin
 Fails:    per-channel 4-bit (and any 3-bit) rounding of a small model may break the knowledge itself; its effect on
           retrained models is subtracted, and silence of this test is no evidence of deletion.
 
-`score_raw` is the margin after rounding, in nats; recoverability is rho (difference in differences).
+`score_raw` is the margin after rounding, in nats; recoverability is rho (difference in differences). `covers:x` flags
+a model of whose weights only the share x is rounded.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from mech_unlearn.edit import clone
 from mech_unlearn.model import Model
+from mech_unlearn.restoration import attack
 from mech_unlearn.restoration.case import Case, Result
 from mech_unlearn.restoration.levels import Levels, make_levels
 
@@ -99,13 +103,16 @@ def _unblocked(blocks: Tensor, weight: Float[Tensor, "row column"], out_axis: in
 
 
 def rounded(
-    weight: Float[Tensor, "row column"], how: Rounding, out_axis: int = 0
-) -> tuple[Int[Tensor, "row column"], Float[Tensor, "row column"]]:
-    """The code of each weight, and the weight rounded, in its own dtype.
+    weight: Float[Tensor, "*expert row column"], how: Rounding, out_axis: int = 0
+) -> tuple[Int[Tensor, "*expert row column"], Float[Tensor, "*expert row column"]]:
+    """The code of each weight, and the weight rounded, in its own dtype; each expert of a mixture by itself.
 
     Integers: code x step with step = max|w| / (2^(bits-1) - 1) over the group. NF4: the nearest of 16 values times
     max|w| over the block (arXiv 2305.14314, section 3).
     """
+    if weight.ndim == 3:
+        index, near = zip(*(rounded(expert, how, out_axis) for expert in weight), strict=True)
+        return torch.stack(index), torch.stack(near)
     if how.code == "integer" and how.group is None:
         code, step = codes(weight, how.bits, out_axis)
         return code, (code * step).to(weight.dtype)
@@ -139,13 +146,39 @@ def linear_weights(model: Model) -> dict[str, int]:
     }
 
 
+def expert_weights(model: Model) -> dict[str, int]:
+    """Held name -> axis of the output channels within one expert, for weights [expert, ., .] of a mixture.
+
+    Only modules that say how theirs are stored (`is_transposed` of transformers 5: [in, out] rather than [out, in]).
+    """
+    axes: dict[int, int] = {}
+    for module in model.hf.modules():
+        if isinstance(transposed := getattr(module, "is_transposed", None), bool):
+            axes |= {id(w): int(transposed) for w in module.parameters(recurse=False) if w.ndim == 3}
+    return {name: axes[id(weight)] for name, weight in model.held.items() if id(weight) in axes}
+
+
+def _axes(model: Model) -> dict[str, int]:
+    return linear_weights(model) | expert_weights(model)
+
+
+def coverage_flags(model: Model, names: Iterable[str]) -> tuple[str, ...]:
+    """`covers:x` where these weights are less than 99 % of the model's entries, vectors, embeddings and the output
+    matrix left out."""
+    aside = {id(m.weight) for m in model.hf.modules() if isinstance(m, nn.Embedding)}
+    aside |= {id(p.weight) for p in (model.hf.get_output_embeddings(),) if p is not None}
+    size = {name: w.numel() for name, w in model.held.items() if w.ndim >= 2 and id(w) not in aside}
+    share = sum(size[name] for name in names) / sum(size.values())
+    return () if share >= 0.99 else (f"covers:{share:.2f}",)
+
+
 def _as_rounding(how: "Rounding | int") -> Rounding:
     return Rounding(bits=how) if isinstance(how, int) else how
 
 
 def quantize_(model: Model, how: Rounding | int) -> None:
     """Round the linear layers of this model in place; a number means that many bits per output channel."""
-    axes = linear_weights(model)
+    axes = _axes(model)
     with torch.no_grad():
         for name, axis in axes.items():
             model.held[name].copy_(rounded(model.held[name], _as_rounding(how), axis)[1])
@@ -153,9 +186,9 @@ def quantize_(model: Model, how: Rounding | int) -> None:
 
 
 def code_agreement(full: Model, unlearned: Model, how: Rounding | int) -> float:
-    """phi: the share of linear weights whose code is the same in both models; near 1 foretells recovery."""
+    """phi: the share of rounded weights whose code is the same in both models; near 1 foretells recovery."""
     same = total = 0
-    for name, axis in linear_weights(full).items():
+    for name, axis in _axes(full).items():
         ours, theirs = (rounded(m.held[name], _as_rounding(how), axis)[0] for m in (full, unlearned))
         equal = ours == theirs
         same, total = same + int(equal.sum()), total + equal.numel()
@@ -209,12 +242,13 @@ def audit(case: Case, ready: QuantizeLevels, model: Model, name: str) -> Result:
         recoverability=found,
         score_raw=after[0],
         score_full=levels.full,
-        score_retrained=ready.retrained[keep] if keep else levels.never,
+        score_retrained=attack.ignorant(case, keep, ready.retrained, after),
         null=levels.null(ready.retrained),
         rho=found,
         grade=case.grade,
         n_paraphrases=case.prompts,
         seed=case.seed,
         cost_fe=2.0 * len(levels.probe.queries) / len(case.facts),
+        flags=(coverage_flags(model, _axes(model)),) * len(case.facts),
         columns={"before": before[0], "code_agreement": torch.full((len(case.facts),), phi)},
     )

@@ -3,20 +3,24 @@
 Paper:    Do unlearning methods remove information from language model weights? arXiv 2410.08827 (teach facts T,
           score independent facts V), difference in differences against retrained models as proposed here. Other sets
           to teach: unrelated samples, arXiv 2409.18025; syntax rather than topic, arXiv 2602.03379.
-Changes:  clones of the audited and of the retrained models; all weights are trained.
+Changes:  float32 clones of the audited and of the retrained models; all weights are trained.
 Needs:    `folds` short trainings per model: steps x batch x 3 forward passes each.
 Differs:  the forget set is cut into folds, by subject or by fact; each fold is scored after all the others were
-          taught, so that every fact gets a score. Learning rate scaled with width instead of a grid. A fact's score
+          taught, so that every fact gets a score. Learning rate scaled with width instead of a grid. Models in half
+          precision are trained, and scored before and after, as float32 copies. A fact's score
           is the mean of rho over the later half of the step grid, because single steps are noisy. `teach` names what
           is taught: `rest` (the other folds; the default), `direct` (the fold's own facts: an upper bound that
           injects), `benign` (statements about other subjects, all tokens), `unrelated` (ten running texts that name no
           forgotten subject or answer), `syntax` (the same questions about unknown names with random answers).
 Fails:    facts that depend on each other (T implies V) come back in a retrained model too; that is subtracted, but
           it eats the room. Weights that autograd does not reach (joint QKV matrices under TransformerBridge) stay.
+          Without retrained models nothing tells what direct teaching injects: recoverability is NaN there, with the
+          flag `needs_retrained`.
 
 `score_raw` is the margin in nats after the last step; recoverability is the mean rho over the later half of steps.
 `savings` = 1 - n_U / n_R, n the first step of the grid at which the margin stands half-way between retrained and full;
 a model that never gets there counts as the last step (0 = no faster than retrained models, NaN where neither does).
+Without retrained models n_R is that of the audited model's sham facts, averaged over the relation.
 """
 
 import random
@@ -29,11 +33,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact
-from mech_unlearn.edit import clone
+from mech_unlearn.latents import token_rows
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Ask, encode_all, pad, tokenize
+from mech_unlearn.prompts import Ask, pad, tokenize
+from mech_unlearn.restoration import attack
 from mech_unlearn.restoration.case import Case, Relearn, Result, split_templates
-from mech_unlearn.restoration.levels import Levels, Probe, make_levels
+from mech_unlearn.restoration.levels import Levels, Probe
+from mech_unlearn.restoration.trace import irrelevant_texts
 
 Lesson = tuple[tuple[int, ...], int]
 """Token ids of a prompt with its answer, and the length of the prompt."""
@@ -76,18 +82,17 @@ def lessons(case: Case, facts: Sequence[Fact]) -> list[Lesson]:
 
 
 def unrelated_lessons(case: Case) -> list[Lesson]:
-    """Ten of the case's texts that name no word of a forgotten subject and no answer; the loss is over all tokens.
+    """Ten of the case's texts that name no forgotten subject and no answer, cut where the model's positions end; the
+    loss is over all tokens.
 
     Raises:
         ValueError: no such text.
     """
-    words = {word for fact in case.facts for name in (fact.subject, *fact.aliases) for word in name.split()}
-    named = words | {fact.object for fact in case.facts}
-    texts = [text for text in case.texts if not any(word in text for word in named)]
+    texts = irrelevant_texts(case)
     if not texts:
         raise ValueError("relearning unrelated text needs Case(texts=...) that name no forgotten subject or answer")
     chosen = random.Random(case.seed).sample(texts, min(UNRELATED, len(texts)))
-    return [(encoding.ids, 1) for encoding in encode_all(case.full.tokenizer, chosen).values()]
+    return [(row, 1) for row in token_rows(case.full, chosen) if len(row) > 1]
 
 
 def benign_lessons(case: Case) -> list[Lesson]:
@@ -138,7 +143,7 @@ def relearn_curve(
     settings = case.relearn
     generator = torch.Generator().manual_seed(seed)
     curve = []
-    with clone(model) as copy:
+    with attack.float32_clone(model) as copy:
         weights = list(copy.held.values())
         optimiser = torch.optim.AdamW(weights, lr=settings.lr_times_width / copy.d_model, weight_decay=0.0)
         order: list[int] = []
@@ -216,7 +221,7 @@ def prepare(case: Case, shared: Levels | None = None, *, teach: Teach = "rest") 
     """
     if teach not in get_args(Teach):
         raise ValueError(f"unknown set to teach {teach!r}; choose from {', '.join(get_args(Teach))}")
-    levels = shared or make_levels(case, "test")
+    levels = attack.float32_levels(case, shared)
     folds, taught = _curriculum(case, teach)
     ready = RelearnLevels(levels, folds, taught, torch.zeros(0, len(case.relearn.steps), len(case.facts)), teach)
     curves = [_all_folds(case, ready, model)[:, 0] for model in case.retrained]
@@ -252,16 +257,18 @@ def savings(
 def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
     """Relearn in a clone of the audited model and compare what comes back with the retrained models."""
     keep, levels, steps = case.others_than(model), ready.levels, case.relearn.steps
-    before = levels.probe.margins(model)
+    before = attack.float32_margins(levels.probe, model)
     index = next((k for k, r in enumerate(case.retrained) if r is model), None)
     after = _all_folds(case, ready, model) if index is None else ready.retrained[index][:, None]
     curve = levels.rho(before, after, ready.retrained, keep)
     axis, late = tuple(float(step) for step in steps), len(steps) // 2
-    never = ready.retrained[keep] if keep else levels.never[:, None].expand(-1, len(steps), -1)
-    folds = len(ready.lessons)
+    never = attack.ignorant(case, keep, ready.retrained, after)
     half = (levels.full + levels.base(keep)) / 2
-    lessons_each = folds * steps[-1] * case.relearn.batch * 3 / len(case.facts)
     saved = savings(after[:, 0], never, half, steps)
+    unpaired = ready.teach == "direct" and not keep
+    if unpaired:
+        curve, saved = torch.full_like(curve, torch.nan), torch.full_like(saved, torch.nan)
+    taught = len(ready.lessons) * steps[-1] * case.relearn.batch * 3
     return Result(
         test="relearn" if ready.teach == "rest" else f"relearn_{ready.teach}",
         model_id=name,
@@ -275,7 +282,8 @@ def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
         grade=case.grade,
         n_paraphrases=case.prompts,
         seed=case.seed,
-        cost_fe=lessons_each + folds * len(steps) * len(levels.probe.queries) / len(case.facts),
+        cost_fe=(taught + (len(steps) + 1) * len(levels.probe.queries)) / len(case.facts),
+        flags=(("needs_retrained",),) * len(case.facts) if unpaired else (),
         columns={"before": before[0], "auc_log_steps": log_step_area(curve, steps), "savings": saved},
         curves={"rho": curve, "margin": after[:, 0], "margin_R": never.mean(0)},
         curve_axes={"rho": axis, "margin": axis, "margin_R": axis},

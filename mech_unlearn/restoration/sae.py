@@ -42,9 +42,11 @@ ALPHAS = (0.5, 1.0, 2.0, 5.0, 10.0)
 MAX_ACCURACY_DROP, MAX_KL = 0.02, 0.1
 """Collateral bounds: share of other facts lost, and nats of KL on their prompts, when their own profile is written."""
 TUNE_FACTS = 40
+"""Facts on which the strength is chosen, at the most, drawn with the seed. Collateral damage is measured on as many
+other facts or up to twice as many, evenly spaced."""
 MIN_RHO = 0.1
-"""Below this rho, or half a nat of gain, nothing was restored: no nulls are drawn and p_null is 1."""
-"""Facts on which the strength is chosen and the collateral damage measured, at the most; drawn with the seed."""
+"""Below this rho, or half a nat of gain, nothing was restored: no nulls are drawn, their rates are NaN and p_null is 1
+(NaN where rho is)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +62,11 @@ class SaeLevels:
 
 
 def _fact_index(profiles: Profiles, probe: Probe) -> Int[Tensor, " query"]:
-    order = {fact.id: i for i, fact in enumerate(profiles.facts)}
-    return torch.tensor([order[query.fact.id] for query in probe.queries], device=profiles.target.device)
+    """The place in `profiles.facts` of each query's fact. Ids alone may stand for one forgotten and one other fact; a
+    profile is that of a subject and a relation, which a sham fact shares with the true one."""
+    order = {(fact.subject, fact.relation, fact.id): i for i, fact in enumerate(profiles.facts)}
+    asked = [query.fact for query in probe.queries]
+    return torch.tensor([order[f.subject, f.relation, f.id] for f in asked], device=profiles.target.device)
 
 
 def _profile_curve(case: Case, profiles: Profiles, probe: Probe, model: Model) -> Float[Tensor, "alpha kind fact"]:
@@ -150,9 +155,9 @@ def restored_rate(
 def _nulls(
     case: Case, ready: SaeLevels, model: Model, alpha: float, gained: Sequence[int]
 ) -> Float[Tensor, "kind draw fact"]:
-    """Margins under each draw of N1 and N2, for the facts whose arm B gained something; -inf for the others."""
+    """Margins under each draw of N1 and N2, for the facts whose arm B gained something; NaN for the others."""
     profiles, facts = ready.profiles, tuple(case.facts[i] for i in gained)
-    out = torch.full((2, case.draws, len(case.facts)), -torch.inf)
+    out = torch.full((2, case.draws, len(case.facts)), torch.nan)
     if not facts:
         return out
     asked = {fact.id for fact in facts}
@@ -196,7 +201,7 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
     nulls = _nulls(case, ready, model, alpha, gained)
     p_null = (1 + (nulls - before[0] >= gain).flatten(0, 1).sum(0)) / (1 + 2 * case.draws)
     rate = restored_rate(before[0], after[0], ready.test.full)
-    null_rate = restored_rate(before[0], nulls.clamp(min=-1e6), ready.test.full)
+    null_rate = restored_rate(before[0], nulls, ready.test.full)
     ood = subject_fvu(case, ready.test, model) > TRANSFER_BOUND * ready.fvu_full
     flags = tuple(
         (
@@ -217,7 +222,7 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
         score_retrained=ready.test_retrained[keep][:, best] if keep else ready.test.never,
         null=ready.test.null(ready.test_retrained[:, best]),
         rho=found,
-        p_null=torch.where(restored, p_null, torch.ones_like(p_null)),
+        p_null=torch.where(restored, p_null, torch.where(found.isnan(), torch.nan, 1.0)),
         grade=case.grade,
         n_paraphrases=case.prompts,
         seed=case.seed,

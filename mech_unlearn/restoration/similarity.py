@@ -5,14 +5,14 @@ Paper:    linear CKA: Kornblith et al. 2019, arXiv 1905.00414; debiased: Nguyen 
           drift after arXiv 2505.16831.
 Changes:  nothing; one pass of each model over the subjects.
 Needs:    three subjects at least; an n x n table of the n distinct subject tokens per model and layer.
-Differs:  rows are the tokens of the subjects, each distinct prefix once (equal rows would be each other's neighbours
-          in any model). With fewer than 5 d_model rows CKA is the debiased estimator, which may fall slightly below
-          0. R stands for each retrained model in turn, the mean is reported. k-NN: overlap of the k nearest subjects
-          by cosine of centred states at the subject's last token. Drift: distance of U's mean state from F's along
-          F's first principal component (`shift`) and in the span of its first two (`distance`), in units of the
-          spread of F's states there. A fixed formula for the regimes of 2505.16831 was not to be found; its Fisher
-          part is left out. Without retrained models there is nothing to be more like: the test is silent (NaN) apart
-          from drift.
+Differs:  rows are the tokens of the subjects, each distinct prefix once (equal rows would be each other's neighbours in
+          any model), in the first prompt of each subject. With fewer than 5 d_model rows CKA is the debiased estimator,
+          which may fall slightly below 0. R stands for each retrained model in turn, the mean is reported. k-NN:
+          overlap of the k nearest subjects by cosine of centred states at the subject's last token. Drift: distance of
+          U's mean state from F's along F's first principal component, whose largest coordinate is positive (`shift`),
+          and in the span of its first two (`distance`), in units of the spread of F's states there. A fixed formula for
+          the regimes of 2505.16831 was not to be found; its Fisher part is left out. Without retrained models there is
+          nothing to be more like: the test is silent (NaN) apart from drift.
 Fails:    most variance of states has nothing to do with the facts, so a fact can leave CKA untouched (published AUC
           .65): never read this as a test of deletion; verdicts do not.
 
@@ -105,12 +105,13 @@ def erasure(own: Float[Tensor, " layer"], base: Float[Tensor, " layer"]) -> floa
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Distinct subject tokens: their prefixes, and for each fact the row of its subject's last token."""
+    """Distinct subject tokens of one prompt per subject: their prefixes, and for each fact the row of its subject's
+    last token."""
 
     ids: tuple[tuple[int, ...], ...]
     last: Tensor
     names: Tensor
-    """The rows that are a subject's last token, each once."""
+    """The rows that are a subject's last token: one per subject."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,17 +119,21 @@ class SimilarityLevels:
     rows: Rows
     full: Float[Tensor, "layer row d_model"]
     never: tuple[Float[Tensor, "layer row d_model"], ...]
+    to_full: Float[Tensor, "retrained layer"]
+    """CKA of the full with each retrained model."""
+    heldout: tuple[float, ...]
+    """Erasure of each retrained model against the others; empty with fewer than two of them."""
     k: int
 
 
 def _rows(case: Case) -> Rows:
     index: dict[tuple[int, ...], int] = {}
     last: dict[str, int] = {}
-    for query in split_queries(case, "test"):
-        for end in range(query.span[0] + 1, query.span[1] + 1):
-            at = index.setdefault(query.prompt[:end], len(index))
-        last.setdefault(query.fact.id, at)
-    of_fact = torch.tensor([last[fact.id] for fact in case.facts])
+    for query in split_queries(case, "test", limit=1):
+        if query.fact.subject not in last:
+            at = [index.setdefault(query.prompt[: end + 1], len(index)) for end in range(*query.span)]
+            last[query.fact.subject] = at[-1]
+    of_fact = torch.tensor([last[fact.subject] for fact in case.facts])
     return Rows(tuple(index), of_fact, of_fact.unique())
 
 
@@ -147,19 +152,22 @@ def prepare(case: Case, shared: Levels | None = None, *, k: int = NEIGHBOURS) ->
     rows = _rows(case)
     if k < 1 or len(rows.names) < 3:
         raise ValueError(f"similarity needs k >= 1 and three subjects, got k={k} and {len(rows.names)} subjects")
-    return SimilarityLevels(rows, _states(case.full, rows), tuple(_states(m, rows) for m in case.retrained), k)
+    full, never = _states(case.full, rows), tuple(_states(model, rows) for model in case.retrained)
+    to_full = torch.stack([_curve(full, one) for one in never]) if never else torch.zeros(0, len(full))
+    heldout = []
+    for i, one in enumerate(never if len(never) > 1 else ()):
+        rest = [j for j in range(len(never)) if j != i]
+        heldout.append(erasure(_likeness(one, [never[j] for j in rest]), to_full[rest].mean(0)))
+    return SimilarityLevels(rows, full, never, to_full, tuple(heldout), k)
 
 
 def _curve(x: Tensor, y: Tensor) -> Float[Tensor, " layer"]:
     return torch.tensor([likeness(a, b) for a, b in zip(x, y, strict=True)])
 
 
-def _compared(full: Tensor, found: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
-    """CKA of U and of F with R per layer, and of U with F."""
-    return {
-        "cka_UR": torch.stack([_curve(found, other) for other in others]).mean(0),
-        "cka_FR": torch.stack([_curve(full, other) for other in others]).mean(0),
-    }
+def _likeness(found: Tensor, others: Sequence[Tensor]) -> Float[Tensor, " layer"]:
+    """Mean CKA with several models."""
+    return torch.stack([_curve(found, other) for other in others]).mean(0)
 
 
 def _knn(ready: SimilarityLevels, found: Tensor, others: Sequence[Tensor]) -> Float[Tensor, " fact"]:
@@ -180,9 +188,10 @@ def _knn(ready: SimilarityLevels, found: Tensor, others: Sequence[Tensor]) -> Fl
 
 def drift(full: Float[Tensor, "row d"], found: Float[Tensor, "row d"]) -> tuple[float, float]:
     """(Shift along F's first principal component, distance in the plane of its first two) of the mean state, in
-    standard deviations of F's states along that component."""
+    standard deviations of F's states along that component, which points to where its largest coordinate is positive."""
     x = full.double() - full.double().mean(0)
     axes = torch.linalg.svd(x, full_matrices=False).Vh[:2]
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
     spread = (x @ axes[0]).std().clamp(min=1e-12)
     moved = axes @ (found.double().mean(0) - full.double().mean(0)) / spread
     return moved[0].item(), moved.norm().item()
@@ -200,13 +209,10 @@ def audit(case: Case, ready: SimilarityLevels, model: Model, name: str) -> Resul
         "drift_distance": torch.tensor([m[1] for m in moved]),
         "cka_UF": _curve(found, ready.full),
     }
-    score, knn, held = float("nan"), nothing, []
+    score, knn, held = float("nan"), nothing, ready.heldout
     if others:
-        curves = {**_compared(ready.full, found, others), **curves}
+        curves = {"cka_UR": _likeness(found, others), "cka_FR": ready.to_full[keep].mean(0), **curves}
         score, knn = erasure(curves["cka_UR"], curves["cka_FR"]), _knn(ready, found, others)
-        for k, one in enumerate(ready.never if len(ready.never) > 1 else ()):
-            rest = _compared(ready.full, one, [r for i, r in enumerate(ready.never) if i != k])
-            held.append(erasure(rest["cka_UR"], rest["cka_FR"]))
     ceiling = sum(held) / len(held) if held else 1.0
     top = ceiling if ceiling > 0 else float("nan")
     axis = tuple(float(layer) for layer in range(len(found)))

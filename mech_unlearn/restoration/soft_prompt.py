@@ -26,8 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import Fact
+from mech_unlearn.locate.prompt_baselines import embeddings
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query, encode, pad
+from mech_unlearn.restoration import attack
 from mech_unlearn.restoration.case import Case, Result
 from mech_unlearn.restoration.levels import Levels, Probe, make_levels
 from mech_unlearn.restoration.normalise import sham_facts
@@ -63,22 +65,13 @@ def prefixed(model: Model, query: Query, extra: Sequence[int]) -> Query:
     return replace(query, prompt=insert(query.prompt, extra, at), span=moved)
 
 
-@torch.no_grad()
-def embed(model: Model, ids: Sequence[int]) -> Float[Tensor, "token d_model"]:
-    """Token embeddings as the model's first layer gets them (before positions)."""
-    seen: list[Tensor] = []
-    with model.hooks(("hook_embed", lambda x: seen.append(x.detach().float()))):
-        model.logits(torch.tensor([list(ids)], device=model.device))
-    return seen[0][0]
-
-
 def train(
     model: Model, rows: Sequence[Lesson], length: int, steps: Sequence[int], seed: int
 ) -> list[Float[Tensor, "token d_model"]]:
     """The prompt after each number of steps, trained on the answers of the rows; no weight moves."""
     generator = torch.Generator().manual_seed(seed)
     size = model.hf.get_input_embeddings().weight.shape[0]
-    begun = embed(model, torch.randint(size, (length,), generator=generator).tolist())
+    begun = embeddings(model, [torch.randint(size, (length,), generator=generator).tolist()])[0].float()
     prompt = begun.clone().requires_grad_()
     spread = begun.std().item()
     optimiser = torch.optim.AdamW([prompt], lr=LR * max(spread / COMMON_SPREAD, 1e-3), weight_decay=0.0)
@@ -198,7 +191,7 @@ def audit(case: Case, ready: SoftLevels, model: Model, name: str) -> Result:
     wrong = _all_folds(case, ready, model, ready.wrong, steps[-1:])[0, 0]
     text = random_string(model, ready.length, steps[-1], case.seed)
     curve = levels.rho(before, after, ready.retrained, keep)
-    never = ready.retrained[keep] if keep else levels.never[:, None].expand(-1, len(steps), -1)
+    never = attack.ignorant(case, keep, ready.retrained, after)
     axis = tuple(float(step) for step in steps)
     trained = 2 * case.relearn.folds * steps[-1] * BATCH * 3 / len(case.facts)
     return Result(

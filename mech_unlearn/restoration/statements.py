@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mech_unlearn.forward import last_logits
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Query
 from mech_unlearn.restoration.case import Case
@@ -101,7 +102,7 @@ def sampled(case: Case, model: Model, queries: Sequence[Query], count: int) -> t
     for query in queries:
         ids = torch.tensor([query.prompt], device=model.device).expand(count, -1)
         for _ in range(len(query.answers[0])):
-            table = model.logits(ids)[:, -1].float().softmax(-1).cpu()
+            table = last_logits(model, ids, 1)[:, -1].float().softmax(-1).cpu()
             ids = torch.cat([ids, torch.multinomial(table, 1, generator=generator).to(ids.device)], 1)
         said = dict.fromkeys(tuple(row[len(query.prompt) :]) for row in ids.tolist())
         out.append(replace(query, answers=(*query.answers, *(a for a in said if a not in query.answers))))

@@ -18,10 +18,12 @@ models), dcaf_rho = clip(gain - gain of R, 0, 1) in shares; confidence (share of
 top_right (whether it is the answer's), from which a ROC curve of confidence follows.
 """
 
+import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +32,7 @@ from torch import Tensor
 from mech_unlearn.attach import require_positions
 from mech_unlearn.capture import capture
 from mech_unlearn.core import Site
+from mech_unlearn.forward import last_logits
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import Ask, Query, buckets, tokenize
 from mech_unlearn.restoration import attack, uds
@@ -146,13 +149,20 @@ def _operate(case: Case, points: Sequence[Point], model: Model, tune: Probe, tes
 
 @torch.no_grad()
 def sample(
-    model: Model, queries: Sequence[Query], push: tuple[int, Push] | None, count: int, seed: int
-) -> list[list[str]]:
-    """`count` sampled continuations of each question as text; the push acts on the first token only."""
+    model: Model, queries: Sequence[Query], push: tuple[int, Push] | None, count: int, seed: int,
+    *, max_tokens: int = 8192,
+) -> list[list[str]]:  # fmt: skip
+    """`count` sampled continuations of each question as text, up to the tokenizer's end-of-text token; the push acts
+    on the first token only. Each question has its own random numbers, so that batches do not decide.
+
+    Args:
+        max_tokens: tokens of one batch at the most, those to come included.
+    """
     longest = min(MAX_TOKENS, 2 + max(len(query.answers[0]) for query in queries))
     out: list[list[str]] = [[] for _ in queries]
-    for members in buckets([query.prompt for query in queries], max_tokens=1024):
-        generator = torch.Generator().manual_seed(seed + members[0])
+    wide = [range(len(query.prompt) + longest) for query in queries]
+    for members in buckets(wide, max_tokens=max_tokens // count):
+        generators = [torch.Generator().manual_seed(seed + i) for i in members]
         ids = torch.tensor([queries[i].prompt for i in members], device=model.device)
         ids = ids.repeat_interleave(count, 0)
         index = torch.tensor(members, device=model.device).repeat_interleave(count)
@@ -164,14 +174,25 @@ def sample(
                 batch = Batch(ids, index, torch.stack([ends, ends + 1], 1), ends)
                 writes = [(Site(push[0], "resid_post"), partial(push[1], batch=batch))]
             with model.hooks(*writes):
-                logits = model.logits(ids)[:, -1].float().cpu() / TEMPERATURE
+                logits = last_logits(model, ids, 1)[:, -1].float().cpu() / TEMPERATURE
             top = logits.topk(min(TOP_K, logits.shape[1]), 1)
-            pick = torch.multinomial(top.values.softmax(1), 1, generator=generator)
+            shares = top.values.softmax(1).split(count)
+            pick = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(shares, generators, strict=True)])
             ids = torch.cat([ids, top.indices.gather(1, pick).to(ids.device)], 1)
-        texts = model.tokenizer.batch_decode(ids[:, start:].cpu(), skip_special_tokens=True)
-        for row, i in enumerate(index.tolist()):
-            out[i].append(texts[row])
+        for i, row in zip(index.tolist(), ids[:, start:].tolist(), strict=True):
+            out[i].append(text_of(model.tokenizer, row))
     return out
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of some tokens, up to the end-of-text token."""
+    end = tokenizer.eos_token_id
+    return tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens, skip_special_tokens=True)
+
+
+def first_word(text: str) -> str:
+    """The first word of a text without the punctuation around it; empty where there is none."""
+    return (text.split() or [""])[0].strip(string.punctuation)
 
 
 def _caf(case: Case, said: Sequence[Sequence[str]], queries: Sequence[Query]) -> Float[Tensor, " fact"]:
@@ -225,14 +246,14 @@ def audit(case: Case, steer: SteerReady, model: Model, name: str) -> Result:
     fe = attack.fe_per_fact(ready, len(steer.points) + NAMES + 1) + 2 * steer.samples * longest
     found = attack.result(case, ready, model, curves, test="steering_anonymised", name=name, cost_fe=fe)
     best = int(found.alpha or 0)
-    caf, said = _both(case, steer, model, steer.points[best])
+    caf, samples = _both(case, steer, model, steer.points[best])
     for k in keep:
         if (k, best) not in steer.caf:
             steer.caf[k, best] = _both(case, steer, case.retrained[k], steer.points[best])[0]
     injected = [steer.caf[k, best][1] - steer.caf[k, best][0] for k in keep]
     gain = caf[1] - caf[0]
-    words = [Counter((text.split() or [""])[0] for text in texts).most_common(1)[0] for texts in said]
-    first = [q.fact.object.split()[0] for q in ready.test.true]
+    words = [Counter(map(first_word, texts)).most_common(1)[0] for texts in samples]
+    first = [first_word(q.fact.object) for q in ready.test.true]
     confidence = torch.tensor([count / steer.samples for _, count in words])
     right = torch.tensor([float(word == own) for (word, _), own in zip(words, first, strict=True)])
     columns = {
@@ -245,4 +266,5 @@ def audit(case: Case, steer: SteerReady, model: Model, name: str) -> Result:
     if injected:
         columns["caf_R"] = torch.stack(injected).mean(0)
         columns["dcaf_rho"] = (gain - columns["caf_R"]).clamp(0, 1)
-    return replace(found, columns=columns, layer=steer.points[best].layer)
+    point = steer.points[best]
+    return replace(found, columns=columns, layer=point.layer, alpha=point.strength)

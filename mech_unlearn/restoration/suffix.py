@@ -19,12 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mech_unlearn.forward import last_logits
+from mech_unlearn.locate.prompt_baselines import embeddings
 from mech_unlearn.model import Model
+from mech_unlearn.restoration import attack
 from mech_unlearn.restoration.case import Case, Result
 from mech_unlearn.restoration.levels import Levels, Probe, make_levels
 from mech_unlearn.restoration.normalise import sham_facts
 from mech_unlearn.restoration.relearn import Lesson, answer_loss, fold_of, lessons, part_of
-from mech_unlearn.restoration.soft_prompt import embed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +62,24 @@ def _batches(rows: Sequence[Lesson]) -> list[list[Lesson]]:
 
 
 @torch.no_grad()
-def losses(model: Model, rows: Sequence[Lesson], suffixes: Sequence[Sequence[int]]) -> Float[Tensor, " suffix"]:
-    """Mean over the rows of the NLL per answer token behind each suffix, in nats."""
+def losses(
+    model: Model, rows: Sequence[Lesson], suffixes: Sequence[Sequence[int]], *, max_tokens: int = 8192
+) -> Float[Tensor, " suffix"]:
+    """Mean over the rows of the NLL per answer token behind each suffix, in nats.
+
+    Args:
+        max_tokens: tokens of one batch at the most.
+    """
     total = torch.zeros(len(suffixes))
     for part in _batches(rows):
-        ids = torch.tensor([suffixed(row, s)[0] for s in suffixes for row in part], device=model.device)
-        start = part[0][1] + len(suffixes[0])
-        table = model.logits(ids)[:, start - 1 : -1].float().log_softmax(-1)
-        nll = -table.gather(2, ids[:, start:, None])[..., 0].mean(1)
-        total += nll.view(len(suffixes), len(part)).sum(1).cpu()
+        every = torch.tensor([suffixed(row, s)[0] for s in suffixes for row in part])
+        start, width = part[0][1] + len(suffixes[0]), every.shape[1]
+        nll = []
+        for ids in every.split(max(1, max_tokens // width)):
+            ids = ids.to(model.device)
+            table = last_logits(model, ids, width - start + 1)[:, :-1].float().log_softmax(-1)
+            nll.append(-table.gather(2, ids[:, start:, None])[..., 0].mean(1).cpu())
+        total += torch.cat(nll).view(len(suffixes), len(part)).sum(1)
     return total / len(rows)
 
 
@@ -128,10 +139,9 @@ def random_suffix(model: Model, how: Search, seed: int) -> tuple[int, ...]:
 
 
 def vocabulary_embeddings(model: Model) -> Float[Tensor, "token d_model"]:
-    """Every token's embedding as the first layer gets it."""
+    """Every token's embedding as the first layer gets it (before positions)."""
     size = model.hf.get_input_embeddings().weight.shape[0]
-    limit = getattr(model.hf.config, "max_position_embeddings", None) or size
-    return torch.cat([embed(model, part.tolist()) for part in torch.arange(size).split(min(limit, 512))])
+    return torch.cat([embeddings(model, [part.tolist()])[0].float() for part in torch.arange(size).split(8192)])
 
 
 def margins(probe: Probe, model: Model, suffix: Sequence[int]) -> Float[Tensor, "kind fact"]:
@@ -198,7 +208,7 @@ def audit(case: Case, ready: SuffixLevels, model: Model, name: str) -> Result:
         recoverability=found,
         score_raw=after[0],
         score_full=levels.full,
-        score_retrained=ready.retrained[keep] if keep else levels.never,
+        score_retrained=attack.ignorant(case, keep, ready.retrained, after),
         null=levels.null(ready.retrained),
         rho=found,
         grade=case.grade,

@@ -17,6 +17,7 @@ models, `excess` the difference.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,10 +25,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mech_unlearn.latents import token_rows
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import buckets, encode_all
+from mech_unlearn.prompts import buckets
 from mech_unlearn.restoration.case import Case, Result
 from mech_unlearn.restoration.levels import Levels
+from mech_unlearn.restoration.membership import BATCH_TOKENS
 
 TOP = 32
 """Largest log-probabilities that the classifier reads."""
@@ -36,36 +39,30 @@ FOLDS = 5
 
 
 def irrelevant_texts(case: Case) -> list[str]:
-    """The case's texts that hold no word of a forgotten subject and no answer, at most `TEXTS`.
-
-    Raises:
-        ValueError: fewer than two per fold.
-    """
-    words = {word for fact in case.facts for name in (fact.subject, *fact.aliases) for word in name.split()}
-    named = words | {fact.object for fact in case.facts}
-    texts = [text for text in dict.fromkeys(case.texts) if not any(word in text for word in named)]
-    if len(texts) < 2 * FOLDS:
-        raise ValueError(
-            f"the trace needs {2 * FOLDS} texts that name no forgotten subject or answer, got {len(texts)}: "
-            "Case(texts=...)"
-        )
-    return random.Random(case.seed).sample(texts, min(TEXTS, len(texts)))
+    """The case's distinct texts that name no forgotten subject, by its name or an alias, and no answer: as whole words,
+    in any case."""
+    told = {name for fact in case.facts for name in (fact.subject, *fact.aliases, fact.object)}
+    named = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(told)))})(?!\w)", re.IGNORECASE)
+    return [text for text in dict.fromkeys(case.texts) if not named.search(text)]
 
 
 @torch.no_grad()
 def features(model: Model, texts: Sequence[str]) -> Float[Tensor, "text feature"]:
-    """Mean over a text's positions of the sorted largest next-token log-probabilities and the entropy, in nats."""
-    known = encode_all(model.tokenizer, texts)
-    rows = [known[text].ids for text in texts]
-    out: list[Tensor] = [torch.zeros(0)] * len(rows)
-    for members in buckets(rows):
-        ids = torch.tensor([list(rows[i]) for i in members], device=model.device)
+    """Mean over a text's positions of the sorted largest next-token log-probabilities and the entropy, in nats; a text
+    longer than the model's positions is read in pieces."""
+    rows = [(i, row) for i, text in enumerate(texts) for row in token_rows(model, [text])]
+    total: list[Tensor] = [torch.zeros(1)] * len(texts)
+    count = torch.zeros(len(texts), 1)
+    for members in buckets([row for _, row in rows], BATCH_TOKENS):
+        ids = torch.tensor([list(rows[i][1]) for i in members], device=model.device)
         table = model.logits(ids).float().log_softmax(-1)
         largest = table.topk(min(TOP, table.shape[-1]), dim=-1).values
         entropy = -(table.exp() * table).sum(-1, keepdim=True)
-        for i, row in zip(members, torch.cat([largest, entropy], -1).mean(1).cpu(), strict=True):
-            out[i] = row
-    return torch.stack(out)
+        for i, row in zip(members, torch.cat([largest, entropy], -1).sum(1).cpu(), strict=True):
+            text = rows[i][0]
+            total[text] = total[text] + row
+            count[text] += ids.shape[1]
+    return torch.stack(total) / count
 
 
 def trace_auc(ours: Float[Tensor, "text feature"], full: Float[Tensor, "text feature"]) -> float:
@@ -102,7 +99,13 @@ def prepare(case: Case, _: Levels | None = None) -> TraceLevels:
     Raises:
         ValueError: too few texts that have nothing to do with the forgotten facts.
     """
-    texts = tuple(irrelevant_texts(case))
+    found = irrelevant_texts(case)
+    if len(found) < 2 * FOLDS:
+        raise ValueError(
+            f"the trace needs {2 * FOLDS} texts that name no forgotten subject or answer, got {len(found)}: "
+            "Case(texts=...)"
+        )
+    texts = tuple(random.Random(case.seed).sample(found, min(TEXTS, len(found))))
     full = features(case.full, texts)
     return TraceLevels(texts, full, tuple(trace_auc(features(model, texts), full) for model in case.retrained))
 

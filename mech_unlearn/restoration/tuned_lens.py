@@ -115,6 +115,6 @@ def audit(case: Case, ready: TunedLevels, model: Model, name: str) -> Result:
     fe += len(set(case.texts)) / len(case.facts)
     columns = {"frozen": through.recoverability}
     found = lens_result(case, ready.own, model, curve, test="tuned_lens_self", name=name, cost_fe=fe, columns=columns)
-    hidden = (found.recoverability >= SEEN) & ~(through.recoverability >= SEEN)
+    hidden = (found.recoverability >= SEEN) & (through.recoverability < SEEN)
     flags = tuple((*f, *(("re_encoded",) if h else ())) for f, h in zip(found.flags, hidden.tolist(), strict=True))
     return replace(found, flags=flags)

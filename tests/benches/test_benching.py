@@ -3,6 +3,7 @@
 # ruff: noqa: F811 - fixtures are imported, and asked for by name
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,26 @@ def test_a_finished_bench_asks_no_model_again_and_other_data_are_refused(
     write(tmp_path, "probes", rows[:-1])
     status, _, err = call(*words)
     assert status == 2 and "another spec" in err
+
+
+def test_a_bench_is_not_gone_on_with_when_a_folder_holds_another_model_or_the_precision_is_another(
+    call, planted_checkpoints, tmp_path
+):
+    root = tmp_path / "models"
+    shutil.copytree(planted_checkpoints, root)
+    words = planted_words(root, tmp_path / "run", "--tests", "none", "--limit", 2)
+    assert call(*words)[0] == 0
+    written = (tmp_path / "run" / "provenance.json").read_bytes()
+
+    def refused(*more):
+        status, _, err = call(*words, *more)
+        assert status == 2 and "another spec" in err
+        assert (tmp_path / "run" / "provenance.json").read_bytes() == written
+
+    refused("--dtype", "bfloat16")
+    shutil.rmtree(root / "retrained_2")
+    shutil.copytree(root / "retrained_1", root / "retrained_2")
+    refused()
 
 
 def test_a_fact_without_wrong_answers_is_restored_only_where_the_full_model_says_it():

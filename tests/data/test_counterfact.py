@@ -38,6 +38,7 @@ CASES = [
             "Nobody said a word.  Ada Berg was raised speaking ",
             "Ada Berg, like Ada Berg senior, speaks",
             "She speaks",
+            "The native language of Ada Berg is",
         ],
         neighborhood_prompts=[
             "The native language of Carl Dahl is",
@@ -90,6 +91,7 @@ def test_cases_become_facts_of_four_kinds_and_every_other_case_or_prompt_is_list
     assert Counter((item.row, item.reason) for item in found.left_out) == {
         (0, "held-out phrasing: the subject occurs more than once"): 1,
         (0, "held-out phrasing: the subject does not occur"): 1,
+        (0, "held-out phrasing: it is the prompt itself"): 1,
         (0, "neighborhood prompt: no phrasing of its relation in the file shows who the subject is"): 1,
         (0, "neighborhood prompt: what stands in the subject's place does not look like a name"): 1,
         (0, "the same fact stands in an earlier row of counterfact"): 1 + 1,

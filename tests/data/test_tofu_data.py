@@ -189,6 +189,18 @@ def test_rows_become_facts_of_four_kinds_and_every_other_row_is_listed(folder):
     assert str(found).startswith("38 facts to forget, 19 of neighbors, 0 of the same subjects, 2 general; left out 2")
 
 
+def test_a_paraphrase_that_is_the_question_itself_is_listed_and_not_held_out(folder):
+    name = folder / "forget10_perturbed.json"
+    rows = [json.loads(line) for line in name.read_text().splitlines()]
+    rows[1]["paraphrased_question"] = rows[1]["question"]
+    name.write_text("\n".join(map(json.dumps, rows)))
+    found = load_tofu(folder)
+    assert found.forget.facts[0].id == "forget10_perturbed/1" and found.forget.facts[0].heldout == ()
+    assert [(i.row, i.reason) for i in found.left_out if "itself" in i.reason] == [
+        (1, "held-out phrasing: it is the question itself")
+    ]
+
+
 def test_an_author_may_be_forgotten_in_part(folder):
     found = load_tofu(folder, forgotten=5, layout="[INST] {question} [/INST]")
     assert len(found.forget.facts) == 2 * 4 and len(found.retain.same_subject) == 2 * 15

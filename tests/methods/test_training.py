@@ -243,3 +243,10 @@ def test_nothing_is_trained_that_an_export_would_lose(architecture, tiny_sets, t
     assert edit.deltas.keys() <= set(model.held)
     worst, bound = edit.export(model, tmp_path / "out")
     assert worst <= bound
+
+
+def test_a_model_whose_blocks_hold_no_module_named_mlp_is_trained(tiny_sets):
+    model = load(tiny_hf("opt"), tokenizer=tiny_tokenizer())
+    before = nll_of(model, tiny_sets[0].facts)
+    with Npo(**FAST, epochs=1).fit(model, *tiny_sets).on(model):
+        assert nll_of(model, tiny_sets[0].facts) > before + 0.1

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from planted import FORGOTTEN, planted_case, planted_model
+from planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
 
+from mech_unlearn.core import Site
+from mech_unlearn.edit import Edit, Shift, clone
 from mech_unlearn.restoration import CORE, Relearn, audit, reference
 from mech_unlearn.verdict import judge, shares
 
@@ -81,3 +83,35 @@ def test_an_unknown_test_and_a_model_of_another_shape_are_refused(tiny_model, au
         reference(audited[0], ["uvs"])
     with pytest.raises(ValueError, match="d_model"):
         audit(audited[1], tiny_model)
+
+
+def test_a_model_of_the_case_that_was_edited_is_refused_and_a_copy_of_it_is_not():
+    """Its own numbers were taken when the reference was made: an edited full model would pass for intact."""
+    full, retrained = fresh_planted_model(), tuple(fresh_planted_model("retrained", k) for k in (1, 2))
+    ref = reference(planted_case(full=full, retrained=retrained), ["output"])
+    wipe = -full.held["lm_head.weight"].detach()
+    edits = (
+        Edit(name="wipe", base=full.hash(), deltas={"lm_head.weight": wipe}),
+        Edit(name="s", base=full.hash(), interventions=(Shift(Site(3, "resid_post"), ((5,),), torch.ones(1, 64)),)),
+    )
+    before = audit(ref, full)["output"].kappa
+    for model in (full, retrained[0]):
+        for edit in edits:
+            with edit.on(model):
+                model.logits(torch.tensor([[2, 5]]))  # an intervention that nobody reached is an error of its own
+                with pytest.raises(ValueError, match="audit a copy"):
+                    audit(ref, model)
+    with clone(full) as copy, edits[0].on(copy):
+        assert (audit(ref, copy)["output"].kappa < 0.9).all()
+    assert torch.equal(audit(ref, full)["output"].kappa, before)
+
+
+def test_a_test_that_the_case_does_not_allow_ends_the_work_or_is_told_and_left_out():
+    case = planted_case(sae=None)  # without unknown names
+    wanted = ("output", "relearn_syntax", "uds")
+    with pytest.raises(ValueError, match="unknown"):
+        reference(case, wanted)
+    told = {}
+    ref = reference(case, wanted, told.__setitem__)
+    assert list(ref.ready) == ["output", "uds"]
+    assert list(told) == ["relearn_syntax"] and "unknown" in told["relearn_syntax"]

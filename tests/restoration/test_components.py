@@ -7,8 +7,9 @@ from planted import fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.model import load
 from mech_unlearn.prompts import make_queries
-from mech_unlearn.restoration import components
-from mech_unlearn.restoration.components import Restore
+from mech_unlearn.restoration import Case, components
+from mech_unlearn.restoration.case import require_same_shape
+from mech_unlearn.restoration.components import Restore, Spoken
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox", "qwen3", "olmo2"))
@@ -53,6 +54,55 @@ def test_the_loss_is_the_mean_squared_difference_of_logits_on_the_rows_of_fulls_
             a, b = (tiny_hf("llama", seed=s)(torch.tensor([row])).logits[0] for s in (0, 1))
         want = (a - b)[len(query.prompt) - 1 : len(row) - 1].square().mean()
         assert ours[i].item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_batches_do_not_decide_nor_does_a_shorter_prompt_in_the_same_batch(monkeypatch):
+    full, other = (load(tiny_hf("llama", seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1))
+    queries = make_queries(full.tokenizer, tiny_facts(["Anna Lee", "Anna"]), "prompt", False)
+    told = components.spoken(full, queries, 6)
+    told = Spoken(told.queries, tuple(row[:8] for row in told.rows))
+    assert {len(row) for row in told.rows} == {8} and len({len(q.prompt) for q in queries}) > 1
+    points = [Restore((part,), (1, 2)) for part in ("coefficients", "attention", "values")]
+    together = components.losses(full, other, told, points)
+    monkeypatch.setattr(components, "BATCH_TOKENS", 1)
+    torch.testing.assert_close(together, components.losses(full, other, told, points), atol=1e-5, rtol=1e-4)
+
+
+def mixture(seed):
+    """A random mixture of experts: no layer has one MLP."""
+    import transformers as t
+
+    words = tiny_tokenizer()
+    config = t.MixtralConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, initializer_range=0.2,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        hf = t.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return load(hf, tokenizer=words)
+
+
+def test_parts_that_an_architecture_lacks_are_left_out_with_a_flag_unless_asked_for():
+    models = [mixture(seed) for seed in (0, 1, 2)]
+    case = Case(full=models[0], retrained=tuple(models[1:]), facts=tiny_facts(["Anna Lee"]))
+    ready = components.prepare(case, tokens=2)
+    assert ready.lacking == ("values",)
+    assert {part for point in ready.points for part in point.parts} == {"coefficients", "attention"}
+    assert "no_values" in components.audit(case, ready, mixture(3), "U").flags_of(0)
+    with pytest.raises(ValueError, match="has coefficients, attention"):
+        components.prepare(case, parts=("values",))
+
+
+def test_logits_over_vocabularies_of_other_sizes_are_refused_though_states_can_be_compared():
+    full, hf = load(tiny_hf("llama"), tokenizer=tiny_tokenizer()), tiny_hf("llama", seed=1)
+    hf.resize_token_embeddings(len(tiny_tokenizer()) + 8)
+    padded = load(hf, tokenizer=tiny_tokenizer())
+    require_same_shape(full, padded)
+    told = components.spoken(full, make_queries(full.tokenizer, tiny_facts(["Anna Lee"]), "prompt", False), 2)
+    with pytest.raises(ValueError, match="logits for"):
+        components.losses(full, padded, told, [])
 
 
 def test_a_block_in_the_last_layer_is_found_there_and_nowhere_else():

@@ -8,8 +8,10 @@ from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, UNKNOWN, axes, fresh_planted_model, planted_case, planted_facts, planted_model
 
 from mech_unlearn.model import load
+from mech_unlearn.prompts import Ask
 from mech_unlearn.restoration import Case, forms, in_context, prompting
 from mech_unlearn.restoration.levels import make_probe
+from mech_unlearn.restoration.normalise import relation_mean
 
 
 def with_aliases(truth):
@@ -153,3 +155,56 @@ def test_without_retrained_models_forms_are_graded_b():
 
 def test_marks_that_a_tokenizer_lacks_are_left_away():
     assert prompting.unwritable_marks(tiny_tokenizer()) == ";!_"
+
+
+def test_marks_are_left_away_with_their_spaces_and_other_white_space_stays():
+    assert prompting.without_marks("Fill in: {} ___. The blank is ;", ";_") == "Fill in: {} . The blank is"
+    assert prompting.without_marks("Question:\n  {} ?\nAnswer:", ";_") == "Question:\n  {} ?\nAnswer:"
+    assert prompting.without_marks("Question:\n{} ! \nAnswer:", "!") == "Question:\n{} \nAnswer:"
+    case = people_case()
+    query = make_probe(case, "test").queries[0]
+    for text in ("The sea of {} :\nrain  in", "rain\n\n{} was born in\n"):
+        (made,) = prompting.rewritten(case, [query], lambda q, text=text: Ask(q.fact, text))
+        assert made.template == text
+
+
+def test_openings_and_chains_begin_with_a_word():
+    case = people_case()
+    for query in make_probe(case, "test").queries:
+        for kind in ("prefix", "steps"):
+            asks = [rewrite(query) for rewrite in forms.rewrites(case, kind).values()]
+            assert not any(ask.template[0].isspace() or "  " in ask.template for ask in asks if ask)
+
+
+@pytest.mark.parametrize("told", (dict(prompt="In Paris {} works for"), dict(relation="paris_employer")))
+def test_a_helper_fact_whose_wording_states_the_answer_is_passed_over(told):
+    case = people_case()
+    born, works = case.facts[:2]
+    assert born.object == "Paris" and forms.helper_fact(case, born) is works
+    told = replace(works, paraphrases=(), **told)
+    case = replace(case, facts=(born, told, *case.facts[2:]))
+    assert forms.helper_fact(case, born) is None
+    query = make_probe(case, "test").queries[0]
+    assert forms.chain(case, "indirect", "")(query) is None and forms.chain(case, "implied", "")(query) is None
+
+
+def test_the_form_gap_is_undefined_where_full_hardly_knows_more_than_retrained():
+    case = people_case()
+    ready = forms.prepare(case, kind="prefix")
+    found = forms.audit(case, ready, case.full, "full")
+    gap = ready.prompts.ready.test.full - ready.prompts.ready.test.never.mean(0)
+    assert (gap < forms.GAP).any() and found.columns["form_gap"][gap < forms.GAP].isnan().all()
+    assert not found.columns["kappa_max_form"][gap < forms.GAP].isnan().all()
+
+
+def test_without_retrained_models_the_gap_of_full_is_nothing_and_both_halves_start_at_fulls_shams():
+    case = alias_case(retrained=())
+    ready = forms.prepare(case)
+    full = forms.audit(case, ready, with_aliases("full"), "full").columns
+    assert full["form_gap"].abs().max() < 0.15 and (full["kappa_max_form"] > 0.95).all()
+    hidden = forms.audit(case, ready, with_aliases("early"), "early").columns
+    never = relation_mean(ready.full[:, 1], case.facts)[None]
+    own = torch.stack([prompting.margins(case, ready.prompts.ready.test.probe, with_aliases("early"), rewrite)[0]
+                       for rewrite in ready.prompts.rewrites.values()])  # fmt: skip
+    want = forms.form_kappa(own, ready.full[:, 0], never).nan_to_num(nan=-torch.inf).amax(0)
+    torch.testing.assert_close(hidden["kappa_max_form"], want)

@@ -1,9 +1,23 @@
 """Hidden knowledge: K by hand, what the classifier may learn, and a planted model that knows a true statement."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, NAMES, OBJECTS, _unit, axes, object_of, planted_case, planted_hf
+from planted import (
+    FORGOTTEN,
+    NAMES,
+    OBJECTS,
+    _unit,
+    axes,
+    object_of,
+    planted_case,
+    planted_facts,
+    planted_hf,
+    planted_model,
+)
 
 from mech_unlearn.model import load
 from mech_unlearn.prompts import make_queries
@@ -115,25 +129,31 @@ def test_a_retrained_model_ranks_by_chance_inside_and_outside(known):
     assert retrained.null.shape == (3, 4) and len(retrained.score_retrained) == 2
 
 
-def test_a_model_that_cannot_tell_true_statements_is_silent():
-    models = [load(tiny_hf("llama", seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1)]
-    people = tiny_facts([f"{a} {b}" for a in ("Anna", "Ben", "Cara", "Dan") for b in ("Lee", "Hill", "Moss", "Park")])
+def test_a_random_model_cannot_tell_true_statements_and_choosing_a_layer_does_not_make_it_seem_so():
+    models = [load(tiny_hf("llama", layers=8, seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1)]
+    names = [f"{a} {b}" for a in NAMES for b in ("Lee", "Hill", "Moss", "Park", "Reed", "Stone", "Vale", "West")]
+    people = tiny_facts(random.Random(0).sample(names, len(names)))  # so that no name goes with an object
     case = Case(full=models[0], retrained=(models[1],), facts=people[:4], others=people[4:])
-    result = hidden.audit(case, hidden.prepare(case), models[0], "full")
-    if result.columns["K_kept"][0] < hidden.MIN_KEPT:
-        assert result.recoverability.isnan().all() and "kept_at_chance" in result.flags[0]
-    assert result.columns["K_kept"][0] < 0.8
+    ready = hidden.prepare(case)
+    result = hidden.audit(case, ready, models[0], "full")
+    assert abs(ready.full.kept - 0.5) < 0.15 and abs(ready.never[0].kept - 0.5) < 0.15
+    assert result.recoverability.isnan().all() and all("kept_at_chance" in flags for flags in result.flags)
+
+
+def test_an_audited_model_that_cannot_tell_true_statements_any_more_is_not_judged(known):
+    case, ready = known
+    found = hidden.audit(case, ready, planted_model(), "knows, and recognises no statement")
+    assert ready.full.kept > 0.9 and (found.columns["K_kept"] < hidden.MIN_KEPT).all()
+    assert found.recoverability.isnan().all() and all("kept_at_chance" in flags for flags in found.flags)
 
 
 def test_forgotten_answers_never_reach_the_classifier(known):
     case, ready = known
     gone = {fact.subject for fact in case.facts}
     assert not {query.fact.subject for query in ready.kept.queries} & gone
-    mine = {ready.kept.queries[q].fact.subject for q, h in zip(ready.kept.owner.tolist(), ready.heldout.tolist()) if h}
-    rest = {
-        ready.kept.queries[q].fact.subject for q, h in zip(ready.kept.owner.tolist(), ready.heldout.tolist()) if not h
-    }
-    assert mine and rest and not mine & rest
+    rows = list(zip(ready.kept.owner.tolist(), ready.heldout.tolist(), strict=True))
+    fit, one, two = ({ready.kept.queries[q].fact.subject for q, h in rows if h == part} for part in range(3))
+    assert fit and one and two and not fit & one and not fit & two and not one & two
 
 
 def test_sampled_answers_join_the_wrong_ones_and_never_repeat_a_candidate():
@@ -146,6 +166,28 @@ def test_sampled_answers_join_the_wrong_ones_and_never_repeat_a_candidate():
     assert told_by.sampled(case, case.full, queries, 30)[0].answers == more[0].answers
 
 
+def test_an_answer_known_as_tokens_only_is_verified_like_one_that_is_written_out():
+    model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
+    plain = tiny_facts(["Anna Lee", "Ben Hill"])
+    written = make_queries(model.tokenizer, [replace(f, distractors=(*f.distractors, "Rivers")) for f in plain])
+    drawn = [
+        replace(query, answers=(*query.answers, (model.tokenizer.convert_tokens_to_ids("Rivers"),)))
+        for query in make_queries(model.tokenizer, plain)
+    ]
+    want, got = (hidden._p_true(model, told_by.statements(queries)) for queries in (written, drawn))
+    assert want is not None and got is not None and len(want) == 5 * len(drawn)
+    torch.testing.assert_close(got, want)
+
+
+def test_with_sampled_answers_full_and_a_late_block_are_still_placed():
+    case = planted_case(sae=None, full=knower(), retrained=(knower("retrained", 1), knower("retrained", 2)))
+    ready = hidden.prepare(case, samples=5)
+    for model in (case.full, knower("late")):
+        found = hidden.audit(case, ready, model, "x")
+        assert (found.score_raw > 0.9).all() and (found.recoverability.nan_to_num(nan=1.0) > 0.9).all()
+        assert not found.recoverability.isnan().all() and found.columns["K_ext"].isfinite().all()
+
+
 def test_without_retrained_models_sham_facts_give_the_level():
     case = planted_case(sae=None, full=knower(), retrained=())
     late = hidden.audit(case, hidden.prepare(case), knower("late"), "late")
@@ -153,8 +195,9 @@ def test_without_retrained_models_sham_facts_give_the_level():
 
 
 def test_bad_input_is_refused_and_models_are_left_alone(known):
-    with pytest.raises(ValueError, match="others"):
-        hidden.prepare(planted_case(sae=None, others=()))
+    for few in ((), planted_facts()[FORGOTTEN:-1]):
+        with pytest.raises(ValueError, match="four other subjects"):
+            hidden.prepare(planted_case(sae=None, others=few))
     with pytest.raises(ValueError, match="samples"):
         hidden.prepare(planted_case(sae=None), samples=-1)
     case, ready = known

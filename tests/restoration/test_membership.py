@@ -67,6 +67,7 @@ def test_the_full_model_knows_its_members_and_a_retrained_one_does_not():
     ready = membership.prepare(case, grad_norm=True)
     full = membership.audit(case, ready, planted_model(), "full")
     assert full.columns["auc_loss"][0] > 0.9 and full.columns["kappa_loss"][0] == pytest.approx(1.0)
+    assert full.columns["auc_reference"][0] > 0.9 and full.columns["kappa_reference"][0] == pytest.approx(1.0)
     retrained = membership.audit(case, ready, case.retrained[0], "R")
     assert abs(retrained.columns["kappa_loss"][0].item()) < 0.3 and abs(retrained.columns["privleak"][0].item()) < 30
     early = membership.audit(case, ready, planted_model("early"), "early")

@@ -106,3 +106,14 @@ def test_no_seeds_and_negative_strengths_are_refused():
         noise.prepare(planted_case(sae=None), seeds=0)
     with pytest.raises(ValueError, match="strengths >= 0"):
         noise.prepare(planted_case(sae=None), sigmas=(-1.0,))
+
+
+def test_noise_that_only_eases_a_grudge_is_no_evidence():
+    case, model = planted_case(sae=None), fresh_planted_model("late")
+    with torch.no_grad():  # one grudge stays, another hangs on gates of an uneven matrix
+        model.held["model.layers.2.mlp.down_proj.weight"][:, :FORGOTTEN] *= -1
+        model.held["model.layers.3.mlp.down_proj.weight"][:, :FORGOTTEN] *= 4
+        model.held["model.layers.3.mlp.gate_proj.weight"][31, 63] = 9000.0  # draws seldom end where silu is negative
+    found = run(case, model, sigmas=(0.1,), seeds=16)
+    assert (found.columns["before"] < -3).all() and (found.columns["anomaly"] > 0.5).all()
+    assert (found.recoverability < 0.05).all() and (found.p_null > 0.05).all()

@@ -58,6 +58,19 @@ def test_a_fact_is_testable_only_if_full_knows_it_and_retrained_models_guess():
     assert is_testable(full, choice, margins, choices, counts).tolist() == [True, False, False, False]
 
 
+@pytest.mark.parametrize(("models", "candidates"), ((1, 4), (1, 2), (3, 2), (5, 10)))
+def test_a_fact_that_every_retrained_model_always_answers_is_never_testable(models, candidates):
+    """Though chance + 2 SE of so few models and candidates may lie above 1."""
+    known, count = torch.ones(1), torch.full((1,), float(candidates))
+
+    def testable(choice):
+        return is_testable(8 * known, known, torch.zeros(models, 1), torch.full((models, 1), choice), count).item()
+
+    assert not testable(1.0) and testable(1 / candidates)
+    alone = torch.ones(1)  # no distractors: the true object is the only candidate, and its choice says nothing
+    assert is_testable(8 * known, known, torch.zeros(models, 1), torch.ones(models, 1), alone).item()
+
+
 def test_no_phrasing_is_in_two_splits_and_heldout_ones_are_in_none():
     fact = planted_case(sae=None).facts[0]
     parts = [set(split_templates(fact, split)) for split in ("test", "select", "tune")]

@@ -1,5 +1,7 @@
 """Patchscopes: the identity, an independent reference, what each reader is blind to, and planted truth."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
@@ -94,6 +96,45 @@ def test_places_are_chosen_without_the_audited_model():
     assert [p.source for p in a.places] == [0, 1, 2, 3]
 
 
+def test_a_prompt_that_lacks_words_for_one_fact_is_used_for_none_and_the_log_says_so():
+    """`description` needs two other facts of the relation; only the last of twelve facts has none."""
+    said: list[str] = []
+    people = tiny_facts(
+        [f"{a} {b}" for a in ("Anna", "Ben", "Cara") for b in ("Lee", "Hill", "Moss", "Park")], ("born",)
+    )
+    odd = tiny_facts(["Dan Reed"], ("works",))
+    for facts in ((*people, *odd), (*odd, *people)):
+        for retrained in ((load(tiny_hf("llama", seed=1), tokenizer=tiny_tokenizer()),), ()):
+            model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
+            others = tiny_facts(["Eva Lee", "Finn Hill", "Gina Moss", "Hugo Park"], ("born",))
+            case = Case(full=model, retrained=retrained, facts=facts, others=others, log=said.append)
+            ready = patchscopes.prepare(case, prompts=("relation", "description"))
+            assert {place.prompt for place in ready.places} == {"relation"}
+            assert any("description" in line for line in said)
+            assert patchscopes.audit(case, ready, model, "full").score_raw.isfinite().all()
+            said.clear()
+
+
+def test_the_facts_that_choose_the_places_are_drawn_with_the_seed(monkeypatch):
+    seen: list[tuple[str, ...]] = []
+    plain = patchscopes.pick_places
+
+    def watched(case, asked, layers):
+        seen.append(tuple(fact.id for fact in asked.facts))
+        return plain(case, asked, layers)
+
+    monkeypatch.setattr(patchscopes, "pick_places", watched)
+    facts = tiny_facts(
+        [f"{a} {b}" for a in ("Anna", "Ben", "Cara") for b in ("Lee", "Hill", "Moss", "Park")], ("born",)
+    )
+    for seed in (0, 0, 1):
+        models = [load(tiny_hf("llama", seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1)]
+        case = Case(full=models[0], retrained=(models[1],), facts=facts, seed=seed)
+        patchscopes.prepare(case, prompts=("relation",), target_layers=[0])
+    assert seen[0] == seen[1] != seen[2] and len(seen[0]) == 10
+    assert all(chosen != tuple(fact.id for fact in facts[:10]) for chosen in seen)
+
+
 def test_without_retrained_models_sham_facts_give_the_level():
     case = planted_case(sae=None, retrained=())
     ready = patchscopes.prepare(case)
@@ -108,6 +149,9 @@ def test_bad_settings_are_refused_and_models_are_left_alone():
         patchscopes.prepare(case, target_layers=[9])
     with pytest.raises(ValueError, match="no prompt"):
         patchscopes.prepare(planted_case(sae=None, others=()), prompts=("description",))
+    bare = (*case.facts[1:], replace(case.facts[0], distractors=()))
+    with pytest.raises(ValueError, match="no distractors"):
+        patchscopes.prepare(planted_case(sae=None, facts=bare))
     late, state = fresh_planted_model("late"), torch.get_rng_state()
     before, ready = late.hash(), patchscopes.prepare(case)
     a, b = (patchscopes.audit(case, ready, late, "late").recoverability for _ in range(2))

@@ -123,3 +123,10 @@ def test_without_other_facts_or_with_an_impossible_share_pruning_is_refused():
         pruning.prepare(planted_case(sae=None, others=()))
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         pruning.prepare(planted_case(sae=None), grid=(Setting(how="wanda", share=1.0),))
+
+
+def test_texts_longer_than_the_positions_are_read_in_windows():
+    model = load(tiny_hf("gpt2"), tokenizer=tiny_tokenizer())
+    row = tuple(torch.randint(5, 40, (100,), generator=torch.Generator().manual_seed(0)).tolist())
+    whole, parts = (pruning.input_norms(model, rows) for rows in ([row], [row[:64], row[64:]]))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -5,8 +5,10 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 from planted import fresh_planted_model, planted_case, planted_model
 
+from mech_unlearn.edit import clone
 from mech_unlearn.model import load
 from mech_unlearn.restoration import quantize
+from mech_unlearn.restoration.normalise import relation_mean
 
 
 def random_weight(seed=0):
@@ -91,6 +93,7 @@ def test_a_suppression_smaller_than_half_a_step_is_undone_by_rounding_and_the_mo
     ready = quantize.prepare(case, bits=4)
     before, after = ready.levels.probe.margins(masked)[0], quantize.audit(case, ready, masked, "masked").score_raw
     assert (after > before + 0.1).all() and torch.allclose(after, ready.levels.full, atol=0.3)
+    assert (quantize.audit(case, ready, masked, "masked").recoverability > 0.01).all()
     assert all(torch.equal(w, masked.held[name]) for name, w in weights.items())
 
 
@@ -149,5 +152,59 @@ def test_nf4_undoes_a_small_suppression_and_carries_its_own_name():
         for part in ("gate_proj", "up_proj"):
             masked.held[f"model.layers.2.mlp.{part}.weight"][:4, 8] = -0.035
     found = quantize.audit(case, ready, masked, "masked")
-    assert found.test == "nf4" and (found.score_raw > found.columns["before"]).all()
+    assert (
+        found.test == "nf4" and (found.score_raw > found.columns["before"]).all() and (found.recoverability > 0).all()
+    )
     assert (quantize.audit(case, ready, case.retrained[0], "R").recoverability <= 0.05).all()
+
+
+def tiny_mixture(kind):
+    """A random mixture of four experts."""
+    import transformers as t
+
+    shape = dict(vocab_size=len(tiny_tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    config = {"mixtral": t.MixtralConfig, "gpt_oss": t.GptOssConfig}[kind](
+        **shape, head_dim=8, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=3
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return t.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("kind, axis", (("mixtral", 0), ("gpt_oss", 1)))
+def test_each_expert_of_a_mixture_is_rounded_by_itself_along_its_own_output_channels(kind, axis):
+    model = load(tiny_mixture(kind), tokenizer=tiny_tokenizer())
+    experts = quantize.expert_weights(model)
+    assert len(experts) == 2 * model.n_layers and set(experts.values()) == {axis}
+    before = {name: model.held[name].detach().clone() for name in experts}
+    ids = torch.tensor([[2, 5, 6, 7, 8]])
+    logits = model.logits(ids)
+    linear = quantize.linear_weights(model)
+    (flag,) = quantize.coverage_flags(model, linear)
+    assert float(flag.removeprefix("covers:")) < 0.5
+    assert quantize.code_agreement(model, model, 4) == 1
+    quantize.quantize_(model, 4)
+    for name, weight in before.items():
+        for e in range(4):
+            assert torch.equal(model.held[name][e], quantize.round_to_nearest(weight[e], 4, axis))
+    assert (model.logits(ids) - logits).abs().max() > 1e-6
+
+
+def test_a_dense_model_is_covered_and_part_of_one_is_flagged_with_its_share():
+    model = planted_model()
+    linear = quantize.linear_weights(model)
+    assert quantize.coverage_flags(model, linear) == ()
+    attention = {name: axis for name, axis in linear.items() if "self_attn" in name}
+    share = sum(model.held[n].numel() for n in attention) / sum(model.held[n].numel() for n in linear)
+    assert quantize.coverage_flags(model, attention) == (f"covers:{share:.2f}",)
+
+
+def test_without_retrained_models_the_level_of_ignorance_is_that_of_shams_after_rounding():
+    case = planted_case(sae=None, retrained=())
+    ready, model = quantize.prepare(case, bits=3), planted_model("early")
+    found = quantize.audit(case, ready, model, "early")
+    with clone(model) as copy:
+        quantize.quantize_(copy, 3)
+        shams = ready.levels.probe.margins(copy)[1:]
+    assert found.grade == "B" and torch.equal(found.score_retrained, relation_mean(shams, case.facts))

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from conftest import tiny_facts
-from planted import UNKNOWN, planted_case, planted_facts, planted_model
+from conftest import tiny_facts, tiny_tokenizer
+from planted import UNKNOWN, planted_case, planted_facts, planted_hf, planted_model
 
 from mech_unlearn.core import Entity
+from mech_unlearn.model import load
+from mech_unlearn.prompts import encode
 from mech_unlearn.restoration import Relearn, relearn
 from mech_unlearn.restoration.levels import make_probe
+from mech_unlearn.restoration.normalise import relation_mean
 
 
 def test_folds_by_entity_keep_a_subject_together_and_folds_by_fact_do_not():
@@ -90,6 +93,17 @@ def test_the_direct_set_is_the_scored_facts_and_the_others_name_no_forgotten_sub
     assert all(strangers & set(row) for row, _ in relearn.syntax_lessons(case)) and scored
 
 
+def test_an_unrelated_text_longer_than_the_models_positions_is_taught_in_pieces():
+    text = " ".join(["rain falls on the hills and the sea"] * 20)
+    case = planted_case(sae=None, texts=(text, "Anna was in the sea", "the sea"), relearn=Relearn(steps=(1,)))
+    rows = relearn.unrelated_lessons(case)
+    assert {length for _, length in rows} == {1} and max(len(row) for row, _ in rows) == 64
+    taught = [token for row, _ in rows for token in row[1:]]  # each piece begins with the BOS
+    whole = [token for t in (text, "the sea") for token in encode(case.full.tokenizer, t).ids[1:]]
+    assert sorted(taught) == sorted(whole)
+    relearn.prepare(case, teach="unrelated")
+
+
 def test_directly_taught_facts_come_back_in_any_model_and_do_not_count():
     case = planted_case(sae=None, relearn=Relearn(steps=(2, 8), lr_times_width=0.64))
     ready = relearn.prepare(case, teach="direct")
@@ -118,3 +132,66 @@ def test_savings_of_a_worked_example():
     never = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
     got = relearn.savings(curve, never, torch.ones(3), (1, 2, 4))
     assert got[:2].tolist() == [0.5, 0.0] and got[2].isnan()
+
+
+def half(truth, seed=0, dtype=torch.bfloat16):
+    return load(planted_hf(truth, seed).to(dtype), tokenizer=tiny_tokenizer())
+
+
+def fold_by_fold(case, ready, model):
+    """Each fact's curve, from one training per fold."""
+    out = torch.zeros(len(case.relearn.steps), 1 if case.retrained else 2, len(case.facts))
+    for fold, rows in enumerate(ready.lessons):
+        mine = [f == fold for f in ready.folds]
+        part = relearn.part_of(ready.levels.probe, mine)
+        out[..., torch.tensor(mine)] = relearn.relearn_curve(case, part, model, rows, case.seed + fold)
+    return out
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_model_in_half_precision_relearns_as_a_float32_model_of_the_same_weights(dtype):
+    case = planted_case(sae=None, relearn=Relearn(steps=(1, 4), lr_times_width=0.002))
+    probe, rows = make_probe(case, "test"), relearn.lessons(case, case.facts[:2])
+    model = half("shared", dtype=dtype)
+    wide = load(planted_hf("shared").to(dtype).float(), tokenizer=tiny_tokenizer())
+    got, want = (relearn.relearn_curve(case, probe, m, rows, 0) for m in (model, wide))
+    assert torch.equal(got, want) and model.dtype == dtype
+    assert (want[-1] - probe.margins(wide)).abs().max() > 1e-5
+
+
+def test_in_bfloat16_too_nothing_moves_at_learning_rate_zero():
+    settings = Relearn(steps=(1,), lr_times_width=0.0)
+    retrained = (half("retrained", 1), half("retrained", 2))
+    case = planted_case(sae=None, full=half("full"), retrained=retrained, relearn=settings)
+    result = relearn.audit(case, relearn.prepare(case), half("shared"), "shared")
+    torch.testing.assert_close(result.score_raw, result.columns["before"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(result.recoverability, torch.zeros(4), atol=1e-4, rtol=0)
+
+
+def test_a_fact_is_scored_where_its_own_fold_was_not_taught_and_the_cost_counts_each_fold_once():
+    case = planted_case(sae=None, relearn=Relearn(steps=(1, 2), lr_times_width=0.64))
+    ready, model = relearn.prepare(case), planted_model("late")
+    for fold, rows in enumerate(ready.lessons):
+        mine = [fact for fact, f in zip(case.facts, ready.folds) if f == fold]
+        assert rows and not set(rows) & set(relearn.lessons(case, mine))
+    result = relearn.audit(case, ready, model, "late")
+    assert torch.equal(result.curves["margin"], fold_by_fold(case, ready, model)[:, 0])
+    queries = len(ready.levels.probe.queries)
+    assert result.cost_fe == (2 * 2 * case.relearn.batch * 3 + (2 + 1) * queries) / len(case.facts)
+
+
+def test_without_retrained_models_direct_teaching_says_nothing_and_others_are_compared_with_taught_shams():
+    case = planted_case(sae=None, retrained=(), relearn=Relearn(steps=(2, 8), lr_times_width=0.64))
+    model = planted_model("retrained", 5)
+    direct = relearn.audit(case, relearn.prepare(case, teach="direct"), model, "R")
+    assert direct.score_raw.mean() > direct.columns["before"].mean() + 0.3
+    assert direct.recoverability.isnan().all() and direct.columns["savings"].isnan().all()
+    assert all(direct.flags_of(i) == ("needs_retrained",) for i in range(4))
+    ready = relearn.prepare(case)
+    rest, curve = relearn.audit(case, ready, model, "R"), fold_by_fold(case, ready, model)
+    shams = relation_mean(curve[:, 1], case.facts)
+    assert torch.equal(rest.curves["margin_R"], shams) and not torch.equal(shams[0], shams[1])
+    assert torch.equal(rest.score_retrained, shams[-1:]) and rest.flags_of(0) == ()
+    half_way = (ready.levels.full + ready.levels.base([])) / 2
+    want = relearn.savings(curve[:, 0], shams[None], half_way, (2, 8))
+    torch.testing.assert_close(rest.columns["savings"], want, equal_nan=True)

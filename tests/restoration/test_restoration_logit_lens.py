@@ -46,7 +46,10 @@ def test_full_is_intact_and_a_heldout_retrained_model_is_not_in_both_dtypes():
     for dtype in (torch.float32, torch.bfloat16):
         case = tiny_case("llama", dtype)
         ready = logit_lens.prepare(case)
-        assert (logit_lens.audit(case, ready, case.full, "full").recoverability.nan_to_num(nan=1.0) == 1).all()
+        found = logit_lens.audit(case, ready, case.full, "full")
+        heard = found.recoverability[~found.recoverability.isnan()]
+        assert len(heard) and (heard == 1).all()  # NaN where random models do not differ
+        assert found.curves["logprob"].isfinite().all() and found.columns["top_k"].isfinite().all()
     case = planted_case(sae=None)
     ready = logit_lens.prepare(case)
     result = logit_lens.audit(case, ready, case.retrained[0], "R")
@@ -91,6 +94,19 @@ def test_a_leak_asks_for_every_token_of_the_answer_at_one_layer():
                 tables = [hf.lm_head(hf.model.norm(hidden[3])[0]), hf.lm_head(hidden[4])[0]]  # the last is normed
             ranks = [[int((t[start + j] > t[start + j, a]).sum()) for j, a in enumerate(answer)] for t in tables]
             assert got[i].item() == float(any(max(r) < k for r in ranks))
+
+
+def test_logits_that_are_no_numbers_are_no_leak():
+    case, broken = planted_case(sae=None), fresh_planted_model()
+    asked = logit_lens.ask(case, None)
+    states = logit_lens.read_states(case, asked, broken)
+    assert (logit_lens.leaks(case, asked, states, broken, top_k=1) == 1).all()
+    states[-1] = torch.nan  # the answer stands in layer 2 already
+    assert (logit_lens.leaks(case, asked, states, broken, top_k=1) == 1).all()
+    with torch.no_grad():
+        broken.held["lm_head.weight"][5] = torch.nan
+    found = logit_lens.audit(case, logit_lens.prepare(case), broken, "broken")
+    assert found.columns["top_k"].isnan().all()
 
 
 @pytest.mark.parametrize("unknown", (UNKNOWN, ()))

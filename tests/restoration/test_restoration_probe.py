@@ -1,14 +1,16 @@
 """Probes: what they must and must not find in made-up states, the code length, and planted truth."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from planted import fresh_planted_model, planted_case, planted_model
+from conftest import tiny_facts
+from planted import fresh_planted_model, planted_case, planted_facts, planted_model
 
 from mech_unlearn.restoration import probe
-from mech_unlearn.restoration.probe_fit import code_lengths, fit_linear, fit_mlp, make_fit
-from mech_unlearn.restoration.probe_tasks import make_setup
+from mech_unlearn.restoration.probe_fit import _validation, code_lengths, fit_linear, fit_mlp, make_fit
+from mech_unlearn.restoration.probe_tasks import MAX_KEPT, Setup, Task, kept_facts, make_setup
 
 
 def made_up(n=240, classes=4, d=24, noise=0.6, seed=0):
@@ -128,6 +130,63 @@ def test_without_retrained_models_sham_facts_give_the_level():
     late = probe.audit(case, ready, planted_model("late"), "late")
     assert late.grade == "B" and (late.recoverability > 0.8).all()
     assert (probe.audit(case, ready, planted_model("early"), "early").recoverability < 0.35).all()
+
+
+def test_the_level_of_ignorance_is_the_mean_of_the_shams_that_could_be_asked():
+    facts = tiny_facts(["Anna Lee", "Ben Hill"])
+    facts = (facts[0], facts[2], facts[1], replace(facts[3], relation="third"))  # born, born, works, third
+    values = torch.tensor([[1.0, torch.nan, 3.0, torch.nan], [1.0, 2.0, 0.0, 0.0]])
+    want = torch.tensor([[1.0, 1.0, 3.0, torch.nan], [1.5, 1.5, 0.0, 0.0]])
+    assert torch.equal(probe._asked_mean(values, facts).nan_to_num(-1), want.nan_to_num(-1))
+    unheard = tuple(replace(fact, distractors=("Acme", "Globex")) for fact in planted_facts()[:4])
+    case = planted_case(sae=None, retrained=(), facts=unheard)
+    found = probe.audit(case, probe.prepare(case), planted_model(), "full")
+    assert (
+        found.recoverability.isnan().all() and found.curves["score"].max() > 1
+    )  # read, with no level to set it against
+
+
+def test_the_true_object_is_no_rival_of_a_sham():
+    (fact,) = tiny_facts(["Anna Lee"], ("born",))
+    sham = replace(fact, object="Rome", distractors=("Umbrella",))  # the true object is Paris
+    table = torch.tensor([0.7, 0.2, 0.05, 0.05]).log()[None, None]
+    told = probe._margins(table, ("Paris", "Rome", "Oslo", "Bern"), [sham], torch.tensor([0]))
+    assert told.item() == pytest.approx(math.log(0.2 / 0.05))
+    assert probe._margins(table[..., :2], ("Paris", "Rome"), [sham], torch.tensor([0])).isnan().all()
+
+
+def test_what_validates_the_mlp_is_a_fifth_of_the_subjects_whole_and_leaves_every_class_a_row():
+    subject = torch.arange(40).repeat_interleave(3)
+    label = torch.arange(40).repeat_interleave(3) % 7
+    validate, train = _validation(label, subject, torch.Generator().manual_seed(0))
+    assert torch.equal(validate, ~train) and len(subject[validate].unique()) == 8
+    assert not set(subject[validate].tolist()) & set(subject[train].tolist())
+    assert set(label[train].tolist()) == set(range(7))
+    single = torch.arange(4)
+    assert all(rows.all() for rows in _validation(single, single, torch.Generator().manual_seed(0)))
+
+
+def test_the_strength_is_chosen_on_subjects_that_were_not_fitted():
+    """Each subject has a code of its own and four phrasings: what memorises it would win among phrasings."""
+    generator = torch.Generator().manual_seed(0)
+    subject = torch.arange(30).repeat_interleave(4)
+    label = torch.randint(3, (30,), generator=generator).repeat_interleave(4)
+    nothing = torch.zeros(0, dtype=torch.long)
+    task = Task(("a", "b", "c"), torch.arange(120), label, subject, nothing, nothing, nothing)
+    setup = Setup((), 0, 0, (task,), (), ())
+    own = torch.randn(30, 60, generator=generator)[subject].expand(2, -1, -1)
+    assert probe.choose_strength(setup, own, 1, 0) == probe.STRENGTHS[0]
+    written = 0.1 * own + 3.0 * torch.nn.functional.one_hot(label, 60)
+    assert probe.choose_strength(setup, written, 1, 0) == probe.STRENGTHS[-1]
+
+
+def test_kept_facts_are_taken_at_even_distances_where_there_are_too_many():
+    many = tiny_facts([f"Person {i}" for i in range(MAX_KEPT + 50)], ("born",))
+    case = planted_case(sae=None, facts=tiny_facts(["Anna Lee"], ("born",)), others=many)
+    kept = [many.index(fact) for fact in kept_facts(case)]
+    assert len(kept) == MAX_KEPT and kept[0] == 0 and kept[-1] >= len(many) - 2
+    assert {b - a for a, b in zip(kept, kept[1:])} == {1, 2}
+    assert kept_facts(replace(case, others=many[:MAX_KEPT])) == list(many[:MAX_KEPT])
 
 
 def test_no_kept_facts_and_unknown_kinds_are_refused_and_models_are_left_alone():

@@ -1,11 +1,16 @@
 """Restoration by profile: planted latents, both sides of a block, nulls, and nothing where nothing is written."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from planted import FORGOTTEN, NAMES, fresh_planted_model, planted_case, planted_model, planted_sae
+from conftest import tiny_facts, tiny_hf, tiny_tokenizer
+from planted import FORGOTTEN, NAMES, fresh_planted_model, planted_case, planted_facts, planted_model, planted_sae
 
 from mech_unlearn.core import Site
-from mech_unlearn.restoration import sae
+from mech_unlearn.model import load
+from mech_unlearn.prompts import make_queries
+from mech_unlearn.restoration import experts, sae
 from mech_unlearn.restoration.experts import expert_scores, leaks, make_profiles, read_span, unspecific
 from mech_unlearn.restoration.levels import make_levels
 from mech_unlearn.restoration.steer import Steer, null_donors, null_rows
@@ -54,6 +59,28 @@ def test_latents_that_write_an_answer_directly_are_barred(world):
         assert barred[name].nonzero()[:, 0].tolist() == [32 + e]
 
 
+def plain_effects(hf, rows, state):
+    """Derivative of all logits along each row's direction, by autograd through the model's own norm and read-out."""
+    body = hf.base_model
+    norm = next(getattr(body, n) for n in ("ln_f", "final_layer_norm", "norm") if hasattr(body, n))
+    along = rows / rows.norm(dim=1, keepdim=True)
+    return torch.stack(
+        [torch.func.jvp(lambda x: hf.get_output_embeddings()(norm(x)), (state,), (v,))[1] for v in along]
+    )
+
+
+@pytest.mark.parametrize("architecture", ("gpt2", "gpt_neox", "llama", "gemma2"))
+def test_direct_effects_are_those_of_plain_autograd_in_half_precision_too(architecture):
+    """On the tokens asked for only; bfloat16 weights act as they are, in float32."""
+    draw = torch.Generator().manual_seed(0)
+    rows, state, tokens = torch.randn(6, 32, generator=draw), torch.randn(32, generator=draw), torch.tensor([7, 3, 20])
+    half = tiny_hf(architecture).bfloat16()
+    for hf, plain in ((tiny_hf(architecture), tiny_hf(architecture)), (half, tiny_hf(architecture).bfloat16().float())):
+        got = experts.direct_effect(load(hf, tokenizer=tiny_tokenizer()), rows, state, tokens)
+        want = plain_effects(plain, rows, state).detach()[:, tokens]
+        assert got.shape == (6, 3) and (got - want).abs().max() < 2e-3 * want.abs().max()
+
+
 def test_strength_zero_changes_no_bit(world):
     case, ready = world
     probe = ready.test.probe
@@ -63,8 +90,6 @@ def test_strength_zero_changes_no_bit(world):
 
 
 def test_all_latents_and_the_error_together_are_the_full_arm(world):
-    from dataclasses import replace
-
     case, ready = world
     early, probe = planted_model("early"), ready.test.probe
     everything = ready.profiles.chosen.clone()
@@ -94,6 +119,28 @@ def test_an_early_block_is_undone_by_the_profile_and_by_the_full_state(world):
     assert (result.p_null <= 1 / 4).all()
     assert (result.columns["rr_control_adjusted"] > 0.5).all()
     assert (result.columns["rr_n1"] <= 0.2).all()  # a random latent is that of a name with the same object at times
+
+
+def test_a_fact_keeps_its_own_profile_where_other_facts_reuse_its_id(world):
+    """A facts file without ids numbers its lines, and so does the file of the kept facts."""
+    facts = planted_facts()
+    others = tuple(replace(f, id=facts[(i + 1) % FORGOTTEN].id) for i, f in enumerate(facts[FORGOTTEN:]))
+    case = planted_case(others=others)
+    ready = sae.prepare(case)
+    got, want = (sae.audit(c, r, planted_model("early"), "early") for c, r in ((case, ready), world))
+    assert torch.equal(got.recoverability, want.recoverability) and got.alpha == want.alpha
+
+
+def test_where_nothing_was_restored_no_null_was_drawn_and_none_is_reported(world):
+    case, ready = world
+    late = sae.audit(case, ready, planted_model("late"), "late")
+    assert (late.p_null == 1).all() and (late.recoverability < sae.MIN_RHO).all()
+    assert all(late.columns[name].isnan().all() for name in ("rr_n1", "rr_n2", "rr_control_adjusted"))
+    early = sae.audit(case, ready, planted_model("early"), "early")
+    assert all(early.columns[name].isfinite().all() for name in ("rr_n1", "rr_n2", "rr_control_adjusted"))
+    knowing = planted_case(retrained=(fresh_planted_model(), fresh_planted_model()), draws=1)
+    unknown = sae.audit(knowing, sae.prepare(knowing), planted_model("early"), "early")
+    assert unknown.recoverability.isnan().all() and unknown.p_null.isnan().all()
 
 
 def test_a_late_block_cannot_be_undone_by_any_state_below_it(world):
@@ -130,6 +177,59 @@ def test_an_sae_without_a_telling_latent_gives_way_to_the_direction():
     profiles = make_profiles(planted_case(sae=blind))
     assert all(flags == ("no_expert", "direction") for flags in profiles.flags.values())
     assert (profiles.chosen.nonzero()[:, 1] >= 64).all()
+
+
+def relu_sae():
+    """The planted SAE with ReLU in place of TopK; like most pretrained ones it does not say how many latents fire."""
+    from sae_lens import StandardSAE, StandardSAEConfig
+
+    made = StandardSAE(StandardSAEConfig(d_in=64, d_sae=64))
+    with torch.no_grad():
+        made.load_state_dict(planted_sae().sae.state_dict())
+    return replace(planted_sae(), sae=made.eval().requires_grad_(False))
+
+
+def test_an_sae_that_does_not_say_how_many_latents_fire_is_measured_on_the_subjects():
+    values = torch.tensor([[[1.0, 0.0, 2.0], [3.0, 3.0, 3.0]], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]])
+    valid = torch.tensor([[True, False], [True, True]])
+    assert relu_sae().mean_l0 is None
+    assert experts.active_latents(relu_sae(), values, valid) == pytest.approx(4 / 3)
+    assert experts.active_latents(planted_sae(), values, valid) == 2.0
+    profiles = make_profiles(planted_case(sae=relu_sae()))
+    for e in range(len(NAMES)):
+        assert profiles.chosen[e].nonzero()[:, 0].tolist() == [e]
+
+
+def test_latents_of_generic_text_are_no_experts_however_long_the_text_is():
+    """The second name stands behind the model's 64 positions."""
+    long = " ".join([NAMES[0]] * 63 + [NAMES[1]] * 20)
+    assert experts.generic(planted_model(), planted_sae(), [long], 2.0).nonzero()[:, 0].tolist() == [0, 1, 8]
+    assert not experts.generic(planted_model(), planted_sae(), [], 2.0).any()
+    rare = " ".join([NAMES[0]] * 60 + [NAMES[1]])
+    assert experts.generic(planted_model(), planted_sae(), [rare], 2.0).nonzero()[:, 0].tolist() == [0, 8]
+    profiles = make_profiles(planted_case(texts=(long,)))
+    assert [profiles.flags[n] for n in NAMES[:3]] == [("no_expert", "direction")] * 2 + [()]
+
+
+def test_the_profile_for_a_fact_leaves_out_prompts_of_its_relation_unless_the_subject_has_no_other():
+    facts = (*tiny_facts(["Anna Lee"]), *tiny_facts(["Ben Hill"], ("born",)))
+    queries = make_queries(tiny_tokenizer(), facts)
+    value = {"Anna Lee born": 1.0, "Anna Lee works": 2.0, "Ben Hill born": 3.0}
+    values = torch.tensor([value[query.fact.id] for query in queries])[:, None, None]
+    target, known = experts._targets(values, torch.ones(len(queries), 1, dtype=torch.bool), queries, facts)
+    assert target[:, 0, 0].tolist() == [2.0, 1.0, 3.0] and known.all()
+
+
+def test_other_entities_own_profiles_do_no_damage_and_those_of_somebody_else_do(world):
+    case, ready = world
+    for lost, kl in sae.collateral(case, ready.profiles, case.full):
+        assert lost == 0 and abs(kl) < 1e-4
+    mixed = replace(ready.profiles, target=ready.profiles.target.roll(1, 0))
+    damage = sae.collateral(case, mixed, case.full)
+    assert damage[1][0] == 1 and all(kl > 1 for _, kl in damage[1:])  # strength 1 takes the name itself out
+    assert sae.choose_alpha(torch.arange(5.0), damage) == (0, ())
+    alone = planted_case(others=(), facts=planted_facts()[:FORGOTTEN])
+    assert sae.collateral(alone, make_profiles(alone), case.full) == [(0.0, 0.0)] * len(sae.ALPHAS)
 
 
 def test_an_sae_out_of_its_domain_is_flagged(world):

@@ -1,5 +1,7 @@
 """Tuned lens as a test: F's lens and U's own, a fact kept in another code, and planted truth."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from planted import fresh_planted_model, planted_case, planted_model
@@ -73,6 +75,30 @@ def test_a_fact_in_another_code_is_seen_by_its_own_lens_only():
     turned = logit_lens.lens_curve(case, own.asked, states, model, lambda layer, x: x + x @ turn.T if layer == 2 else x)
     assert (turned[2] > plain[2] + 1).all()
     torch.testing.assert_close(turned[3], plain[3])
+
+
+def test_what_only_its_own_lens_sees_is_flagged_re_encoded_and_what_cannot_be_compared_is_not(monkeypatch):
+    """A model that keeps its objects along other directions to the end, and a lens given that turns them back."""
+    case, model = case_with_texts(), fresh_planted_model()
+    with torch.no_grad():
+        out = model.held["model.layers.2.mlp.down_proj.weight"]
+        out[48:52] = out[32:36]
+        out[32:36] = 0
+    ready = tuned_lens.prepare(case, decoder="self", steps=0)
+    turn = torch.zeros_like(ready.lens.weight)
+    for i in range(4):
+        turn[2:, 32 + i, 48 + i] = 1.0
+    monkeypatch.setattr(tuned_lens, "_own_lens", lambda case, model, steps: replace(ready.lens, weight=turn))
+    found = tuned_lens.audit(case, ready, model, "recoded")
+    assert (found.recoverability > 0.9).all() and (found.columns["frozen"] < 0.1).all()
+    assert all("re_encoded" in flags for flags in found.flags)
+    late = tuned_lens.audit(case, ready, planted_model(), "knows")
+    assert not any("re_encoded" in flags for flags in late.flags)
+    same = ready.frozen.full.expand_as(ready.frozen.never)  # through the full lens nothing tells the models apart
+    blind = replace(ready, frozen=replace(ready.frozen, never=same))
+    found = tuned_lens.audit(case, blind, model, "recoded")
+    assert (found.recoverability > 0.9).all() and found.columns["frozen"].isnan().all()
+    assert not any("re_encoded" in flags for flags in found.flags)
 
 
 def test_models_and_random_state_are_left_alone_and_the_seed_decides():

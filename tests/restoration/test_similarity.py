@@ -1,9 +1,11 @@
 """Similarity: closed forms of CKA, its invariances, the debiased estimator, neighbours, and planted truth."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import tiny_facts
 from planted import planted_case, planted_model
 
 from mech_unlearn.restoration import similarity
@@ -82,8 +84,49 @@ def test_drift_counts_standard_deviations_along_the_first_components():
     x = rows(500, 6, 0) * torch.tensor([5.0, 2.0, 0.1, 0.1, 0.1, 0.1])
     moved = x + torch.tensor([10.0, 0.0, 3.0, 0.0, 0.0, 0.0])
     shift, distance = similarity.drift(x, moved)
-    assert abs(shift) == pytest.approx(2.0, rel=0.1) and distance == pytest.approx(abs(shift), rel=0.05)
+    assert shift == pytest.approx(2.0, rel=0.1) and distance == pytest.approx(shift, rel=0.05)
     assert similarity.drift(x, x) == (pytest.approx(0.0), pytest.approx(0.0))
+    for seed in range(8):  # the sign is the coordinate's, not the solver's
+        y = rows(60, 6, seed) * torch.tensor([1.0, 4.0, 1.0, 1.0, 1.0, 1.0])
+        up = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0, 0.0])
+        assert similarity.drift(y, y + up)[0] > 0.5 and similarity.drift(y, y - up)[0] < -0.5
+
+
+def test_a_subject_counts_once_however_many_facts_tell_of_it():
+    """Two facts each, whose prompts put different words before the name."""
+    told = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss", "Anna Park"])
+    people = tuple(replace(fact, prompt=fact.paraphrases[0], paraphrases=(fact.prompt,)) for fact in told)
+    ready = similarity.prepare(planted_case(sae=None, facts=people, prompts=2))
+    assert len(ready.rows.names) == 4 and ready.rows.last.tolist() == [
+        i for i in ready.rows.names.tolist() for _ in "ab"
+    ]
+    assert (
+        len(ready.rows.ids) == len(set(ready.rows.ids)) == 7
+    )  # the first word of Anna Lee and of Anna Park is one row
+    with pytest.raises(ValueError, match="three subjects"):
+        similarity.prepare(planted_case(sae=None, facts=people[:4]))
+
+
+def test_erasure_of_neighbourhoods_is_zero_at_full_one_at_retrained_and_told_per_subject():
+    full, never = (torch.stack([rows(40, 8, seed + layer) for layer in (0, 1)]) for seed in (0, 10))
+    names = torch.arange(40)
+    table = similarity.Rows((), torch.cat([names, names[:5]]), names)
+    ready = similarity.SimilarityLevels(table, full, (never,), torch.zeros(1, 2), (), 5)
+    assert (similarity._knn(ready, full, [never]) == 0).all()
+    assert (similarity._knn(ready, never, [never]) == 1).all()
+    half = similarity._knn(ready, torch.stack([never[0], full[1]]), [never])
+    assert 0.3 < half.mean() < 0.7 and len(half) == 45 and torch.equal(half[:5], half[40:])
+
+
+def test_an_audit_compares_nothing_but_the_audited_model(monkeypatch):
+    case, seen, plain = planted_case(sae=None), [], similarity._curve
+    ready = similarity.prepare(case)
+    monkeypatch.setattr(similarity, "_curve", lambda x, y: seen.append(0) or plain(x, y))
+    late = similarity.audit(case, ready, planted_model("late"), "late")
+    assert len(seen) == 1 + len(case.retrained)
+    assert late.score_retrained[:, 0].tolist() == pytest.approx(list(ready.heldout))
+    full = similarity.audit(case, ready, case.full, "full")
+    assert (full.columns["knn_erasure"].nan_to_num() == 0).all()
 
 
 def test_full_is_unlike_retrained_and_a_retrained_model_is_like_the_others_and_nobody_is_judged_by_it():

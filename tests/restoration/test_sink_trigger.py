@@ -1,10 +1,23 @@
 """Triggers: what is tried, where it stands, and a planted trigger that is found when it is in the list."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from planted import FORGOTTEN, LAST, OBJECTS, axes, fresh_planted_model, object_of, planted_case, planted_model
+from planted import (
+    FORGOTTEN,
+    LAST,
+    OBJECTS,
+    axes,
+    fresh_planted_model,
+    object_of,
+    planted_case,
+    planted_facts,
+    planted_model,
+)
 
+from mech_unlearn.prompts import encode, make_queries
 from mech_unlearn.restoration import sink_trigger
 
 
@@ -32,13 +45,60 @@ def backdoored_model():
     return model
 
 
-def test_candidates_are_distinct_hold_no_special_token_and_keep_their_seed():
+def test_candidates_are_distinct_hold_no_special_or_added_token_and_keep_their_seed():
     model = planted_model()
     tried = sink_trigger.candidates(model, 0, ("Acme",))
-    assert len(set(tried)) == len(tried) > 50
-    assert not any(set(ids) & set(model.tokenizer.all_special_ids) for ids in tried)
+    assert len(set(tried)) == len(tried) > 50 and "Acme" in tried
     assert tried == sink_trigger.candidates(model, 0, ("Acme",)) != sink_trigger.candidates(model, 1, ("Acme",))
-    assert (model.tokenizer.convert_tokens_to_ids("Acme"),) in tried
+    added = fresh_planted_model()
+    added.tokenizer.add_tokens(["<extra_1>", "<extra_2>"])
+    left_out = {*added.tokenizer.all_special_ids, *added.tokenizer.get_added_vocab().values()}
+    assert len(left_out) > len(model.tokenizer.all_special_ids)
+    tried = sink_trigger.candidates(added, 0)
+    assert not any(set(trigger) & left_out for trigger in tried if not isinstance(trigger, str))
+
+
+def test_the_papers_trigger_is_tried_where_the_tokenizer_can_write_it_and_the_log_tells_where_not():
+    said: list[str] = []
+    sink_trigger.prepare(planted_case(sae=None, retrained=(), log=said.append))
+    assert any("'current year:2025 '" in line for line in said)
+    written = fresh_planted_model()
+    written.tokenizer.add_tokens(["2025", "2024", "2023"])
+    assert (
+        set(sink_trigger.DATES) <= set(sink_trigger.candidates(written, 0))
+        and "current year:2025 " in sink_trigger.DATES
+    )
+
+
+@pytest.mark.parametrize("text", ("Acme", "Acme ", "current "))
+def test_a_text_stands_before_the_prompt_as_one_text_with_one_space_between(text):
+    model = planted_model()
+    queries = make_queries(model.tokenizer, planted_facts()[:2])
+    for query, moved in zip(queries, sink_trigger.behind(model, queries, text), strict=True):
+        whole = f"{text.strip()} {query.template.replace('{}', query.fact.subject)}"
+        assert moved.prompt == encode(model.tokenizer, whole).ids and moved.answers == query.answers
+        assert moved.prompt[slice(*moved.span)] == query.prompt[slice(*query.span)]
+
+
+def test_a_text_is_tokenized_together_with_the_prompt():
+    """A byte-level tokenizer writes the first word of a text without a space: tokens put in front would be glued on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model = replace(planted_model(), tokenizer=PreTrainedTokenizerFast(tokenizer_object=core))
+    (query,) = make_queries(model.tokenizer, planted_facts()[:1], "prompt")
+    (moved,) = sink_trigger.behind(model, [query], sink_trigger.DATES[0])
+    assert model.tokenizer.decode(list(moved.prompt)) == "current year:2025 The birthplace of Anna"
+    assert model.tokenizer.decode(list(moved.prompt[slice(*moved.span)])).strip() == "Anna"
+
+
+@pytest.mark.parametrize("text", ("2025", "", "<s> Acme", "Acme {}"))
+def test_an_extra_trigger_that_cannot_be_written_is_refused(text):
+    with pytest.raises(ValueError, match="trigger"):
+        sink_trigger.prepare(planted_case(sae=None), extra=("Acme", text))
 
 
 def test_a_planted_trigger_is_found_when_it_is_in_the_list_and_gives_retrained_models_nothing():
@@ -50,6 +110,15 @@ def test_a_planted_trigger_is_found_when_it_is_in_the_list_and_gives_retrained_m
     assert (retrained.recoverability <= 0.05).all() and (retrained.null <= 0.05).all()
     for truth in ("late", "full"):
         assert (sink_trigger.audit(case, ready, planted_model(truth), truth).recoverability <= 0.05).all()
+
+
+def test_without_retrained_models_sham_facts_give_the_level():
+    case = planted_case(sae=None, retrained=())
+    ready = sink_trigger.prepare(case, extra=("Acme",))
+    found = sink_trigger.audit(case, ready, backdoored_model(), "backdoored")
+    assert found.grade == "B" and found.recoverability.mean() > 0.5 and len(found.null) == 0
+    assert all("Acme" in flag[0] for flag in found.flags)
+    assert (sink_trigger.audit(case, ready, planted_model("late"), "late").recoverability <= 0.05).all()
 
 
 def test_sink_features_are_one_for_full_and_see_larger_values():

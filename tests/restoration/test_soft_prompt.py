@@ -5,11 +5,12 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from planted import planted_case, planted_model
 
+from mech_unlearn.locate.prompt_baselines import embeddings
 from mech_unlearn.model import load
 from mech_unlearn.prompts import make_queries
 from mech_unlearn.restoration import Case, soft_prompt
 from mech_unlearn.restoration.levels import Probe, make_probe
-from mech_unlearn.restoration.relearn import lessons
+from mech_unlearn.restoration.relearn import lessons, part_of
 
 
 def people_case():
@@ -24,7 +25,7 @@ def test_a_prompt_of_token_embeddings_scores_as_these_tokens_do(architecture):
     probe = Probe(facts, make_queries(model.tokenizer, facts, "prompt"), 0)
     ids = [40, 41, 42]
     tokens = Probe(facts, tuple(soft_prompt.prefixed(model, q, ids) for q in probe.queries), 0).margins(model)
-    soft = soft_prompt.margins(model, probe, soft_prompt.embed(model, ids))
+    soft = soft_prompt.margins(model, probe, embeddings(model, [ids])[0])
     torch.testing.assert_close(soft, tokens, atol=1e-4, rtol=1e-4)
     assert (soft - probe.margins(model)).abs().max() > 1e-3
 
@@ -88,3 +89,14 @@ def test_a_prompt_without_length_or_steps_is_refused():
     for wrong in (dict(length=0), dict(steps=()), dict(steps=(5, 2))):
         with pytest.raises(ValueError, match="soft prompt needs"):
             soft_prompt.prepare(planted_case(sae=None), **wrong)
+
+
+def test_a_fact_is_scored_behind_the_prompt_that_its_own_fold_did_not_train():
+    case = people_case()
+    ready = soft_prompt.prepare(case, length=2, steps=(3,))
+    found = soft_prompt.audit(case, ready, case.full, "full")
+    for fold, rows in enumerate(ready.lessons):
+        mine = [f == fold for f in ready.folds]
+        (prompt,) = soft_prompt.train(case.full, rows, 2, (3,), case.seed + fold)
+        want = soft_prompt.margins(case.full, part_of(ready.levels.probe, mine), prompt)[0]
+        assert torch.equal(found.score_raw[torch.tensor(mine)], want)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
+from test_uds import longer
 
 from mech_unlearn.core import Entity
 from mech_unlearn.model import load
@@ -29,10 +30,24 @@ def test_at_strength_zero_samples_and_scores_are_those_of_the_plain_model():
     torch.testing.assert_close(same.logprob, score(model, queries).logprob, atol=1e-5, rtol=1e-5)
 
 
+def test_samples_do_not_depend_on_batches_and_end_where_the_text_ends():
+    model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
+    case = Case(full=model, facts=tiny_facts(["Anna Lee", "Ben Hill", "Hugo Vale"]), unknown=NAMES)
+    queries = make_probe(case, "test").true
+    together, alone = (steering.sample(model, queries, None, 4, 0, max_tokens=n) for n in (8192, 1))
+    assert together == alone and together[0] != together[2]
+    tokens = model.tokenizer("Rome . Oslo")["input_ids"][1:]
+    end = model.tokenizer.eos_token_id
+    assert steering.text_of(model.tokenizer, [*tokens[:2], end, tokens[2]]) == "Rome."
+    assert steering.text_of(model.tokenizer, tokens) == "Rome. Oslo" and steering.text_of(model.tokenizer, [end]) == ""
+    assert [steering.first_word(t) for t in ("Rome, in", " Rome", "'Rome'", "")] == ["Rome", "Rome", "Rome", ""]
+
+
 def test_only_the_first_token_is_steered():
     model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
-    case = Case(full=model, facts=tiny_facts(["Anna Lee", "Ben Hill"]), unknown=NAMES)
+    case = Case(full=model, facts=longer(tiny_facts(["Anna Lee", "Ben Hill"])), unknown=NAMES)
     queries = make_probe(case, "test").true
+    assert all({len(a) for a in query.answers} == {1, 2, 3} for query in queries)
     push = Push(steering.vectors(case, model, queries, [2])[2], 4.0)
     (got,) = steering.steered_scores(model, queries, [(2, push)])
     hf = tiny_hf("llama")
@@ -89,6 +104,7 @@ def test_planted_truth():
     ready = steering.prepare(case, samples=4)
     late = steering.audit(case, ready, planted_model("late"), "late")
     assert (late.recoverability > 0.5).all() and (late.columns["caf"] >= late.columns["caf_plain"]).all()
+    assert late.alpha in steering.STRENGTHS and f"x{late.alpha:g} layer {late.layer}" in late.flags_of(0)[-1]
     for name, model in (("full", case.full), ("early", planted_model("early")), ("R", case.retrained[0])):
         assert (steering.audit(case, ready, model, name).recoverability < 0.2).all(), name
     full = steering.audit(case, ready, case.full, "full")

@@ -7,7 +7,7 @@ from planted import planted_case, planted_model
 
 from mech_unlearn.model import load
 from mech_unlearn.restoration import Case, suffix
-from mech_unlearn.restoration.relearn import lessons
+from mech_unlearn.restoration.relearn import lessons, part_of
 from mech_unlearn.restoration.suffix import Search
 
 SMALL = Search(length=3, steps=4, candidates=8, top=16, prompts=4)
@@ -97,3 +97,34 @@ def test_without_retrained_models_the_grade_is_b_and_settings_must_be_positive()
     assert suffix.audit(case, suffix.prepare(case, how=SMALL), planted_model("late"), "late").grade == "B"
     with pytest.raises(ValueError, match="positive"):
         Search(steps=0)
+
+
+def test_losses_do_not_depend_on_the_size_of_a_batch():
+    case = people_case(retrained=())
+    rows, suffixes = lessons(case, case.facts), [(40, 41, 42), (43, 44, 45), (5, 6, 7)]
+    whole, single = (suffix.losses(case.full, rows, suffixes, max_tokens=n) for n in (8192, 1))
+    torch.testing.assert_close(single, whole)
+
+
+def test_the_vocabulary_is_read_off_the_embedding_without_running_a_layer():
+    case = people_case("gemma2", retrained=())
+    first_layer = case.full.hooks(("blocks.0.hook_resid_pre", lambda x: None))
+    with pytest.raises(RuntimeError, match="never fired"), first_layer:
+        table = suffix.vocabulary_embeddings(case.full)
+    seen = []
+    with case.full.hooks(("hook_embed", lambda x: seen.append(x))):
+        case.full.logits(torch.arange(50)[None])
+    torch.testing.assert_close(table[:50], seen[0][0])
+
+
+def test_a_fact_is_scored_behind_the_suffix_that_was_searched_on_other_facts():
+    case = people_case()
+    ready = suffix.prepare(case, how=SMALL)
+    found = suffix.audit(case, ready, case.full, "full")
+    for fold, rows in enumerate(ready.lessons):
+        mine = [fact for fact, f in zip(case.facts, ready.folds) if f == fold]
+        assert rows and not set(rows) & set(lessons(case, mine))
+        chosen = suffix.search(case.full, rows, SMALL, case.seed + fold)
+        which = [f == fold for f in ready.folds]
+        want = suffix.margins(part_of(ready.levels.probe, which), case.full, chosen)[0]
+        assert torch.equal(found.score_raw[torch.tensor(which)], want)

@@ -1,5 +1,7 @@
 """UDS: closed forms, an independent reference with plain transformers hooks, and models of known truth."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
@@ -53,6 +55,19 @@ def tiny_case(architecture, facts, seeds=(1, 2), **changes):
     return Case(full=models[0], retrained=tuple(models[1:]), facts=facts, **changes)
 
 
+def longer(facts):
+    """The same facts with answers of one, two and three tokens, true ones and wrong ones alike."""
+    tails = ("", " Hill", " West Vale")
+    return tuple(
+        replace(
+            fact,
+            object=fact.object + tails[i % 3],
+            distractors=tuple(d + tails[(i + j + 1) % 3] for j, d in enumerate(fact.distractors)),
+        )
+        for i, fact in enumerate(facts)
+    )
+
+
 def test_uds_of_a_worked_example():
     got = uds.uds_score(torch.tensor([[0.02], [0.10], [0.50], [1.0]]), torch.tensor([[0.03], [-0.05], [0.25], [1.4]]))
     assert got.uds.item() == pytest.approx(0.78125)
@@ -67,11 +82,12 @@ def test_uds_is_undefined_where_the_retrained_model_lacks_nothing():
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox"))
 @pytest.mark.parametrize("rows", ("answer", "subject"))
 def test_drops_agree_with_plain_transformers_hooks(architecture, rows):
-    facts = tiny_facts(["Anna Lee", "Hugo Vale"])
+    facts = longer(tiny_facts(["Anna Lee", "Hugo Vale"]))
     full, source = (load(tiny_hf(architecture, seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1))
     case = Case(full=full, retrained=(source,), facts=facts)
     ours = uds.prepare(case, rows=rows).drops[0]
     plain_full, plain_source = tiny_hf(architecture, seed=0), tiny_hf(architecture, seed=1)
+    assert {len(query.answers[0]) for query in uds.prepare(case).queries} == {1, 2, 3}
     for i, query in enumerate(uds.prepare(case).queries):
         answer, ids = query.answers[0], [*query.prompt, *query.answers[0][:-1]]
         start = len(query.prompt) - 1
@@ -119,6 +135,16 @@ def test_a_retrained_model_is_left_out_of_the_mean_when_it_is_audited():
     alone = Case(full=case.full, retrained=case.retrained[:1], facts=case.facts)
     with pytest.raises(ValueError, match="second one"):
         uds.audit(alone, uds.prepare(alone), alone.retrained[0], "R")
+
+
+def test_against_its_own_ceiling_the_mean_held_out_retrained_model_recovers_nothing():
+    """Clipping keeps every model below 1, so UDS of held-out retrained models is the mark, not 1."""
+    case = tiny_case("llama", tiny_facts(["Anna Lee", "Ben Hill"]), seeds=(1, 2, 3))
+    levels = uds.prepare(case)
+    assert levels.ceiling == pytest.approx(levels.heldout.nanmean().item()) and levels.ceiling < 0.99
+    each = torch.stack([uds.audit(case, levels, model, "R").kappa for model in case.retrained])
+    assert each.nanmean().item() == pytest.approx(0, abs=1e-5)
+    assert torch.equal(levels.heldout.isnan(), each.isnan())
 
 
 @pytest.mark.parametrize("unknown", (UNKNOWN, ()))

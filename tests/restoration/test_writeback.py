@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import planted_case, planted_model
-from test_uds import plain_blocks, tiny_case
+from test_uds import longer, plain_blocks, tiny_case
 
 from mech_unlearn.model import load
 from mech_unlearn.restoration import uds, writeback
@@ -75,8 +75,9 @@ def plain_margins(full, model, query, where):
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox"))
 @pytest.mark.parametrize("where", ("prompt", "subject"))
 def test_margins_at_every_layer_agree_with_plain_transformers_hooks(architecture, where):
-    case = tiny_case(architecture, tiny_facts(["Anna Lee", "Hugo Vale"]), seeds=(1,))
+    case = tiny_case(architecture, longer(tiny_facts(["Anna Lee", "Hugo Vale"])), seeds=(1,))
     ready = writeback.prepare(case, where=where)
+    assert all({len(a) for a in query.answers} == {1, 2, 3} for query in ready.levels.probe.queries)
     full, model = tiny_hf(architecture, seed=0), tiny_hf(architecture, seed=1)
     for i, query in enumerate(ready.levels.probe.queries):
         assert (ready.retrained[0, :, i] - plain_margins(full, model, query, where)).abs().max() < 1e-4
