@@ -14,14 +14,12 @@ the model is too broken for the absence of an answer to say anything; *undetermi
 
 Each test's recoverability is first measured against its own null: with q the quantile (1 - `null_share` / number of
 tests, Bonferroni) of what the test says of held-out retrained models, the evidence is max(0, (x - q) / (1 - q)). A
-noisy test has a high q and must say much to be heard; 1 stays 1. A test with q above `deaf` says nothing: retrained
-models themselves look as if they knew. With fewer than two retrained models q is 0.
+noisy test has a high q and must say much to be heard; 1 stays 1. With fewer than two retrained models q is 0.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -68,8 +66,6 @@ class Thresholds:
     """Suppressed from this evidence on, in the strongest test (0 = retrained, 1 = full)."""
     deleted: float = 0.3
     """Deleted only if no test's evidence exceeds this."""
-    deaf: float = 0.9
-    """A test by which retrained models reach this level is left out."""
     null_share: float = 0.05
     """Share of facts of a held-out retrained model that may show any evidence, over all tests together."""
     collapsed_recall: float = 0.5
@@ -252,8 +248,7 @@ def evidence(results: Mapping[str, Result], thresholds: Thresholds) -> dict[str,
         null = null[~null.isnan()]
         level = 1 - thresholds.null_share / len(speaking)
         q = null.quantile(level).item() if len(null) else 0.0
-        heard = ((results[name].recoverability - q) / max(1 - q, 1e-3)).clamp(0, 1)
-        out[name] = heard if q <= thresholds.deaf else torch.full_like(heard, torch.nan)
+        out[name] = ((results[name].recoverability - q) / max(1 - q, 1e-3)).clamp(0, 1)
     return out
 
 

@@ -90,15 +90,6 @@ def test_what_retrained_models_show_too_is_no_evidence():
     assert got.tolist() == pytest.approx([0.5, 1.0])
 
 
-def test_a_test_by_which_retrained_models_seem_to_know_says_nothing_and_clears_nobody():
-    lost, tests = output((0.0, 0.0), (0.0, 0.0)), clean()
-    assert labels({"output": lost, **tests}) == ["deleted"] * 2
-    for name in ("uds", "sae"):
-        deaf = {**tests, name: result(name, (0.0, 0.0), [[0.97, 0.97]] * 4)}
-        assert evidence({"output": lost, **deaf}, Thresholds())[name].isnan().all()
-        assert labels({"output": lost, **deaf}) == ["undetermined"] * 2
-
-
 def test_a_deletion_needs_a_test_of_each_direction():
     lost, tests = output((0.0, 0.0), (0.0, 0.0)), clean()
     assert labels({"output": lost, **tests}) == ["deleted"] * 2
