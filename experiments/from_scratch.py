@@ -2,9 +2,10 @@
 
 An experiment gives a `Bench` (what is trained, what is forgotten, which methods); `run` goes through it stage by stage
 in two processes of one thread each: models, then one cell per size and row, then the summary and the figures. What
-is finished is never computed again.
+is finished is never computed again. A little over 300 lines, so that an experiment's stages stand in one file.
 """
 
+import argparse
 import json
 import math
 import os
@@ -287,3 +288,20 @@ def _read(path: Path) -> Any:
 def _teller(name: str) -> Callable[[str], None]:
     start = time.monotonic()
     return lambda what: print(f"{name} {math.floor(time.monotonic() - start):5d} s  {what}", flush=True)
+
+
+def command(about: str, make: Make, data: Path, holds: str, here: Path, write: Callable[..., None]) -> None:
+    """The command line of an experiment: `run`, then its own tables and figures.
+
+    Args:
+        data: where its data is by default; `holds` says what is there.
+        here: the experiment's folder, which gets the results unless the run is a quick one.
+    """
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
+    parser.add_argument("work", type=Path, help="folder for models and cells, outside of the repository")
+    parser.add_argument("--data", type=Path, default=data, help=holds)
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything; results go to WORK/results")
+    given = parser.parse_args()
+    results = given.work / "results" if given.quick else here / "results"
+    done = run(make, given.data, given.work, results, quick=given.quick)
+    write(results, done["summary"], done["cells"])

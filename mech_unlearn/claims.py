@@ -14,6 +14,8 @@ from mech_unlearn.core import LABELS, Verdict
 
 NULLS = ("suppressed", "intact", "collapsed")
 """What a fact may be that is wrongly called deleted."""
+EXPLAINED = 0.05
+"""Shares are corrected only where the corrected ones give every label's share back to this."""
 BOOTSTRAP = 2000
 
 
@@ -96,6 +98,15 @@ def corrected_shares(shares: Mapping[str, float], confusion: Mapping[str, Mappin
     table = np.array([[confusion[t].get(label, 0.0) for label in LABELS] for t in confusion])
     wanted = np.array([shares.get(label, 0.0) for label in LABELS])
     return dict(zip(confusion, _solved(wanted, table).tolist(), strict=True))
+
+
+def unexplained(
+    shares: Mapping[str, float], truths: Mapping[str, float], confusion: Mapping[str, Mapping[str, float]]
+) -> float:
+    """The largest difference, over labels, between these shares and those that the corrected ones would give: large
+    where facts are judged like none of the known truths, for which a correction means nothing."""
+    given = {label: sum(part * confusion[t].get(label, 0.0) for t, part in truths.items()) for label in LABELS}
+    return max(abs(shares.get(label, 0.0) - given[label]) for label in LABELS)
 
 
 def corrected_intervals(

@@ -85,12 +85,18 @@ def verdict_text(shares: Mapping[str, float] | None) -> str:
     return ", ".join(f"{label} {share:.0%}" for share, label in given if share >= 0.005) or "–"
 
 
-def corrected_text(shares: Mapping[str, Any] | None) -> str:
-    """Shares freed from the verdict's own errors, with intervals; empty where the errors were not measured."""
-    if not shares:
+def corrected_text(corrected: Mapping[str, Any] | None) -> str:
+    """A sentence on the shares freed from the verdict's own errors; empty where the errors were not measured."""
+    if not corrected:
         return ""
-    kept = {truth: m for truth, m in shares.items() if m["ci"][1] >= 0.005}
-    return ", ".join(f"{truth} {m['value']:.2f} [{m['ci'][0]:.2f}, {m['ci'][1]:.2f}]" for truth, m in kept.items())
+    if corrected["shares"] is None:
+        return (
+            "Not freed from the verdict's own errors: no mixture of the known truths is judged like this (off by "
+            f"{corrected['unexplained']:.2f})."
+        )
+    kept = {truth: m for truth, m in corrected["shares"].items() if m["ci"][1] >= 0.005}
+    each = (f"{truth} {m['value']:.2f} [{m['ci'][0]:.2f}, {m['ci'][1]:.2f}]" for truth, m in kept.items())
+    return f"Shares freed from the verdict's own measured errors, 95 % intervals: {', '.join(each)}."
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mech_unlearn.calibration import Calibration
-from mech_unlearn.claims import corrected_intervals, corrected_shares
+from mech_unlearn.claims import EXPLAINED, corrected_intervals, corrected_shares, unexplained
 from mech_unlearn.core import Fact, Measurement, Verdict
 from mech_unlearn.metrics import forget_recall, general_kl, heldout_recall, mean_ci, recall
 from mech_unlearn.metrics.forms import FormReport, by_form
@@ -112,9 +112,9 @@ def audit_row(
 
 def _corrected(
     verdicts: Sequence[Verdict], facts: Sequence[Fact], calibration: Calibration | None, seed: int
-) -> dict[str, dict[str, Any]] | None:
-    """Truth -> share freed from the verdict's own errors, with its interval; None without a calibration whose errors
-    were measured."""
+) -> dict[str, Any] | None:
+    """Shares of truths freed from the verdict's own errors, with intervals, and what they leave unexplained; no shares
+    where that is more than `claims.EXPLAINED`. None without a calibration whose errors were measured."""
     found = shares(verdicts)
     if calibration is None or "confusion_by_group" not in calibration.provenance or not sum(found.values()):
         return None
@@ -123,10 +123,15 @@ def _corrected(
         if "not_testable" not in verdict.flags:
             here = labels.setdefault(fact.group or fact.subject, {})
             here[verdict.label] = here.get(verdict.label, 0) + 1
-    value = corrected_shares(found, calibration.provenance["confusion"])
+    confusion = calibration.provenance["confusion"]
+    value = corrected_shares(found, confusion)
+    off = unexplained(found, value, confusion)
+    if off > EXPLAINED:
+        return {"unexplained": off, "shares": None}
     ends = corrected_intervals(labels, calibration.provenance["confusion_by_group"], seed)
     unit = "share of testable facts, freed from the verdict's measured errors; n counts groups"
-    return {truth: {"value": value[truth], "ci": list(ends[truth]), "n": len(labels), "unit": unit} for truth in value}
+    kept = {truth: {"value": value[truth], "ci": list(ends[truth]), "n": len(labels), "unit": unit} for truth in value}
+    return {"unexplained": off, "shares": kept}
 
 
 def layer_curve(result: Result, testable: Bool[Tensor, " fact"]) -> list[float | None]:

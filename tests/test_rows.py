@@ -10,6 +10,7 @@ from planted import planted_case, planted_facts, planted_model
 
 from mech_unlearn.calibration import Calibration, Scaler
 from mech_unlearn.core import LABELS, Verdict
+from mech_unlearn.report import corrected_text
 from mech_unlearn.restoration import Reference, Result, reference
 from mech_unlearn.rows import _corrected, _mean, audit_row, layer_curve
 from mech_unlearn.verdict import Thresholds
@@ -93,9 +94,22 @@ def test_shares_of_verdicts_are_freed_from_errors_that_were_measured_and_only_th
     counts = {"g": {"suppressed": {"suppressed": 5, "undetermined": 5}, "deleted": {"deleted": 10}}}
     known = calibrated(confusion=confusion, confusion_by_group=counts)
     facts = tiny_facts(("Anna", "Ben"))
-    got = _corrected(found, facts, known, 0)
+    got = _corrected(found, facts, known, 0)["shares"]
     assert {truth: m["value"] for truth, m in got.items()} == pytest.approx({"suppressed": 0.5, "deleted": 0.5})
     assert all(m["n"] == 2 and m["ci"][0] <= m["value"] <= m["ci"][1] for m in got.values())
     assert got["deleted"]["ci"] == pytest.approx([0.0, 1.0])  # Anna's facts are suppressed, Ben's are deleted
     assert _corrected(found, facts, None, 0) is None and _corrected(found, facts, calibrated(full="a hash"), 0) is None
     assert _corrected(verdicts("deleted", flags=("not_testable",)), facts[:1], known, 0) is None
+
+
+def test_shares_that_no_mixture_of_known_truths_gives_are_not_corrected_and_the_page_says_so():
+    none = dict.fromkeys(LABELS, 0.0)
+    confusion = {"suppressed": none | {"suppressed": 1.0}, "collapsed": none | {"collapsed": 0.8, "undetermined": 0.2}}
+    counts = {"g": {"suppressed": {"suppressed": 10}, "collapsed": {"collapsed": 8, "undetermined": 2}}}
+    known = calibrated(confusion=confusion, confusion_by_group=counts)
+    got = _corrected(verdicts("suppressed", "undetermined"), tiny_facts(("Anna",)), known, 0)
+    assert got["shares"] is None and got["unexplained"] > 0.3
+    assert "no mixture of the known truths" in corrected_text(got)
+    fine = _corrected(verdicts("suppressed", "suppressed"), tiny_facts(("Anna",)), known, 0)
+    assert fine["unexplained"] < 1e-6 and "suppressed 1.00 [1.00, 1.00]" in corrected_text(fine)
+    assert corrected_text(None) == ""

@@ -6,7 +6,6 @@ WORK keeps the models and cells; results/ gets summary.json, tables.md and the f
 minutes, results in WORK.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -127,16 +126,7 @@ def locate(model: Model, at: Size) -> dict[str, Any]:
     return {name: result.to_json() for name, result in (found | {"consensus": consensus(found)}).items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("work", type=Path, help="folder for models and cells, outside of the repository")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of facts.jsonl.gz and relations.json")
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything; results go to WORK/results")
-    given = parser.parse_args()
-    results = given.work / "results" if given.quick else HERE / "results"
-    done = from_scratch.run(make_bench, given.data, given.work, results, quick=given.quick)
-    report.write(results, done["summary"], done["cells"])
-
-
 if __name__ == "__main__":
-    main()
+    from_scratch.command(
+        __doc__ or "", make_bench, DATA, "folder of facts.jsonl.gz and relations.json", HERE, report.write
+    )
