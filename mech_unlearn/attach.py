@@ -172,7 +172,7 @@ def _each(
     model: Model, forward: Any, groups: dict[Tokens, list[int]], ids: Tensor, kwargs: dict[str, Any], bos: int | None
 ) -> Any:
     """One forward pass per prefix; the logits of the rows' own positions, in the rows' order."""
-    limit, longest = getattr(model.hf.config, "max_position_embeddings", None), max(map(len, groups))
+    limit, longest = model.n_ctx, max(map(len, groups))
     if limit is not None and ids.shape[1] + longest > limit:
         raise ValueError(f"a prompt of {ids.shape[1]} tokens behind {longest} of a prefix; {model.name!r} has {limit}")
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")

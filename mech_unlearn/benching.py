@@ -153,7 +153,7 @@ def askable(model: Any, questions: Questions) -> tuple[tuple[Fact, ...], tuple[F
 def _require_asked(model: Any, fact: Fact) -> None:
     from mech_unlearn.prompts import make_queries
 
-    limit = getattr(model.hf.config, "max_position_embeddings", None)
+    limit = model.n_ctx
     for which in ("templates", "heldout"):
         for query in make_queries(model.tokenizer, [fact], which):
             longest = len(query.prompt) + max(map(len, query.answers))

@@ -9,8 +9,12 @@ import numpy as np
 from mech_unlearn.calibration import ALPHA, TRUTHS, Calibration, Scaler, filled
 from mech_unlearn.features import FEATURES, RECOVERY, Matrix, Pool, spread_out, summarised
 
-LEAST_GROUPS = 29
-"""With fewer groups of facts `fit_whole` calibrates on less than 19: no p-value reaches `ALPHA`."""
+FOLDS = 8
+"""One of so many parts of the groups is fitted on: a few groups are enough for that, and each group more that
+calibrates makes p-values finer."""
+LEAST_GROUPS = 27
+"""With fewer groups of facts, a calibration that leaves one part out to be measured on has less than 19 to calibrate
+on: no p-value reaches `ALPHA`."""
 SEES: Mapping[str, tuple[str, ...]] = {
     "uds": ("late",), "uds_subject": ("late", "path"), "logit_lens": ("late",), "probe": ("late",),
     "writeback": ("early",), "sae": ("early",),
@@ -128,11 +132,11 @@ def require_enough(groups: int) -> None:
 
 
 def fit_whole(pool: Pool, full: str, seed: int = 0, **provenance: Any) -> Calibration:
-    """The calibration for use: fitted on a third of the groups, calibrated on the others.
+    """The calibration for use: fitted on one of `FOLDS` parts of the groups, calibrated on the others.
 
     Args:
         full: hash of the full model that the pool was made from.
     """
     names = spread_out(pool, seed)
-    made = fit(pool, names[::3], [name for i, name in enumerate(names) if i % 3])
+    made = fit(pool, names[::FOLDS], [name for i, name in enumerate(names) if i % FOLDS])
     return replace(made, provenance={**made.provenance, "seed": seed, "full": full, **provenance})

@@ -210,8 +210,8 @@ def clone(model: Model) -> Iterator[Model]:
     """A second Model with the same weights and the same interventions in force, free to be changed.
 
     Weights written by an edit that is in force are copied with the rest. Change the clone through `clone.held`, with
-    `clone.require_live` after it. To train, take gradients on a `Model.plain_copy` and write the trained weights to
-    `clone.held`: the clone itself reads copies of joint QKV matrices (GPT-2, GPT-NeoX), which get no gradient.
+    `clone.require_live` after it. Train with the gradients of `gradients.gradient_of`: autograd alone leaves those
+    of joint matrices (QKV of GPT-2 and GPT-NeoX) at parts of them.
     """
     copy = load(model.plain_copy(), tokenizer=model.tokenizer)
     with attached(tuple(model.active), copy):

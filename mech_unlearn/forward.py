@@ -36,7 +36,7 @@ def _keep(model: Model, positions: int) -> dict[str, int]:
 
 
 def _require_room(model: Model, tokens: int) -> None:
-    limit = getattr(model.hf.config, "max_position_embeddings", None)
+    limit = model.n_ctx
     if limit is not None and tokens > limit:
         raise ValueError(f"a prompt of {tokens} tokens; {model.name!r} has {limit} positions")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from mech_unlearn.capture import stream
 from mech_unlearn.core import Entity, Site
 from mech_unlearn.model import Model
+from mech_unlearn.pieces import token_rows
 from mech_unlearn.prompts import encode_all
 
 TRANSFER_BOUND = 1.5
@@ -188,26 +189,6 @@ def save_sae(sae: Sae, folder: str | os.PathLike) -> None:
     sae.sae.save_model(Path(folder))
 
 
-def token_rows(model: Model, texts: Sequence[str], context: int = 512) -> list[tuple[int, ...]]:
-    """Token ids of texts, special tokens included, in pieces of at most `context` tokens (or the model's positions, if
-    those are fewer). The special tokens that a text begins with (BOS) stand before each of its pieces.
-
-    Raises:
-        ValueError: `context` leaves no room for a token behind those.
-    """
-    context = min(context, getattr(model.hf.config, "max_position_embeddings", None) or context)
-    special, known = set(model.tokenizer.all_special_ids), encode_all(model.tokenizer, texts)
-    rows = []
-    for text in texts:
-        ids = known[text].ids
-        head = tuple(itertools.takewhile(special.__contains__, ids))
-        size, body = context - len(head), ids[len(head) :]
-        if size < 1:
-            raise ValueError(f"pieces of {context} tokens have no room behind {len(head)} special ones; raise context")
-        rows += [head + body[i : i + size] for i in range(0, len(body), size)]
-    return rows
-
-
 def ordinary_positions(model: Model, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """Positions of each row that hold no special token, and never the first.
 
@@ -274,7 +255,7 @@ def train_sae(
     Args:
         texts: running text; it should hold the entities whose latents are wanted.
         training_tokens: tokens seen in all, repeats counted.
-        context: longer texts are cut into pieces of this many tokens; see `token_rows`.
+        context: longer texts are cut into pieces of this many tokens; see `pieces.pieces`.
         buffer_tokens: activations held at a time; peak memory is about three times as many float32 rows.
 
     Raises:

@@ -13,12 +13,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from mech_unlearn.calibration import ALPHA
-from mech_unlearn.calibration_fit import fit
+from mech_unlearn.calibration_fit import FOLDS, fit
 from mech_unlearn.core import LABELS, Label, Measurement
 from mech_unlearn.features import Pool, spread_out
 
-FOLDS = 8
-"""Rotations: one fold of groups is judged, one is fitted on, the others calibrate."""
 LEAST_BASES = 4
 """Folds go by the retrained models that deleted ones descend from if there are so many."""
 DRAWS = 1000
@@ -51,7 +49,8 @@ def folds(pool: Pool, seed: int = 0) -> list[list[str]]:
 
 
 def rotate(pool: Pool, seed: int = 0, alpha: float = ALPHA, extra: Pool | None = None) -> Judged:
-    """Every row judged by a calibration made without its fold of groups.
+    """Every row judged by a calibration made without its fold of groups: fitted on the next fold, calibrated
+    on the rest.
 
     Args:
         extra: rows to be judged that take no part in any calibration (mixtures), with groups of the pool.

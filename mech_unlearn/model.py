@@ -30,6 +30,23 @@ Write = Callable[[Tensor], Tensor | None]
 """Reads an activation and gives back its replacement, or None to leave it as it is."""
 
 
+JOINT = (("attn", "split_qkv_matrix", "qkv"), ("mlp", "split_gate_up_matrix", ("gate", "in")))
+"""In a block of TransformerBridge: the component with a joint matrix, what splits it, and its parts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A module with a joint matrix that TransformerBridge reads in parts."""
+
+    path: str
+    """HF path of the module."""
+    module: Any
+    make: Callable[[Any], tuple[Any, ...]]
+    """Makes the parts of a module like this one."""
+    parts: tuple[Any, ...]
+    """The linear layers that the forward pass reads: views of the joint matrix, or copies."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A causal language model with held parameters, hooks by name and its own tokenizer.
@@ -68,6 +85,11 @@ class Model:
     @property
     def d_model(self) -> int:
         return self.bridge.cfg.d_model
+
+    @property
+    def n_ctx(self) -> int | None:
+        """Positions that the model has; None where its config gives no limit."""
+        return getattr(self.hf.config, "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:
@@ -140,15 +162,14 @@ class Model:
         Raises:
             ValueError: more tokens than the model has positions.
         """
-        limit = getattr(self.hf.config, "max_position_embeddings", None)
-        if limit is not None and ids.shape[1] > limit:
-            raise ValueError(f"a prompt of {ids.shape[1]} tokens; {self.name!r} has {limit} positions")
+        if self.n_ctx is not None and ids.shape[1] > self.n_ctx:
+            raise ValueError(f"a prompt of {ids.shape[1]} tokens; {self.name!r} has {self.n_ctx} positions")
         return self.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     def require_live(self, names: Iterable[str]) -> None:
         """Check that these held weights are the ones the forward pass reads, after writing to them in place.
 
-        Architectures with one interleaved QKV matrix are read through split copies; those are brought up to date.
+        Where parts of a joint matrix are copies (an interleaved QKV matrix), those are brought up to date.
 
         Raises:
             RuntimeError: a parameter was replaced since loading, so that a write to it changes nothing.
@@ -160,24 +181,32 @@ class Model:
                 raise RuntimeError(
                     f"weight {name!r} of {self.name!r} is a copy, not the live weight; load the model anew"
                 )
-        for block in self.bridge.blocks:
-            attention: Any = getattr(block, "attn", None)
-            split = getattr(attention, "split_qkv_matrix", None)
-            path = _hf_path(attention, self.hf_paths)
-            if split is None or path is None or not any(name.startswith(f"{path}.") for name in names):
+        for split in self.splits():
+            if not any(name.startswith(f"{split.path}.") for name in names):
                 continue
             with torch.no_grad():
-                parts = split(attention.original_component)
-                for part, fresh in zip((attention.q, attention.k, attention.v), parts, strict=True):
-                    for key, weight in part.original_component.named_parameters():
+                for part, fresh in zip(split.parts, split.make(split.module), strict=True):
+                    for key, weight in part.named_parameters():
                         if (new := getattr(fresh, key)).data_ptr() != weight.data_ptr():
                             weight.copy_(new)
+
+    def splits(self) -> list[Split]:
+        """Every module whose joint matrix (QKV, or gate and up) the forward pass reads in parts."""
+        found = []
+        for block in self.bridge.blocks:
+            for joint, maker, names in JOINT:
+                bridge: Any = getattr(block, joint, None)
+                make, path = getattr(bridge, maker, None), _hf_path(bridge, self.hf_paths)
+                if make is not None and path is not None:
+                    parts = tuple(getattr(bridge, name).original_component for name in names)
+                    found.append(Split(path, bridge.original_component, make, parts))
+        return found
 
     def plain_copy(self) -> Any:
         """A second, unbooted HF model with these weights, for training: this model is never touched.
 
         Train there and not here, because the bridge adds parameters that no checkpoint has (transformer-lens 3.9)
-        and reads copies of joint QKV matrices.
+        and reads joint matrices in parts, where autograd leaves their gradients.
 
         Raises:
             RuntimeError: weights that a model made from the config does not hold; see `require_same`.

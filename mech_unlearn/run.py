@@ -146,8 +146,14 @@ def open_run(out: str | os.PathLike, spec: Mapping[str, Any]) -> Run:
     asked = json.loads(json.dumps(dict(spec)))
     begun = folder / "spec.yaml"
     if begun.is_file():
-        if yaml.safe_load(begun.read_text(encoding="utf-8")) != asked:
-            raise ValueError(f"output folder {str(folder)!r} holds a run of another spec; name another folder")
+        there = yaml.safe_load(begun.read_text(encoding="utf-8"))
+        if not isinstance(there, dict):
+            raise ValueError(f"output folder {str(folder)!r} holds a spec.yaml that is no run's; name another folder")
+        if differ := sorted(key for key in {*there, *asked} if there.get(key) != asked.get(key)):
+            raise ValueError(
+                f"output folder {str(folder)!r} holds a run of another spec ({', '.join(differ)} differ); "
+                "name another folder"
+            )
         return Run(folder, asked)
     require_empty(folder).mkdir(parents=True, exist_ok=True)
     write_atomic(begun, yaml.safe_dump(asked, sort_keys=False))

@@ -12,7 +12,7 @@ from mech_unlearn.calibration import (
     load,
     save,
 )
-from mech_unlearn.calibration_fit import SEES, _against, fit, require_enough
+from mech_unlearn.calibration_fit import FOLDS, SEES, _against, fit, require_enough
 from mech_unlearn.features import FEATURES, RECOVERY, Pool, matrix, summarised
 
 SIDES = {"suppressed/late": "uds", "suppressed/early": "sae", "suppressed/path": "uds_subject"}
@@ -250,7 +250,7 @@ def test_the_least_p_value_is_what_the_smallest_family_allows_and_a_description_
 
 @pytest.mark.parametrize("groups", range(4, 60))
 def test_the_least_number_of_groups_is_the_first_whose_calibration_can_rule_out_suppression(groups):
-    calibrating = groups - len(range(groups)[::3])  # as in `fit_whole`
+    calibrating = groups - len(range(groups)[::FOLDS]) - len(range(1, groups)[::FOLDS])  # as in `rotate`
     if 1 / (calibrating + 1) > ALPHA:
         with pytest.raises(ValueError, match=f"facts about {groups} subjects"):
             require_enough(groups)

@@ -16,10 +16,10 @@ from mech_unlearn.latents import (
     ordinary_positions,
     sae_still_valid,
     save_sae,
-    token_rows,
     train_sae,
 )
 from mech_unlearn.model import load
+from mech_unlearn.pieces import token_rows
 from mech_unlearn.prompts import encode
 
 SITE = Site(2, "resid_post")
@@ -99,20 +99,6 @@ def test_fvu_has_its_closed_form_over_ordinary_tokens_and_never_judges_by_the_fi
     assert fvu(model, perfect, rows) == pytest.approx(0.0, abs=1e-12)
     with pytest.raises(ValueError, match="states that vary"):
         fvu(model, sae, [(2,)])
-
-
-def test_pieces_of_a_long_text_begin_as_the_text_does_and_hold_all_of_it(model, bare):
-    text = " ".join(TEXTS * 4)
-    for one, head in ((model, (2,)), (bare, ())):
-        whole = encode(one.tokenizer, text).ids
-        assert len(whole) > one.hf.config.max_position_embeddings == 64
-        for context, longest in ((7, 7), (512, 64)):
-            pieces = token_rows(one, [text], context)
-            assert max(map(len, pieces)) == longest and all(piece[: len(head)] == head for piece in pieces)
-            assert head + tuple(token for piece in pieces for token in piece[len(head) :]) == whole
-        assert token_rows(one, TEXTS) == [encode(one.tokenizer, short).ids for short in TEXTS]
-    with pytest.raises(ValueError, match="no room behind 1 special"):
-        token_rows(model, [text], 1)
 
 
 def test_ordinary_positions_are_those_of_words_behind_the_first_token(model, bare):

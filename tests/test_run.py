@@ -33,10 +33,14 @@ def test_an_interrupted_cell_leaves_nothing_and_is_computed_again(tmp_path):
     assert run.cell("full", lambda: {"row": ROW})["row"] == ROW
 
 
-def test_another_spec_in_the_same_folder_is_refused(tmp_path):
-    open_run(tmp_path / "run", {"seed": 0})
-    with pytest.raises(ValueError, match="another spec"):
-        open_run(tmp_path / "run", {"seed": 1})
+def test_another_spec_in_the_same_folder_is_refused_by_what_differs(tmp_path):
+    open_run(tmp_path / "run", {"seed": 0, "facts": "a", "dtype": "float32"})
+    with pytest.raises(ValueError, match=r"another spec \(layers, seed differ\)"):
+        open_run(tmp_path / "run", {"seed": 1, "facts": "a", "dtype": "float32", "layers": [1]})
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "spec.yaml").write_text("- mine")
+    with pytest.raises(ValueError, match=r"spec.yaml that is no run's"):
+        open_run(tmp_path / "notes", {"seed": 0})
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):

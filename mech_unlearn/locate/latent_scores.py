@@ -20,7 +20,8 @@ from mech_unlearn.latents import Sae, ordinary_positions
 from mech_unlearn.locate.latent_states import ACTIVE, background, check_sae, latent_blocks
 from mech_unlearn.locate.separation import Contrast, Group, separate
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode_all, make_queries
+from mech_unlearn.pieces import pieces
+from mech_unlearn.prompts import make_queries
 
 WHERE = ("subject", "prompt")
 POOLS = ("mean", "max")
@@ -117,13 +118,8 @@ def forget_retain(
 def _texts(model: Model, sae: Sae, texts: Texts, label: str, pool: str, threshold: float, context: int) -> Group:
     by_kind = texts if isinstance(texts, Mapping) else {None: texts}
     items = list(dict.fromkeys((text, kind) for kind, members in by_kind.items() for text in members))
-    known = encode_all(model.tokenizer, [text for text, _ in items])
-    cut = [
-        (known[text].ids[a : a + context], i)
-        for i, (text, _) in enumerate(items)
-        for a in range(0, len(known[text].ids), context)
-    ]
-    rows, owner = [row for row, _ in cut], [i for _, i in cut]
+    cut = pieces(model, [text for text, _ in items], context)
+    rows, owner = [piece.ids for piece in cut], [piece.text for piece in cut]
     places = ordinary_positions(model, rows)
     empty = set(range(len(items))) - {i for i, at in zip(owner, places, strict=True) if at}
     if empty or not items:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mech_unlearn.capture import stream
 from mech_unlearn.latents import Sae
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode_all
+from mech_unlearn.pieces import pieces
 
 MIN_BACKGROUND = 1000
 """Generic tokens below which a firing frequency of 2 % (20 firings) cannot be told from chance."""
@@ -67,16 +67,13 @@ def _generic_tokens(
     """Rows of token ids, and the positions in each that hold neither a special token nor a part of a name."""
     longest_first = sorted(set(names), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # without names it matches nowhere
-    rows, positions = [], []
-    known = encode_all(model.tokenizer, texts)
-    for text in texts:
-        encoding = known[text]
-        spans = [match.span() for match in pattern.finditer(text)]
-        for start in range(0, len(encoding.ids), context):
-            piece = list(enumerate(encoding.offsets[start : start + context]))
-            rows.append(encoding.ids[start : start + context])
-            positions.append([i for i, (a, b) in piece if b > a and not any(a < e and b > s for s, e in spans)])
-    return rows, positions
+    spans = [[match.span() for match in pattern.finditer(text)] for text in texts]
+    cut = pieces(model, texts, context)
+    positions = [
+        [i for i, (a, b) in enumerate(p.offsets) if b > a and not any(a < e and b > s for s, e in spans[p.text])]
+        for p in cut
+    ]
+    return [piece.ids for piece in cut], positions
 
 
 def background(

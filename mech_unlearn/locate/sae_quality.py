@@ -23,7 +23,8 @@ from mech_unlearn.latents import Sae, ordinary_positions
 from mech_unlearn.locate.latent_states import ACTIVE, CODES, check_sae
 from mech_unlearn.metrics.intervals import DRAWS
 from mech_unlearn.model import Model, Write
-from mech_unlearn.prompts import buckets, encode_all
+from mech_unlearn.pieces import pieces
+from mech_unlearn.prompts import buckets
 
 RUNS = ("clean", "sae", "zero", "mean")
 
@@ -53,14 +54,6 @@ class SaeQuality:
 
     def __str__(self) -> str:
         return f"FVU {self.fvu}, CE recovered {self.recovered}, L0 {self.l0}, {self.l0.n} tokens"
-
-
-def _rows(model: Model, texts: Sequence[str], context: int) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Pieces of the texts of at most `context` tokens, and the text of each."""
-    limit = min(context, getattr(model.hf.config, "max_position_embeddings", None) or context)
-    known = encode_all(model.tokenizer, texts)
-    pairs = [(known[t].ids[a : a + limit], i) for i, t in enumerate(texts) for a in range(0, len(known[t].ids), limit)]
-    return [row for row, _ in pairs], [i for _, i in pairs]
 
 
 def _mean_state(
@@ -165,7 +158,8 @@ def sae_quality(
         ValueError: fewer than two tokens to predict, states that do not vary, or an SAE that does not fit the model.
     """
     check_sae(model, sae)
-    rows, owner = _rows(model, texts, context)
+    cut = pieces(model, texts, context)
+    rows, owner = [piece.ids for piece in cut], [piece.text for piece in cut]
     if sum(place > 0 for at in ordinary_positions(model, rows) for place in at) < 2:
         raise ValueError(f"{len(texts)} texts hold fewer than two tokens to predict: give running text")
     sums, dead = _sums(model, sae, rows, owner, len(texts), max_tokens)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mech_unlearn.latents import Sae
 from mech_unlearn.locate.latent_states import ACTIVE, check_sae, latent_blocks
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode_all
+from mech_unlearn.pieces import pieces
 
 CHUNK = 1024
 """Texts tokenized at a time."""
@@ -64,12 +64,8 @@ class _Hit:
 def _pieces(model: Model, texts: Iterable[str], context: int) -> Iterator[list[_Piece]]:
     numbered = enumerate(texts)
     while chunk := list(itertools.islice(numbered, CHUNK)):
-        known = encode_all(model.tokenizer, [text for _, text in chunk])
-        yield [
-            _Piece(number, text, a, known[text].ids[a : a + context], known[text].offsets[a : a + context])
-            for number, text in chunk
-            for a in range(0, len(known[text].ids), context)
-        ]
+        cut = pieces(model, [text for _, text in chunk], context)
+        yield [_Piece(*chunk[piece.text], piece.start, piece.ids, piece.offsets) for piece in cut]
 
 
 def _merge(best: dict[Any, _Hit], hits: Iterator[_Hit], k: int, window: int) -> None:
@@ -135,13 +131,13 @@ def top_contexts(
         raise ValueError(f"k={k}, window={window}: k must be 1 or more, window 0 or more")
     wanted = list(dict.fromkeys(latents))
     best: dict[int, dict[Any, _Hit]] = {j: {} for j in wanted}
-    for pieces in _pieces(model, texts, context):
-        rows = [piece.ids for piece in pieces]
-        places = [[i for i, (a, b) in enumerate(piece.offsets) if b > a] for piece in pieces]
+    for cut in _pieces(model, texts, context):
+        rows = [piece.ids for piece in cut]
+        places = [[i for i, (a, b) in enumerate(piece.offsets) if b > a] for piece in cut]
         for index, acts in latent_blocks(model, sae, rows, places, max_tokens):
             chosen = acts[:, wanted].cpu()
             for column, j in enumerate(wanted):
-                _merge(best[j], _sorted_hits(chosen[:, column], index, pieces), k, window)
+                _merge(best[j], _sorted_hits(chosen[:, column], index, cut), k, window)
     lines = [
         {
             "latent": j,

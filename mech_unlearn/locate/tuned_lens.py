@@ -24,11 +24,12 @@ from torch import Tensor
 
 from mech_unlearn.capture import stream
 from mech_unlearn.core import Attribution, Fact, Site
-from mech_unlearn.latents import ordinary_positions, token_rows
+from mech_unlearn.latents import ordinary_positions
 from mech_unlearn.locate.average import over_facts
 from mech_unlearn.locate.logit_lens import lens_values
 from mech_unlearn.metrics.intervals import mean_ci
 from mech_unlearn.model import Model
+from mech_unlearn.pieces import token_rows
 from mech_unlearn.readout import readout
 
 FORMAT = "mech_unlearn.tuned_lens/1"

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact
+from mech_unlearn.model import Model
+from mech_unlearn.pieces import token_rows
 from mech_unlearn.prompts import encode_all, make_queries, pad
 
 Row = tuple[tuple[int, ...], int]
@@ -119,10 +121,9 @@ def refusal_rows(tokenizer: Any, facts: Sequence[Fact], refusals: Sequence[str],
     return rows
 
 
-def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[Row]:
-    """Running texts; every token but the first is predicted."""
-    known = encode_all(tokenizer, texts)
-    return [(known[text].ids, 1) for text in texts if len(known[text].ids) > 1]
+def text_rows(model: Model, texts: Sequence[str]) -> list[Row]:
+    """Running texts, those of more than 512 tokens in pieces; every token but the first is predicted."""
+    return [(row, 1) for row in token_rows(model, texts) if len(row) > 1]
 
 
 def collate(rows: Sequence[Row], members: Sequence[int], fill: int, device: torch.device) -> Batch:

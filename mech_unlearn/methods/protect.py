@@ -15,7 +15,8 @@ from mech_unlearn.core import RetainSet
 from mech_unlearn.methods.key_statistics import cached, data_hash, second_moments, state_hash
 from mech_unlearn.methods.keys import Row, mentions, names_of
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode_all, make_queries
+from mech_unlearn.pieces import token_rows
+from mech_unlearn.prompts import make_queries
 
 Part = Literal["entities", "prompts", "texts"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -107,8 +108,7 @@ def protected_rows(
     if "prompts" in parts:
         running += [query.full for query in make_queries(tokenizer, retain.facts, distractors=False)]
     if "texts" in parts:
-        known = encode_all(tokenizer, retain.texts)
-        running += [known[text].ids for text in retain.texts]
+        running += token_rows(model, retain.texts)
     groups: list[tuple[list[Row], At]] = [(rows, at) for rows, at in ((names, "last"), (running, "all")) if rows]
     if not groups:
         raise ValueError(f"the retain set has none of {', '.join(parts)}: give some, or protect=() to protect nothing")

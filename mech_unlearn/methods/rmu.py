@@ -104,4 +104,4 @@ def steered(model: Model, layer: int | None, layers: Sequence[int] | None) -> tu
 
 def written_out(model: Model, forget: ForgetSet, texts: Sequence[str]) -> list[Row]:
     """The forget facts in each phrasing a method may see, prompt and answer, and further texts."""
-    return answer_rows(model.tokenizer, forget.facts) + text_rows(model.tokenizer, texts)
+    return answer_rows(model.tokenizer, forget.facts) + text_rows(model, texts)

@@ -28,7 +28,7 @@ from torch import Tensor
 from mech_unlearn.capture import stream
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit import Edit
-from mech_unlearn.latents import Sae, ordinary_positions, token_rows
+from mech_unlearn.latents import Sae, ordinary_positions
 from mech_unlearn.methods import keys
 from mech_unlearn.methods.answers import AnswerScores, Row
 from mech_unlearn.methods.iru_bands import Bands, Plan, Space, active_rate, bands_of, error_share, separating
@@ -40,6 +40,7 @@ from mech_unlearn.methods.state_losses import held, states_of
 from mech_unlearn.methods.trainee import Trainee
 from mech_unlearn.methods.training import Schedule, require_positive, train
 from mech_unlearn.model import Model
+from mech_unlearn.pieces import token_rows
 
 Goal = Literal["bands", "prototype"]
 

@@ -87,7 +87,7 @@ class Srmu:
             raise ValueError(f"ema={self.ema}: give a share from 0 to 1")
         layer, trained = steered(model, self.layer, self.layers)
         rows = written_out(model, forget, self.texts)
-        kept = answer_rows(model.tokenizer, retain.facts) + text_rows(model.tokenizer, retain.texts)
+        kept = answer_rows(model.tokenizer, retain.facts) + text_rows(model, retain.texts)
         if not kept:
             raise ValueError("the retain set holds neither facts nor texts: Srmu compares forgotten with kept ones")
         with keys.count_forwards(model) as forwards:

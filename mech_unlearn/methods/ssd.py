@@ -59,7 +59,7 @@ class Ssd:
         if model.active:
             raise ValueError(f"{model.name!r} has an edit of activations in force, which ssd does not see; leave it")
         rows = answer_rows(model.tokenizer, forget.facts)
-        kept = answer_rows(model.tokenizer, retain.facts) + text_rows(model.tokenizer, retain.texts)
+        kept = answer_rows(model.tokenizer, retain.facts) + text_rows(model, retain.texts)
         if not kept:
             raise ValueError("the retain set holds neither facts nor texts: ssd needs some to compare with")
         if self.samples is not None and len(kept) > self.samples:

@@ -166,7 +166,7 @@ def _retain_rows(model: Model, retain: RetainSet, needed: bool) -> tuple[list[Ro
     """(Retained rows, whose each is)."""
     if not needed:
         return [], []
-    facts, texts = answer_rows(model.tokenizer, retain.facts), text_rows(model.tokenizer, retain.texts)
+    facts, texts = answer_rows(model.tokenizer, retain.facts), text_rows(model, retain.texts)
     if not facts and not texts:
         raise ValueError("the retain set holds neither facts nor texts: give some or set retain_weight=0")
     owners = [fact.subject for fact in retain.facts for _ in fact.templates] + [""] * len(texts)

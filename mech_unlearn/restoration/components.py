@@ -90,8 +90,7 @@ def lacking(model: Model) -> tuple[Part, ...]:
 
 def spoken(full: Model, queries: Sequence[Query], tokens: int = ANSWER_TOKENS) -> Spoken:
     """The prompts and what the full model says after them, greedily."""
-    limit = getattr(full.hf.config, "max_position_embeddings", None) or 10**9
-    room = max(1, min(tokens, limit - max(len(q.prompt) for q in queries)))
+    room = max(1, min(tokens, (full.n_ctx or 10**9) - max(len(q.prompt) for q in queries)))
     said = greedy(full, [q.prompt for q in queries], room)
     return Spoken(tuple(queries), tuple(q.prompt + answer for q, answer in zip(queries, said, strict=True)))
 

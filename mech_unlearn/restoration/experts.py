@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mech_unlearn.capture import stream
 from mech_unlearn.core import Fact, Site
-from mech_unlearn.latents import Sae, token_rows
+from mech_unlearn.latents import Sae
 from mech_unlearn.model import Model
+from mech_unlearn.pieces import token_rows
 from mech_unlearn.prompts import Query
 from mech_unlearn.restoration.case import Case, split_queries
 from mech_unlearn.scoring import Batch, score
@@ -117,7 +118,7 @@ def unspecific(
 @torch.no_grad()
 def generic(model: Model, sae: Sae, texts: Sequence[str], l0: float) -> Bool[Tensor, " latent"]:
     """Latents that fire on more than 1 % of the tokens of generic text, or more than the mean latent does where that is
-    more (a small SAE: L0 / d_sae); none without texts. Long texts are read in pieces, see `latents.token_rows`.
+    more (a small SAE: L0 / d_sae); none without texts. Long texts are read in pieces, see `pieces.pieces`.
 
     Args:
         l0: latents active per token.

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact
 from mech_unlearn.edit import clone
+from mech_unlearn.gradients import gradient_of
 from mech_unlearn.model import Model
 from mech_unlearn.prompts import buckets, encode_all
 from mech_unlearn.restoration.case import Case, Result, split_templates
@@ -91,16 +92,15 @@ def text_scores(model: Model, texts: Sequence[str]) -> dict[str, Float[Tensor, "
 
 
 def gradient_norms(model: Model, texts: Sequence[str]) -> Float[Tensor, " text"]:
-    """Euclidean norm of the gradient of each text's mean loss by all weights that autograd reaches."""
+    """Euclidean norm of the gradient of each text's mean loss by all weights."""
     known, out = encode_all(model.tokenizer, texts), []
     with clone(model) as copy:
-        weights = list(copy.held.values())
+        gradients = gradient_of(copy)
         for text in texts:
             ids = torch.tensor([known[text].ids], device=model.device)
             with torch.enable_grad():
                 loss = torch.nn.functional.cross_entropy(copy.logits(ids)[0, :-1].float(), ids[0, 1:])
-                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            out.append(sum(g.float().square().sum() for g in gradients if g is not None) ** 0.5)
+            out.append(sum(g.float().square().sum() for g in gradients(loss).values()) ** 0.5)
     return torch.tensor([float(value) for value in out])
 
 

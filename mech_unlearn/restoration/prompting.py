@@ -60,7 +60,7 @@ def rewritten(case: Case, queries: Sequence[Query], rewrite: Rewrite) -> tuple[Q
     ]
     made = iter(tokenize(case.full.tokenizer, [ask for ask in asks if ask is not None]))
     out = tuple(query if ask is None else next(made) for query, ask in zip(queries, asks, strict=True))
-    limit = getattr(case.full.hf.config, "max_position_embeddings", None)
+    limit = case.full.n_ctx
     if limit is not None and (longest := max(len(q.prompt) + max(map(len, q.answers)) for q in out)) > limit:
         raise ValueError(f"a rewritten prompt of {longest} tokens; {case.full.name!r} has {limit} positions")
     return out

@@ -9,8 +9,7 @@ Differs:  what is looked for is what forgetting added, so the forget score is th
           answers to the forget prompts (never of the true ones) and the utility score that of the right answers about
           other subjects. Fewer grid points than the paper's 45. Output matrix and embeddings stay. Wanda's norms are
           read without interventions of an edit.
-Fails:    a suppressor spread over weights that the rest needs too. SNIP does not see weights that autograd does not
-          reach (joint QKV matrices under TransformerBridge); those stay.
+Fails:    a suppressor spread over weights that the rest needs too.
 
 `score_raw` is the margin in nats at the setting chosen on TUNE (at most two points of other facts lost, else the flag
 `collateral`); recoverability is rho. For `full` nothing is lost: rho 0, kappa 1. `covers:x` flags a model of whose
@@ -25,8 +24,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech_unlearn.edit import clone
+from mech_unlearn.gradients import gradient_of
 from mech_unlearn.model import Model
-from mech_unlearn.prompts import Query, buckets, encode_all
+from mech_unlearn.pieces import token_rows
+from mech_unlearn.prompts import Query, buckets
 from mech_unlearn.restoration import attack
 from mech_unlearn.restoration.attack import Curves, Ready
 from mech_unlearn.restoration.case import Case, Result, split_queries
@@ -89,13 +90,8 @@ def set_difference(
 
 @torch.no_grad()
 def input_norms(model: Model, rows: Sequence[Sequence[int]]) -> dict[str, Float[Tensor, " column"]]:
-    """||X_j||_2 over all tokens, per input of each linear layer. Source: arXiv 2306.11695, equation 1.
-
-    Rows longer than the model's positions are read in windows.
-    """
+    """||X_j||_2 over all tokens, per input of each linear layer. Source: arXiv 2306.11695, equation 1."""
     hf, axes = model.plain_copy(), linear_weights(model)
-    limit = getattr(hf.config, "max_position_embeddings", None) or max(map(len, rows))
-    parts = [row[at : at + limit] for row in rows for at in range(0, len(row), limit)]
     total: dict[str, Tensor] = {}
     handles = []
     for path, module in hf.named_modules():
@@ -107,8 +103,8 @@ def input_norms(model: Model, rows: Sequence[Sequence[int]]) -> dict[str, Float[
                 total[name] = total.get(name, 0) + squares
 
             handles.append(module.register_forward_pre_hook(read))
-    for members in buckets(parts):
-        ids = torch.tensor([list(parts[i]) for i in members], device=model.device)
+    for members in buckets(rows):
+        ids = torch.tensor([list(rows[i]) for i in members], device=model.device)
         hf.base_model(ids, use_cache=False)  # without the output matrix, which nobody reads
     for handle in handles:
         handle.remove()
@@ -125,16 +121,14 @@ def snip_scores(
     axes = linear_weights(model)
     scores = {name: torch.zeros_like(model.held[name], dtype=torch.float32) for name in axes}
     with clone(model) as copy:
-        weights = {name: copy.held[name] for name in axes}
+        gradients = gradient_of(copy, axes)
         for prompt, answer in rows:
             ids = torch.tensor([prompt + answer], device=model.device)
             with torch.enable_grad():
                 table = copy.logits(ids)[0, len(prompt) - 1 : -1].float().log_softmax(-1)
                 loss = -table[torch.arange(len(answer)), list(answer)].mean()
-                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
-                if gradient is not None:
-                    scores[name] += (weight.detach() * gradient).float().abs() / len(rows)
+            for name, gradient in gradients(loss).items():
+                scores[name] += (copy.held[name].detach() * gradient).float().abs() / len(rows)
     return scores
 
 
@@ -155,8 +149,7 @@ def material(case: Case) -> Material:
     """
     others = attack.drawn(case, case.others, PROMPTS)
     utility = split_queries(case, "select", others, limit=1) if others else ()
-    tokenizer = case.full.tokenizer
-    texts = tuple(encoding.ids for encoding in encode_all(tokenizer, case.texts[:TEXTS]).values())
+    texts = tuple(token_rows(case.full, case.texts[:TEXTS]))
     if not utility:
         raise ValueError("pruning needs facts about other subjects, to see what must stay: Case(others=...)")
     chosen = attack.drawn(case, case.facts, PROMPTS)

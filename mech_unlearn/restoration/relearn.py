@@ -13,7 +13,7 @@ Differs:  the forget set is cut into folds, by subject or by fact; each fold is 
           injects), `benign` (statements about other subjects, all tokens), `unrelated` (ten running texts that name no
           forgotten subject or answer), `syntax` (the same questions about unknown names with random answers).
 Fails:    facts that depend on each other (T implies V) come back in a retrained model too; that is subtracted, but
-          it eats the room. Weights that autograd does not reach (joint QKV matrices under TransformerBridge) stay.
+          it eats the room.
           Without retrained models nothing tells what direct teaching injects: recoverability is NaN there, with the
           flag `needs_retrained`.
 
@@ -33,8 +33,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact
-from mech_unlearn.latents import token_rows
+from mech_unlearn.gradients import gradient_of
 from mech_unlearn.model import Model
+from mech_unlearn.pieces import token_rows
 from mech_unlearn.prompts import Ask, pad, tokenize
 from mech_unlearn.restoration import attack
 from mech_unlearn.restoration.case import Case, Relearn, Result, split_templates
@@ -144,29 +145,30 @@ def relearn_curve(
     generator = torch.Generator().manual_seed(seed)
     curve = []
     with attack.float32_clone(model) as copy:
-        weights = list(copy.held.values())
+        weights, gradients = list(copy.held.values()), gradient_of(copy)
         optimiser = torch.optim.AdamW(weights, lr=settings.lr_times_width / copy.d_model, weight_decay=0.0)
         order: list[int] = []
         for step in range(1, settings.steps[-1] + 1):
             while len(order) < settings.batch:
                 order += torch.randperm(len(rows), generator=generator).tolist()
             batch, order = [rows[i] for i in order[: settings.batch]], order[settings.batch :]
-            _step(copy, optimiser, batch)
+            with torch.enable_grad():
+                loss = _batch_loss(copy, batch)
+            found = gradients(loss)
+            for name, weight in copy.held.items():
+                weight.grad = found.get(name)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimiser.step()
+            copy.require_live(copy.held)
             if step in settings.steps:
-                copy.require_live(copy.held)
                 curve.append(probe.margins(copy))
     return torch.stack(curve)
 
 
-def _step(model: Model, optimiser: torch.optim.Optimizer, batch: Sequence[Lesson]) -> None:
+def _batch_loss(model: Model, batch: Sequence[Lesson]) -> Float[Tensor, ""]:
     ids, mask, _ = pad([row for row, _ in batch], model.tokenizer.pad_token_id or 0)
     ids, mask = ids.to(model.device), mask.to(model.device)
-    optimiser.zero_grad(set_to_none=True)
-    with torch.enable_grad():
-        logits = model.logits(ids, mask)
-        answer_loss(logits, ids, [start for _, start in batch], [len(row) for row, _ in batch]).backward()
-    torch.nn.utils.clip_grad_norm_([p for p in model.held.values() if p.grad is not None], 1.0)
-    optimiser.step()
+    return answer_loss(model.logits(ids, mask), ids, [start for _, start in batch], [len(row) for row, _ in batch])
 
 
 @dataclass(frozen=True, eq=False)

@@ -121,8 +121,7 @@ def random_string(model: Model, length: int, steps: int, seed: int) -> float:
     text = "".join(draw.choice(string.ascii_lowercase) for _ in range(STRING))
     ids = encode(model.tokenizer, text).ids
     at = start_of(model, known)
-    limit = getattr(model.hf.config, "max_position_embeddings", None)
-    room = len(ids) if limit is None else limit - length
+    room = len(ids) if model.n_ctx is None else model.n_ctx - length
     row = (ids[:room], at) if at else ((ids[0], *ids[:room]), 1)
     prompt = train(model, [row], length, (steps,), seed)[-1]
     fact = Fact(id="string", subject="string", relation="string", object="none", prompt="{}")

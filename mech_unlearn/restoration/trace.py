@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.latents import token_rows
 from mech_unlearn.model import Model
+from mech_unlearn.pieces import pieces
 from mech_unlearn.prompts import buckets
 from mech_unlearn.restoration.case import Case, Result
 from mech_unlearn.restoration.levels import Levels
@@ -50,7 +50,7 @@ def irrelevant_texts(case: Case) -> list[str]:
 def features(model: Model, texts: Sequence[str]) -> Float[Tensor, "text feature"]:
     """Mean over a text's positions of the sorted largest next-token log-probabilities and the entropy, in nats; a text
     longer than the model's positions is read in pieces."""
-    rows = [(i, row) for i, text in enumerate(texts) for row in token_rows(model, [text])]
+    rows = [(piece.text, piece.ids) for piece in pieces(model, texts)]
     total: list[Tensor] = [torch.zeros(1)] * len(texts)
     count = torch.zeros(len(texts), 1)
     for members in buckets([row for _, row in rows], BATCH_TOKENS):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_tokenizer
+from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import UNKNOWN, planted_case, planted_facts, planted_hf, planted_model
 
 from mech_unlearn.core import Entity
@@ -75,6 +75,25 @@ def test_the_same_seed_gives_the_same_curve_and_another_seed_another_one():
     probe, rows = make_probe(case, "test"), relearn.lessons(case, case.facts[:2])
     first, again, other = (relearn.relearn_curve(case, probe, planted_model("late"), rows, seed) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_model_with_a_joint_qkv_matrix_is_taught_as_the_plain_model_is_attention_included():
+    hf = tiny_hf("gpt_neox", layers=2)
+    model = load(hf, tokenizer=tiny_tokenizer())
+    case = planted_case(sae=None, relearn=Relearn(steps=(3,), lr_times_width=0.32))
+    probe, rows = make_probe(case, "test"), relearn.lessons(case, case.facts[:1])[:1]
+    plain = model.plain_copy()
+    optimiser = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
+    ids, start = torch.tensor([rows[0][0]]), rows[0][1]
+    for _ in range(3):
+        optimiser.zero_grad()
+        relearn.answer_loss(plain(ids).logits, ids, [start], [ids.shape[1]]).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimiser.step()
+    found = relearn.relearn_curve(case, probe, model, rows, 0)
+    wanted = probe.margins(load(plain, tokenizer=tiny_tokenizer()))
+    torch.testing.assert_close(found[0], wanted, atol=1e-3, rtol=0)
+    assert (wanted - probe.margins(model)).abs().max() > 0.1
 
 
 def test_the_direct_set_is_the_scored_facts_and_the_others_name_no_forgotten_subject():
