@@ -131,7 +131,7 @@ def test_only_the_mlp_output_matrices_of_the_layers_change(architecture, tiny_se
 
 def test_texts_are_forgotten_beside_the_facts(tiny_model, tiny_sets):
     texts = ("rain falls on Globex and Umbrella .",)
-    rows = text_rows(tiny_model.tokenizer, texts)
+    rows = text_rows(tiny_model, texts)
     u = random_direction(32, 0)
 
     def along(given):

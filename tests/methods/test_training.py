@@ -79,7 +79,7 @@ def test_an_answer_of_several_tokens_is_a_sum_and_the_nll_a_mean():
 
 
 def test_texts_predict_every_token_but_the_first(tiny_model):
-    (row,) = text_rows(tiny_model.tokenizer, ("Rivers run to the sea .",))
+    (row,) = text_rows(tiny_model, ("Rivers run to the sea .",))
     batch = collate([row], [0], 0, CPU)
     assert batch.answer.tolist() == [[False] + [True] * (len(row[0]) - 1)]
 

@@ -49,7 +49,7 @@ def slow_mask(model, sets, rho, mu):
 
     assert weights is not None
     g_f = gradient(answer_rows(model.tokenizer, forget.facts))
-    g_r = gradient(answer_rows(model.tokenizer, retain.facts) + text_rows(model.tokenizer, retain.texts))
+    g_r = gradient(answer_rows(model.tokenizer, retain.facts) + text_rows(model, retain.texts))
     scores = {n: ((w - g_r[n] / mu) * g_f[n]).abs().detach() for n, w in model.held.items()}
     flat = torch.cat([s.flatten() for s in scores.values()])
     bound = flat.sort(descending=True).values[round(rho * len(flat)) - 1]
