@@ -81,6 +81,12 @@ TESTS: dict[str, Entry] = {
     "nf4": Entry(
         partial(quantize.prepare, bits=4, group=64, code="nf4"), quantize.audit, "arXiv 2305.14314", "rounded to NF4"
     ),
+    "nf4_bitsandbytes": Entry(
+        partial(quantize.prepare, bits=4, group=64, code="bitsandbytes"),
+        quantize.audit,
+        "arXiv 2305.14314",
+        "rounded to NF4 by bitsandbytes, as people load models",
+    ),
     "relearn_direct": Entry(
         partial(relearn.prepare, teach="direct"),
         relearn.audit,

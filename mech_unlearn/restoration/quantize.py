@@ -4,11 +4,14 @@ Paper:    Does unlearning truly unlearn? arXiv 2410.16454: an unlearning step sm
           undone by rounding. NF4: QLoRA, arXiv 2305.14314.
 Changes:  a clone of the audited model; its linear layers, and each expert of a mixture, are rounded to nearest, per
           output channel.
-Needs:    one rounding and one scoring of U and of each retrained model.
-Differs:  round-to-nearest instead of GPTQ (runs anywhere). NF4 is plain rounding to its 16 values: the step per block
+Needs:    one rounding and one scoring of U and of each retrained model. `nf4_bitsandbytes` needs the optional extra
+          `mech_unlearn[bitsandbytes]` (0.46 or later; GPU or CPU).
+Differs:  round-to-nearest instead of GPTQ (runs anywhere). `nf4` is plain rounding to its 16 values: the step per block
           stays in float32 (no double quantisation), blocks run along each output channel, and a channel's last block
-          may be shorter. Embeddings, the output matrix (lm_head), norms and biases stay as they are. Activation
-          interventions of an edit stay in force.
+          may be shorter. `nf4_bitsandbytes` is what people load models with: the library's own rounding, blocks of 64
+          over the whole matrix, their steps rounded to 8 bits; multiplied in the model's dtype, as the library does.
+          Embeddings, the output matrix (lm_head), norms and biases stay as they are. Activation interventions of an
+          edit stay in force.
 Fails:    per-channel 4-bit (and any 3-bit) rounding of a small model may break the knowledge itself; its effect on
           retrained models is subtracted, and silence of this test is no evidence of deletion.
 
@@ -19,7 +22,7 @@ a model of whose weights only the share x is rounded.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -56,6 +59,12 @@ def round_to_nearest(weight: Float[Tensor, "row column"], bits: int, out_axis: i
     return (code * step).to(weight.dtype)
 
 
+Code = Literal["integer", "nf4", "bitsandbytes"]
+"""Equal steps, our NF4, or NF4 by bitsandbytes with double quantisation."""
+BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Block sizes that bitsandbytes has on every device."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
     """How a weight is rounded."""
@@ -63,17 +72,20 @@ class Rounding:
     bits: int = 4
     group: int | None = None
     """Weights along an output channel that share one step; None: the whole channel. NF4 takes 64, GPTQ papers 128."""
-    code: Literal["integer", "nf4"] = "integer"
+    code: Code = "integer"
 
     def __post_init__(self) -> None:
         if self.bits < 2 or (self.group is not None and self.group < 1):
             raise ValueError(f"rounding needs at least 2 bits and a group of at least 1, got {self}")
-        if self.code == "nf4" and (self.bits != 4 or self.group is None):
+        if self.code != "integer" and (self.bits != 4 or self.group is None):
             raise ValueError(f"NF4 has 4 bits and a block size (64 in the paper), got {self}")
+        if self.code == "bitsandbytes" and self.group not in BLOCKS:
+            raise ValueError(f"bitsandbytes has blocks of {', '.join(map(str, BLOCKS))}, not of {self.group}: 4 bits")
 
     def __str__(self) -> str:
-        if self.code == "nf4":
-            return "nf4" if self.group == 64 else f"nf4_block{self.group}"
+        if self.code != "integer":
+            name = "nf4" if self.code == "nf4" else "nf4_bitsandbytes"
+            return name if self.group == 64 else f"{name}_block{self.group}"
         return f"int{self.bits}" + ("" if self.group is None else f"_group{self.group}")
 
 
@@ -109,10 +121,15 @@ def rounded(
 
     Integers: code x step with step = max|w| / (2^(bits-1) - 1) over the group. NF4: the nearest of 16 values times
     max|w| over the block (arXiv 2305.14314, section 3).
+
+    Raises:
+        ValueError: rounding by bitsandbytes, and it is not installed.
     """
     if weight.ndim == 3:
         index, near = zip(*(rounded(expert, how, out_axis) for expert in weight), strict=True)
         return torch.stack(index), torch.stack(near)
+    if how.code == "bitsandbytes":
+        return _by_bitsandbytes(weight, how, out_axis)
     if how.code == "integer" and how.group is None:
         code, step = codes(weight, how.bits, out_axis)
         return code, (code * step).to(weight.dtype)
@@ -120,13 +137,33 @@ def rounded(
     largest = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-300)
     if how.code == "nf4":
         values = normal_quantiles().to(blocks.device)
-        index = torch.bucketize(blocks / largest, (values[1:] + values[:-1]) / 2)
+        index = torch.bucketize((blocks / largest).contiguous(), (values[1:] + values[:-1]) / 2)
         near = values[index] * largest
     else:
         top = 2 ** (how.bits - 1) - 1
         index = (blocks / (largest / top)).round().clamp(-top - 1, top).long()
         near = index * (largest / top)
     return _unblocked(index, weight, out_axis), _unblocked(near, weight, out_axis).to(weight.dtype)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes.functional  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"rounding by bitsandbytes needs its package ({error.name or error} is missing): "
+            "pip install 'mech_unlearn[bitsandbytes]'"
+        ) from None
+    return bitsandbytes.functional
+
+
+def _by_bitsandbytes(weight: Float[Tensor, "row column"], how: Rounding, out_axis: int) -> tuple[Tensor, Tensor]:
+    library = _bitsandbytes()
+    rows = (weight if out_axis == 0 else weight.T).detach().contiguous()
+    packed, state = library.quantize_4bit(rows, blocksize=how.group, quant_type="nf4", compress_statistics=True)
+    near, pairs = library.dequantize_4bit(packed, state), packed.flatten()
+    index = torch.stack([pairs >> 4, pairs & 15], 1).flatten()[: rows.numel()].view_as(rows).long()
+    return (index, near) if out_axis == 0 else (index.T, near.T)
 
 
 def linear_weights(model: Model) -> dict[str, int]:
@@ -215,14 +252,17 @@ def prepare(
     *,
     bits: int,
     group: int | None = None,
-    code: Literal["integer", "nf4"] = "integer",
+    code: Code = "integer",
 ) -> QuantizeLevels:
     """Score full and retrained models before, and the retrained ones after rounding.
 
     Raises:
-        ValueError: fewer than 2 bits, an empty group, or NF4 with other than 4 bits or without a block size.
+        ValueError: fewer than 2 bits, an empty group, NF4 with other than 4 bits or without a block size, or
+            bitsandbytes where it is not installed.
     """
     how = Rounding(bits=bits, group=group, code=code)
+    if code == "bitsandbytes":
+        _bitsandbytes()
     levels = shared or make_levels(case, "test")
     after = [_margins(case, levels, model, how)[0] for model in case.retrained]
     return QuantizeLevels(levels, how, torch.stack(after) if after else torch.zeros(0, len(case.facts)))

@@ -1,5 +1,7 @@
 """Rounding: bounds, a no-op at many bits, the right matrices, and a planted suppression that rounding undoes."""
 
+import sys
+
 import pytest
 import torch
 from conftest import tiny_hf, tiny_tokenizer
@@ -139,7 +141,13 @@ def test_smaller_groups_round_more_finely_and_one_group_is_the_whole_channel(bit
 
 
 def test_rounding_that_makes_no_sense_is_refused():
-    for wrong in (dict(bits=1), dict(group=0), dict(bits=8, code="nf4", group=64), dict(code="nf4")):
+    for wrong in (
+        dict(bits=1),
+        dict(group=0),
+        dict(bits=8, code="nf4", group=64),
+        dict(code="nf4"),
+        dict(code="bitsandbytes", group=32),
+    ):
         with pytest.raises(ValueError, match="bits"):
             quantize.Rounding(**wrong)
 
@@ -156,6 +164,41 @@ def test_nf4_undoes_a_small_suppression_and_carries_its_own_name():
         found.test == "nf4" and (found.score_raw > found.columns["before"]).all() and (found.recoverability > 0).all()
     )
     assert (quantize.audit(case, ready, case.retrained[0], "R").recoverability <= 0.05).all()
+
+
+def test_without_bitsandbytes_rounding_by_it_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ValueError, match=r"pip install 'mech_unlearn\[bitsandbytes\]'"):
+        quantize.prepare(planted_case(sae=None, retrained=()), bits=4, group=64, code="bitsandbytes")
+
+
+@pytest.mark.parametrize("axis", (0, 1))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_bitsandbytes_rounds_to_our_nf4_but_for_the_8_bits_of_its_steps(axis, dtype):
+    pytest.importorskip("bitsandbytes", reason="the optional extra mech_unlearn[bitsandbytes] is not installed")
+    shape = (64, 128) if axis == 0 else (128, 64)  # blocks of 64 along the whole matrix end where channels do
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, theirs = (
+        quantize.rounded(weight, quantize.Rounding(bits=4, group=64, code=code), axis)
+        for code in ("nf4", "bitsandbytes")
+    )
+    assert theirs[1].dtype == dtype and theirs[1].shape == weight.shape
+    assert (ours[0] == theirs[0]).float().mean() > 0.999  # ties in float32
+    torch.testing.assert_close(theirs[1], ours[1], atol=0.02 * weight.abs().max().item(), rtol=0)
+    assert not torch.equal(theirs[1], ours[1])
+
+
+def test_an_audit_by_bitsandbytes_carries_its_name_and_gives_a_retrained_model_nothing():
+    pytest.importorskip("bitsandbytes", reason="the optional extra mech_unlearn[bitsandbytes] is not installed")
+    case = planted_case(sae=None)
+    ready, digest = quantize.prepare(case, bits=4, group=64, code="bitsandbytes"), case.retrained[0].hash()
+    found = quantize.audit(case, ready, case.retrained[0], "R")
+    assert found.test == "nf4_bitsandbytes" and case.retrained[0].hash() == digest
+    assert (found.recoverability <= 0.05).all()
+    with clone(case.full) as copy:
+        quantize.quantize_(copy, quantize.Rounding(bits=4, group=64, code="bitsandbytes"))
+        scored = ready.levels.probe.margins(copy)[0]
+    torch.testing.assert_close(quantize.audit(case, ready, case.full, "F").score_raw, scored)
 
 
 def tiny_mixture(kind):
