@@ -87,6 +87,12 @@ TESTS: dict[str, Entry] = {
         "arXiv 2305.14314",
         "rounded to NF4 by bitsandbytes, as people load models",
     ),
+    "relearn_lora": Entry(
+        partial(relearn.prepare, rank=16),
+        relearn.audit,
+        "arXiv 2410.08827",
+        "teach some facts by low-rank factors, score the others",
+    ),
     "relearn_direct": Entry(
         partial(relearn.prepare, teach="direct"),
         relearn.audit,

@@ -3,7 +3,8 @@
 Paper:    Do unlearning methods remove information from language model weights? arXiv 2410.08827 (teach facts T,
           score independent facts V), difference in differences against retrained models as proposed here. Other sets
           to teach: unrelated samples, arXiv 2409.18025; syntax rather than topic, arXiv 2602.03379.
-Changes:  float32 clones of the audited and of the retrained models; all weights are trained.
+Changes:  float32 clones of the audited and of the retrained models; all weights are trained, or LoRA factors of rank
+          16 of the linear layers (`relearn_lora`, see `update`).
 Needs:    `folds` short trainings per model: steps x batch x 3 forward passes each.
 Differs:  the forget set is cut into folds, by subject or by fact; each fold is scored after all the others were
           taught, so that every fact gets a score. Learning rate scaled with width instead of a grid. Models in half
@@ -33,14 +34,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact
-from mech_unlearn.gradients import gradient_of
 from mech_unlearn.model import Model
 from mech_unlearn.pieces import token_rows
 from mech_unlearn.prompts import Ask, pad, tokenize
 from mech_unlearn.restoration import attack
 from mech_unlearn.restoration.case import Case, Relearn, Result, split_templates
 from mech_unlearn.restoration.levels import Levels, Probe
+from mech_unlearn.restoration.quantize import coverage_flags, linear_weights
 from mech_unlearn.restoration.trace import irrelevant_texts
+from mech_unlearn.restoration.update import every_weight, low_rank
 
 Lesson = tuple[tuple[int, ...], int]
 """Token ids of a prompt with its answer, and the length of the prompt."""
@@ -138,15 +140,16 @@ def answer_loss(
 
 
 def relearn_curve(
-    case: Case, probe: Probe, model: Model, rows: Sequence[Lesson], seed: int
+    case: Case, probe: Probe, model: Model, rows: Sequence[Lesson], seed: int, rank: int | None = None
 ) -> Float[Tensor, "step kind fact"]:
-    """Margins of the probe's facts after each number of steps of the grid, from training a clone on the rows."""
+    """Margins of the probe's facts after each number of steps of the grid, from training a clone on the rows: all its
+    weights, or with a rank LoRA factors."""
     settings = case.relearn
     generator = torch.Generator().manual_seed(seed)
     curve = []
     with attack.float32_clone(model) as copy:
-        weights, gradients = list(copy.held.values()), gradient_of(copy)
-        optimiser = torch.optim.AdamW(weights, lr=settings.lr_times_width / copy.d_model, weight_decay=0.0)
+        lr = settings.lr_times_width / copy.d_model
+        descend = every_weight(copy, lr) if rank is None else low_rank(copy, lr, rank, seed)
         order: list[int] = []
         for step in range(1, settings.steps[-1] + 1):
             while len(order) < settings.batch:
@@ -154,12 +157,7 @@ def relearn_curve(
             batch, order = [rows[i] for i in order[: settings.batch]], order[settings.batch :]
             with torch.enable_grad():
                 loss = _batch_loss(copy, batch)
-            found = gradients(loss)
-            for name, weight in copy.held.items():
-                weight.grad = found.get(name)
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimiser.step()
-            copy.require_live(copy.held)
+            descend(loss)
             if step in settings.steps:
                 curve.append(probe.margins(copy))
     return torch.stack(curve)
@@ -179,6 +177,8 @@ class RelearnLevels:
     """For each fold what is taught before it is scored: by default the facts of all other folds."""
     retrained: Float[Tensor, "retrained step fact"]
     teach: Teach = "rest"
+    rank: int | None = None
+    """Rank of the LoRA factors that are trained; None: all weights."""
 
 
 def part_of(probe: Probe, mine: Sequence[bool]) -> Probe:
@@ -197,7 +197,7 @@ def _all_folds(case: Case, ready: RelearnLevels, model: Model) -> Float[Tensor, 
     for fold, rows in enumerate(ready.lessons):
         mine = [f == fold for f in ready.folds]
         out[..., torch.tensor(mine)] = relearn_curve(
-            case, part_of(ready.levels.probe, mine), model, rows, case.seed + fold
+            case, part_of(ready.levels.probe, mine), model, rows, case.seed + fold, ready.rank
         )
     return out
 
@@ -215,7 +215,9 @@ def _curriculum(case: Case, teach: Teach) -> tuple[tuple[int, ...], tuple[list[L
     return (0,) * len(case.facts), (make(case),)
 
 
-def prepare(case: Case, shared: Levels | None = None, *, teach: Teach = "rest") -> RelearnLevels:
+def prepare(
+    case: Case, shared: Levels | None = None, *, teach: Teach = "rest", rank: int | None = None
+) -> RelearnLevels:
     """Relearn in each retrained model; what comes back there was injected.
 
     Raises:
@@ -225,7 +227,7 @@ def prepare(case: Case, shared: Levels | None = None, *, teach: Teach = "rest") 
         raise ValueError(f"unknown set to teach {teach!r}; choose from {', '.join(get_args(Teach))}")
     levels = attack.float32_levels(case, shared)
     folds, taught = _curriculum(case, teach)
-    ready = RelearnLevels(levels, folds, taught, torch.zeros(0, len(case.relearn.steps), len(case.facts)), teach)
+    ready = RelearnLevels(levels, folds, taught, torch.zeros(0, len(case.relearn.steps), len(case.facts)), teach, rank)
     curves = [_all_folds(case, ready, model)[:, 0] for model in case.retrained]
     return replace(ready, retrained=torch.stack(curves)) if curves else ready
 
@@ -270,9 +272,13 @@ def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
     unpaired = ready.teach == "direct" and not keep
     if unpaired:
         curve, saved = torch.full_like(curve, torch.nan), torch.full_like(saved, torch.nan)
+    forms = [*([] if ready.teach == "rest" else [ready.teach]), *([] if ready.rank is None else ["lora"])]
+    flags = ("needs_retrained",) if unpaired else ()
+    if ready.rank is not None:
+        flags += coverage_flags(model, linear_weights(model))
     taught = len(ready.lessons) * steps[-1] * case.relearn.batch * 3
     return Result(
-        test="relearn" if ready.teach == "rest" else f"relearn_{ready.teach}",
+        test="_".join(["relearn", *forms]),
         model_id=name,
         facts=case.facts,
         recoverability=curve[late:].mean(0),
@@ -285,7 +291,7 @@ def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
         n_paraphrases=case.prompts,
         seed=case.seed,
         cost_fe=(taught + (len(steps) + 1) * len(levels.probe.queries)) / len(case.facts),
-        flags=(("needs_retrained",),) * len(case.facts) if unpaired else (),
+        flags=(flags,) * len(case.facts),
         columns={"before": before[0], "auc_log_steps": log_step_area(curve, steps), "savings": saved},
         curves={"rho": curve, "margin": after[:, 0], "margin_R": never.mean(0)},
         curve_axes={"rho": axis, "margin": axis, "margin_R": axis},

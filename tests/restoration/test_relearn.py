@@ -70,6 +70,17 @@ def test_what_a_shared_write_smothered_comes_back_untaught_and_what_was_never_th
     assert relearn.audit(case, ready, retrained[0], "R").recoverability.mean() < 0.1
 
 
+def test_low_rank_factors_bring_back_what_was_smothered_and_not_what_was_never_there():
+    facts, retrained = planted_facts(), tuple(planted_model("retrained", k, 8) for k in (1, 2))
+    settings = Relearn(steps=(8,), lr_times_width=0.0064)
+    case = planted_case(sae=None, facts=facts, others=(), retrained=retrained, relearn=settings, seed=2)
+    ready = relearn.prepare(case, rank=16)
+    result = relearn.audit(case, ready, planted_model("shared", forgotten=8), "shared")
+    assert result.test == "relearn_lora" and result.flags_of(0) == ()
+    assert result.recoverability.mean() > 0.2
+    assert relearn.audit(case, ready, retrained[0], "R").recoverability.mean() < 0.1
+
+
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another_one():
     case = planted_case(sae=None)
     probe, rows = make_probe(case, "test"), relearn.lessons(case, case.facts[:2])
