@@ -116,19 +116,7 @@ def tiny_hf(architecture: str = "llama", layers: int = 4, seed: int = 0):
         "gemma2": lambda: t.Gemma2Config(**shape, **gqa, head_dim=8, sliding_window=8),
         "qwen3": lambda: t.Qwen3Config(**shape, **gqa, head_dim=8),
         "olmo2": lambda: t.Olmo2Config(**shape, **gqa),
-        "opt": lambda: t.OPTConfig(
-            vocab_size=shape["vocab_size"],
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=64,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            init_std=0.2,
-            pad_token_id=0,
-            bos_token_id=2,
-            eos_token_id=3,
-        ),
+        "opt": lambda: t.OPTConfig(**shape, word_embed_proj_dim=32, ffn_dim=64, init_std=0.2),
     }[architecture]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
