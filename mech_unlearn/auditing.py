@@ -132,7 +132,8 @@ def prepare_audit(
     case, wanted, lacks = _core(case) if tests == "core" else (case, named_tests(tests), [])
     made_for, unfit = _calibration(calibration, case, wanted)
     note = f"Evidence of grade {case.grade}"
-    note += "" if retrained else ": no retrained model given, sham facts stand in for one"
+    stand_in = "no retrained model given, sham facts stand in for one (scores, but no verdict on what the outputs lost)"
+    note += "" if retrained else f": {stand_in}"
     note += "" if sae else "; no SAE given, the mean-difference direction stands in for expert latents"
     note = "; ".join([note, *lacks, *unfit]) + "."
     note = f"{note} {(made_for or Thresholds()).describe()}"
@@ -197,7 +198,8 @@ def run_audit(
     """Restoration tests and a verdict per fact for one before/after pair, in a run directory.
 
     `unlearned` is a model, or an edit file of ours to be put on the full model. Without retrained models the evidence
-    is of grade B; without an SAE the mean-difference direction stands in for expert latents.
+    is of grade B, scores and no verdict on what the outputs lost; without an SAE the mean-difference direction stands
+    in for expert latents.
 
     Raises:
         ValueError: bad input; nothing is written before all of it was read.

@@ -75,9 +75,10 @@ class Calibration:
         descent = f" Its deleted models descend from {bases} retrained ones." if bases else ""
         wrong = [self.provenance.get(f"false_deleted{key}") for key in ("", "_worst_family")]
         known, unknown = (f"{m['value']:.3f} [{m['ci'][0]:.3f}, {m['ci'][1]:.3f}]" if m else None for m in wrong)
+        world = f" of the world {self.provenance['world']} only" if "world" in self.provenance else ""
         measured = (
-            f" Measured on groups that it had not seen: {known} of suppressed facts are called deleted, {unknown} in "
-            "the worst family that it did not know."
+            f" Measured by rotation on groups{world} that the judging one had not seen: {known} of suppressed facts "
+            f"are called deleted{_of_groups(wrong[0])}, {unknown} in the worst family that it did not know."
             if known and unknown
             else ""
         )
@@ -85,7 +86,8 @@ class Calibration:
         return (
             f"Calibrated verdicts: a truth is ruled out at p <= {ALPHA}, from {models} models of {count} groups whose "
             f"truth is known.{descent}{measured} The error rate holds for single facts and for suppressors like those "
-            f"known ({suppressors})."
+            f"known ({suppressors}), each of which blocks in one place: two blocks at once passed for a deletion "
+            "where that was tried (biographies)."
             + (f" Too few groups were calibrated on to ever rule out {', '.join(never)}." if never else "")
         )
 
@@ -93,6 +95,15 @@ class Calibration:
     def left_out(self) -> tuple[str, ...]:
         """Recoverabilities that are not read."""
         return tuple(self.provenance.get("left_out", ()))
+
+    def in_sample(self, full: str | None, groups: Sequence[str]) -> tuple[bool, ...] | None:
+        """Whether each group of facts was fitted or calibrated on, in the full model of this hash; None where the
+        calibration does not tell which groups those were, or of which model."""
+        told = self.provenance
+        if full is None or "full" not in told or not {"fit_groups", "calibrate_groups"} <= told.keys():
+            return None
+        ours = {*told["fit_groups"], *told["calibrate_groups"]} if told["full"] == full else set()
+        return tuple(group in ours for group in groups)
 
     def read(self, pool: Pool) -> Matrix:
         """The features of a pool's facts as this calibration reads them: summaries without what is left out."""
@@ -165,6 +176,16 @@ class Judgement:
     """Farther from every kind of the pool than nearly all of its own."""
     blind: Bool[np.ndarray, " row"]
     """The tests that spoke cannot show a deletion."""
+
+
+def _of_groups(measured: Mapping[str, Any] | None) -> str:
+    """The share of groups with any such fact, in brackets, where it was measured: what holds for facts is shown for
+    groups far less sharply."""
+    if not measured or "groups_with_any" not in measured:
+        return ""
+    found = measured["groups_with_any"]
+    low, high = found["ci"]
+    return f" (any of a group's: {found['value']:.3f} [{low:.3f}, {high:.3f}] of {found['n']} groups)"
 
 
 def conformal_p(

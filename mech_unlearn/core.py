@@ -292,7 +292,8 @@ class Verdict:
     """The tests whose score decided."""
     scores: Mapping[str, float | None]
     grade: Literal["A", "B", "C"]
-    """A: against retrained models; B: against sham facts; C: outputs only."""
+    """A: against retrained models; B: against sham facts, which give scores and no verdict on deletion or suppression;
+    C: outputs only."""
     p_values: Mapping[str, float] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
 

@@ -294,7 +294,10 @@ def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> tu
 def _card(name: str, facts: Mapping[str, Any]) -> str:
     from importlib.metadata import version
 
+    from mech_unlearn.claims import worth
+
     packages = ("mech_unlearn", "torch", "transformers", "transformer-lens", "sae-lens")
     facts = {**facts, "versions": {p: version(p) for p in packages}}
     body = json.dumps(facts, indent=2, default=lambda x: dict(x) if isinstance(x, Mapping) else str(x))
-    return f"# {name}, edited with mech_unlearn\n\n```json\n{body}\n```\n"
+    verdict = f"\nVerdict: {facts['verdict']}. {worth()}\n" if "verdict" in facts else ""
+    return f"# {name}, edited with mech_unlearn\n\n```json\n{body}\n```\n{verdict}"

@@ -32,6 +32,9 @@ COLUMNS = {
     "int4_recovery": "4-bit recovery",
 }
 
+NO_VERDICT = "lost in the outputs, no verdict"
+IN_SAMPLE = "† in-sample: the calibration was measured on these people (groups of facts), in this full model."
+
 WITHOUT_PAGE = {"locate": "locate.json and figures/", "unlearn": "unlearn.json"}
 """Command -> where its result stands, of those whose run directories hold no table."""
 
@@ -85,6 +88,21 @@ def verdict_text(shares: Mapping[str, float] | None) -> str:
     return ", ".join(f"{label} {share:.0%}" for share, label in given if share >= 0.005) or "–"
 
 
+def verdict_cell(row: Mapping[str, Any]) -> str:
+    """The labels of a row with their shares; what was lost without retrained models to compare with stands as having no
+    verdict, and a dagger marks a calibration that was measured on the same groups of facts. Rows of older runs have
+    neither."""
+    unsaid = row.get("no_verdict") or 0.0
+    if not row["verdicts"] or not unsaid:
+        text = verdict_text(row["verdicts"])
+    else:
+        others = {label: row["verdicts"][label] for label in LABELS}
+        others["undetermined"] -= unsaid
+        said = verdict_text(others)
+        text = f"{NO_VERDICT} {unsaid:.0%}" + ("" if said == "–" else f"; {said}")
+    return f"{text} †" if row.get("in_sample") else text
+
+
 def corrected_text(corrected: Mapping[str, Any] | None) -> str:
     """A sentence on the shares freed from the verdict's own errors; empty where the errors were not measured."""
     if not corrected:
@@ -103,7 +121,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     """Header and cells of the result table."""
     header = ["model", "verdict", "truth", *COLUMNS.values()]
     body = [
-        [row["name"], verdict_text(row["verdicts"]), row["truth"] or "–", *(cell_text(row.get(key)) for key in COLUMNS)]
+        [row["name"], verdict_cell(row), row["truth"] or "–", *(cell_text(row.get(key)) for key in COLUMNS)]
         for row in rows
     ]
     return header, body
@@ -120,12 +138,20 @@ def print_table(rows: Sequence[Mapping[str, Any]], note: str) -> None:
         grid.add_column(name, no_wrap=name == "truth")
     for row in rows:
         values = (cell_text(row.get(key), interval=False) for key in COLUMNS)
-        grid.add_row(row["name"], *values, verdict_text(row["verdicts"]), row["truth"] or "–")
+        grid.add_row(row["name"], *values, verdict_cell(row), row["truth"] or "–")
     console = Console()
     if not console.is_terminal:
         console.width = 150
     console.print(grid)
+    if any(row.get("in_sample") for row in rows):
+        console.print(IN_SAMPLE, soft_wrap=True, highlight=False)
     console.print(note, soft_wrap=True, highlight=False)
+
+
+def _kinds(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the verdicts of the rows are, calibrated or provisional; both where an older run does not say."""
+    kinds = dict.fromkeys(row.get("judged") for row in rows if row["verdicts"])
+    return ("calibrated", "provisional") if None in kinds else tuple(kind for kind in kinds if kind)
 
 
 def _unfinished(folder: Path, missing: str) -> str:
@@ -148,6 +174,7 @@ def write_report(folder: Path) -> Path:
     from jinja2 import Environment
 
     from mech_unlearn.benches.table import sections
+    from mech_unlearn.claims import WORTH
 
     for name in ("summary.json", "provenance.json", "verdicts.json", "spec.yaml"):
         if not (folder / name).is_file():
@@ -168,6 +195,8 @@ def write_report(folder: Path) -> Path:
         bench=sections(summary) if "benchmark_rows" in summary else (),
         header=header,
         body=body,
+        worth={kind: WORTH[kind] for kind in _kinds(summary["rows"])},
+        in_sample=IN_SAMPLE if any(row.get("in_sample") for row in summary["rows"]) else "",
         forms_header=forms_header,
         forms_body=forms_body,
         figures=figures,

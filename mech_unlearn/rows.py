@@ -14,7 +14,7 @@ from mech_unlearn.metrics import forget_recall, general_kl, heldout_recall, mean
 from mech_unlearn.metrics.forms import FormReport, by_form
 from mech_unlearn.model import Model
 from mech_unlearn.restoration import Reference, Result, audit
-from mech_unlearn.verdict import Health, Thresholds, judge, shares
+from mech_unlearn.verdict import Health, Thresholds, judge, lost_without_verdict, shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,9 @@ def audit_row(
         full_neighbor_recall=full_neighbor_recall,
         general_kl=outputs.general_kl,
     )
-    held_back = bool(model.active) and model.hash() == case.full.hash()
-    verdicts = judge(results, health, thresholds, held_back=held_back, calibration=calibration)
+    full = case.full.hash()
+    held_back = bool(model.active) and model.hash() == full
+    verdicts = judge(results, health, thresholds, held_back=held_back, calibration=calibration, full=full)
     share = "share of the gap between retrained and full"
     row = {
         "name": name,
@@ -100,6 +101,9 @@ def audit_row(
         "relearn_recovery": _mean(results.get("relearn"), testable, "recoverability", share, seed),
         "int4_recovery": _mean(results.get("int4"), testable, "recoverability", share, seed),
         "verdicts": shares(verdicts),
+        "no_verdict": lost_without_verdict(verdicts),
+        "judged": "calibrated" if calibration else "provisional",
+        **_seen(calibration, full, case.facts),
         "corrected": _corrected(verdicts, case.facts, calibration, seed),
     }
     return {
@@ -108,6 +112,14 @@ def audit_row(
         "verdicts": [verdict.to_json() for verdict in verdicts],
         "curves": {test: layer_curve(results[test], testable) for test in ("uds", "uds_subject") if test in results},
     }
+
+
+def _seen(calibration: Calibration | None, full: str, facts: Sequence[Fact]) -> dict[str, Any]:
+    """Whether the calibration was measured on some of these groups in this full model, and on how many of them; None
+    without a calibration, or with one that does not tell."""
+    groups = tuple(dict.fromkeys(fact.group or fact.subject for fact in facts))
+    seen = calibration.in_sample(full, groups) if calibration else None
+    return {"in_sample": None if seen is None else any(seen), "in_sample_groups": None if seen is None else sum(seen)}
 
 
 def _corrected(

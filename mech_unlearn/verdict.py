@@ -2,9 +2,11 @@
 
 **Calibrated** (`calibration.py`): the measurements of a fact are set against models whose truth is known. Each of
 intact, suppressed, deleted, collapsed gets a p-value; those at or below alpha are ruled out; one left is the verdict,
-otherwise it is *undetermined*. P("deleted" is said of a suppressed fact) <= alpha for models of a known family. A fact
-whose measurements are unlike every model of the calibration is undetermined and says so (flag `unlike_pool`). Over
-300 lines, because both ways of judging share their sentences, their flags and the model's health.
+otherwise it is *undetermined*. P("deleted" is said of a suppressed fact) <= alpha for models of a known family, each
+of which blocks in one place: two blocks at once passed for a deletion (experiments/LOG.md). A fact whose measurements
+are unlike every model of the calibration is undetermined and says so (flag `unlike_pool`); one of a group that the
+calibration itself was measured on, in the same full model, is flagged `in_sample`. Tests and sentence name only what
+the calibration reads. Over 300 lines, because both ways of judging share sentences, flags and the model's health.
 
 **Provisional**: thresholds, not error rates. A fact is *intact* if the outputs still give it; *suppressed* if they
 lost it and at least one restoration test brings it back (a block may sit anywhere and each test is blind somewhere, so
@@ -15,6 +17,10 @@ the model is too broken for the absence of an answer to say anything; *undetermi
 Each test's recoverability is first measured against its own null: with q the quantile (1 - `null_share` / number of
 tests, Bonferroni) of what the test says of held-out retrained models, the evidence is max(0, (x - q) / (1 - q)). A
 noisy test has a high q and must say much to be heard; 1 stays 1. With fewer than two retrained models q is 0.
+
+**Without retrained models** (grade B) there are scores, but nothing measured tells deletion from suppression: sham
+facts are no null of what a test says of a model that never knew. A fact that the outputs lost is then *undetermined*,
+flagged `no_retrained`; intact and collapsed rest on outputs alone and may be said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,6 +58,8 @@ BLIND = "no test could patch its states, or none tried to bring it back in the m
 NOT_TESTABLE = (
     "Undetermined: not testable, because the full model does not know it well enough, or retrained models guess it."
 )
+NOT_TESTABLE_B = "Undetermined: not testable, because the full model does not tell it from sham facts well enough."
+NO_RETRAINED = "without retrained models nothing measured tells deletion from suppression."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +123,7 @@ def judge(
     *,
     held_back: bool = False,
     calibration: Calibration | None = None,
+    full: str | None = None,
 ) -> tuple[Verdict, ...]:
     """One verdict per fact from the results of `restoration.audit` on one model.
 
@@ -123,10 +132,13 @@ def judge(
         calibration: p-values in place of thresholds; see the head of this file.
         held_back: the audited model's weights are the full model's, and an intervention on its activations, logits or
             prompts alone keeps the answers back. Nothing is deleted then, whatever its states look like.
+        full: `Model.hash()` of the full model, by which facts that the calibration was measured on are known and
+            flagged `in_sample`; without it none is.
 
     Raises:
         KeyError: the results lack the test `output`, without which nothing can be said.
-        ValueError: results on different facts, or without a test or the health that the calibration reads.
+        ValueError: results on different facts, or a calibration and no retrained models, or without a test or the
+            health that the calibration reads.
     """
     if "output" not in results:
         raise KeyError(f"a verdict needs the test 'output'; the results hold {sorted(results)}")
@@ -136,6 +148,8 @@ def judge(
             raise ValueError(f"test {name!r} was run on other facts than 'output'")
     if calibration is not None:
         verdicts = _by_calibration(calibration, results, health or Health())
+        seen = calibration.in_sample(full, [fact.group or fact.subject for fact in facts]) or [False] * len(facts)
+        verdicts = tuple(v.with_flags("in_sample") if ours else v for v, ours in zip(verdicts, seen, strict=True))
     else:
         broken = (health or Health()).broken(bounds)
         weights = evidence(results, bounds)
@@ -156,6 +170,11 @@ def _lost(results: Mapping[str, Result], i: int, bounds: Thresholds) -> bool:
 
 def _by_calibration(calibration: Calibration, results: Mapping[str, Result], health: Health) -> tuple[Verdict, ...]:
     """A label where all truths but one are ruled out."""
+    if results["output"].grade != "A":
+        raise ValueError(
+            "a calibrated verdict rests on retrained models, and these results were made without: give some, or judge "
+            "without a calibration"
+        )
     if health.lost is None or health.general_kl is None:
         raise ValueError(
             "a calibrated verdict reads the model's health, which was not measured: give facts about other subjects "
@@ -181,9 +200,9 @@ def _by_calibration(calibration: Calibration, results: Mapping[str, Result], hea
     for i, (fact, row) in enumerate(zip(output.facts, rows, strict=True)):
         values, left = {truth: float(p[i]) for truth, p in said.p.items()}, said.left[i]
         flags = tuple(dict.fromkeys(flag for name in results for flag in results[name].flags_of(i)))
-        spoke = {name: value for name in CALIBRATED_RECOVERY if (value := row[name]) is not None}
-        outputs = f"recall {output.columns['recall'][i].item():.2f}, margin {output.kappa[i].item():.2f} of the way "
-        outputs += "from retrained to full"
+        measured = {name: value for name in CALIBRATED_RECOVERY if (value := row[name]) is not None}
+        spoke = {name: value for name, value in measured.items() if name not in calibration.left_out}
+        outputs = _outputs(output, i)
         if "not_testable" in flags:
             label, tests, sentence = "undetermined", ("output",), NOT_TESTABLE
         elif said.unlike[i]:
@@ -197,7 +216,10 @@ def _by_calibration(calibration: Calibration, results: Mapping[str, Result], hea
             tests, sentence = _explained(label, left, spoke, values, outputs)
         if not left:
             flags = (*flags, "novel")
-        scores = {"output": _number(output.kappa[i].item()), **{name: spoke.get(name) for name in CALIBRATED_RECOVERY}}
+        scores = {
+            "output": _number(output.kappa[i].item()),
+            **{name: measured.get(name) for name in CALIBRATED_RECOVERY},
+        }
         verdicts.append(
             Verdict(
                 fact_id=fact.id, label=label, sentence=sentence, tests=tests, scores=scores, p_values=values,
@@ -220,8 +242,8 @@ def _explained(
     if label == "suppressed":
         return (best or "output",), f"Suppressed: the outputs lost it ({outputs}), but {most}; ruled out: {ruled_out}."
     if label == "deleted":
-        head = f"Deleted: the outputs lost it ({outputs}), and at the most {most}" if most else f"Deleted ({outputs})"
-        return tuple(spoke) or ("output",), f"{head}; ruled out: {ruled_out}."
+        read = f", and of what the calibration reads at the most {most}" if most else ""
+        return tuple(spoke) or ("output",), f"Deleted: the outputs lost it ({outputs}){read}; ruled out: {ruled_out}."
     head = "the outputs still give it" if label == "intact" else "the model is too broken for a missing answer to count"
     return ("output",), f"{label.capitalize()}: {head} ({outputs}); ruled out: {ruled_out}."
 
@@ -235,7 +257,8 @@ def _only_held_back(verdict: Verdict, lost: bool) -> Verdict:
         "Suppressed: the weights are those of the full model, and only an intervention that can be taken off keeps the "
         "answer back."
     )
-    return replace(flagged, label="suppressed", sentence=sentence)
+    flags = tuple(flag for flag in flagged.flags if flag != "no_retrained")
+    return replace(flagged, label="suppressed", sentence=sentence, flags=flags)
 
 
 def evidence(results: Mapping[str, Result], thresholds: Thresholds) -> dict[str, Float[Tensor, " fact"]]:
@@ -262,13 +285,15 @@ def _judge(
 ) -> Verdict:
     output = results["output"]
     assert output.kappa is not None
-    kappa, recall = output.kappa[i].item(), output.columns["recall"][i].item()
     scores = {name: _number(weights[name][i].item()) for name in weights}
     spoke = {name: value for name, value in scores.items() if value is not None}
     lost = _lost(results, i, bounds)
     flags = tuple(dict.fromkeys(flag for name in results for flag in results[name].flags_of(i)))
-    blind = _blind(i, results, spoke)
-    label, tests, sentence = _label(kappa, recall, lost, spoke, broken, "not_testable" in flags, blind, bounds)
+    outputs, untestable, retrained = _outputs(output, i), "not_testable" in flags, output.grade == "A"
+    label, tests, sentence = _by_outputs(outputs, lost, broken, untestable, retrained) or _by_tests(
+        outputs, spoke, _blind(i, results, spoke), bounds
+    )
+    unsaid = lost and not (retrained or untestable or broken)
     p_values = {
         name: value
         for name in spoke
@@ -279,10 +304,10 @@ def _judge(
         label=label,
         sentence=sentence,
         tests=tests,
-        scores={"output": _number(kappa), **scores},
+        scores={"output": _number(output.kappa[i].item()), **scores},
         p_values=p_values,
         grade=output.grade if spoke else "C",
-        flags=(*flags, *(("health_fail",) if broken else ())),
+        flags=(*flags, *(("health_fail",) if broken else ()), *(("no_retrained",) if unsaid else ())),
     )
 
 
@@ -300,24 +325,34 @@ def _blind(i: int, results: Mapping[str, Result], spoke: Mapping[str, float]) ->
     return None
 
 
-def _label(
-    kappa: float,
-    recall: float,
-    lost: bool,
-    spoke: Mapping[str, float],
-    broken: str | None,
-    not_testable: bool,
-    blind: str | None,
-    bounds: Thresholds,
-) -> tuple[Label, tuple[str, ...], str]:
-    """(label, the tests that decided, a sentence)."""
+def _outputs(output: Result, i: int) -> str:
+    """Recall and margin of a fact in words, the latter from what stands for a model that never knew it."""
+    assert output.kappa is not None
+    never = "retrained" if output.grade == "A" else "sham facts"
+    recall, kappa = output.columns["recall"][i].item(), output.kappa[i].item()
+    return f"recall {recall:.2f}, margin {kappa:.2f} of the way from {never} to full"
+
+
+def _by_outputs(
+    outputs: str, lost: bool, broken: str | None, untestable: bool, retrained: bool
+) -> tuple[Label, tuple[str, ...], str] | None:
+    """(label, the tests that decided, a sentence) where no restoration test has a say, else None: what rests on outputs
+    alone, and whatever they lost where no retrained model was given."""
     if broken:
         return "collapsed", ("output",), f"Collapsed: {broken}, so a missing answer says nothing."
-    if not_testable:
-        return "undetermined", ("output",), NOT_TESTABLE
-    outputs = f"recall {recall:.2f}, margin {kappa:.2f} of the way from retrained to full"
+    if untestable:
+        return "undetermined", ("output",), NOT_TESTABLE if retrained else NOT_TESTABLE_B
     if not lost:
         return "intact", ("output",), f"Intact: the outputs still give it ({outputs})."
+    if not retrained:
+        return "undetermined", ("output",), f"Lost in the outputs ({outputs}); no verdict: {NO_RETRAINED}"
+    return None
+
+
+def _by_tests(
+    outputs: str, spoke: Mapping[str, float], blind: str | None, bounds: Thresholds
+) -> tuple[Label, tuple[str, ...], str]:
+    """(label, the tests that decided, a sentence) of a fact that the outputs lost, against retrained models."""
     if not spoke:
         return "undetermined", ("output",), f"Undetermined: the outputs lost it ({outputs}); no restoration test spoke."
     best = max(spoke, key=lambda name: spoke[name])
@@ -340,3 +375,9 @@ def shares(verdicts: Sequence[Verdict], testable_only: bool = True) -> dict[str,
     """Share of each label, by default over the testable facts; all zero if there is none."""
     counted = [v for v in verdicts if not (testable_only and "not_testable" in v.flags)]
     return {label: sum(v.label == label for v in counted) / max(1, len(counted)) for label in LABELS}
+
+
+def lost_without_verdict(verdicts: Sequence[Verdict]) -> float:
+    """Share of the testable facts that the outputs lost and that got no verdict for want of retrained models."""
+    counted = [v for v in verdicts if "not_testable" not in v.flags]
+    return sum("no_retrained" in v.flags for v in counted) / max(1, len(counted))

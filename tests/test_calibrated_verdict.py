@@ -1,15 +1,18 @@
 """Verdicts by calibration: labels from p-values, what is unlike the pool, what is refused, what a reader is told."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_calibration import parts, simulated
 from test_verdict import FACTS, output, result
 
-from mech_unlearn.calibration import save, shipped
+from mech_unlearn.calibration import SHIPPED, load, save, shipped
 from mech_unlearn.calibration_fit import fit, fit_whole
 from mech_unlearn.core import Measurement
 from mech_unlearn.features import FEATURES, RECOVERY
-from mech_unlearn.verdict import Health, judge
+from mech_unlearn.testbed import open_world
+from mech_unlearn.verdict import SPOKEN, Health, judge
 
 NAN = float("nan")
 
@@ -108,6 +111,80 @@ def test_a_missing_test_is_refused_by_its_name(calibration):
     with pytest.raises(ValueError, match="'writeback', which was not run"):
         judge(some, healthy(), calibration=calibration)
     assert judge(some, healthy())[0].label == "deleted"  # thresholds do without
+
+
+def test_results_without_retrained_models_are_refused(calibration):
+    without = {name: replace(r, grade="B") for name, r in results().items()}
+    with pytest.raises(ValueError, match="rests on retrained models"):
+        judge(without, healthy(), calibration=calibration)
+    assert {v.label for v in judge(without, healthy())} == {"undetermined"}
+
+
+def reading(calibration, *left_out):
+    """The same calibration without reading some recoverabilities."""
+    return replace(calibration, provenance={**calibration.provenance, "left_out": list(left_out)})
+
+
+def cited(verdict):
+    """The recoverabilities that a verdict names, in its list or in its sentence."""
+    return {name for name in RECOVERY if name in verdict.tests or SPOKEN[name] in verdict.sentence}
+
+
+@pytest.mark.parametrize("left_out", [(), *((name,) for name in RECOVERY), ("uds", "probe"), RECOVERY[1:]])
+def test_a_verdict_cites_only_tests_that_its_calibration_reads_however_much_the_others_found(calibration, left_out):
+    made, rng = reading(calibration, *left_out), torch.Generator().manual_seed(0)
+    seen = set()
+    cases = [{name: (1.0, 1.0)} for name in RECOVERY] + [dict.fromkeys(RECOVERY, (v, v)) for v in (0.0, 0.5, 1.0)]
+    cases += [dict(zip(RECOVERY, torch.rand(len(RECOVERY), 2, generator=rng).tolist())) for _ in range(20)]
+    for found in cases:
+        for kappa in (0.0, 1.0):
+            for verdict in judge(results((kappa,) * 2, (kappa,) * 2, **found), healthy(), calibration=made):
+                seen |= cited(verdict)
+                assert not cited(verdict) & set(left_out), verdict
+                assert verdict.scores.keys() == {"output", *RECOVERY}  # what was measured is still there
+    assert seen == set(RECOVERY) - set(left_out)  # and each that it reads is cited somewhere
+
+
+def test_the_calibration_that_ships_never_cites_what_it_does_not_read():
+    made = load(SHIPPED / "biographies.json")
+    assert made.left_out == ("uds", "probe")
+    for name in RECOVERY:
+        for verdict in judge(results(**{name: (0.9, 0.9)}), healthy(), calibration=made):
+            assert not cited(verdict) & set(made.left_out)
+
+
+def test_a_verdict_on_people_and_a_model_that_the_calibration_was_measured_on_is_marked_and_else_the_same():
+    made = fit_whole(simulated(30, seed=1), "a hash")
+    plain = judge(results(), healthy(), calibration=made)
+    groups = {*made.provenance["fit_groups"], *made.provenance["calibrate_groups"]}
+    ours = replace(made, provenance={**made.provenance, "calibrate_groups": ["Anna Lee"]})
+    assert "Anna Lee" not in groups and {fact.group or fact.subject for fact in FACTS} == {"Anna Lee"}
+    for calibration, full, marked in (
+        (ours, "a hash", True), (ours, "another", False), (ours, None, False), (made, "a hash", False),
+    ):  # fmt: skip
+        verdicts = judge(results(), healthy(), calibration=calibration, full=full)
+        assert ["in_sample" in v.flags for v in verdicts] == [marked] * 2
+        assert [(v.label, v.sentence, v.p_values) for v in verdicts] == [
+            (v.label, v.sentence, v.p_values) for v in plain
+        ]
+    assert ours.in_sample("a hash", ["Anna Lee", "Ben Hill"]) == (True, False)
+    assert ours.in_sample(None, ["Anna Lee"]) is None
+    assert reading(replace(made, provenance={})).in_sample("a hash", ["Anna Lee"]) is None
+
+
+def test_the_calibration_that_ships_knows_the_people_that_it_was_measured_on():
+    made, world = load(SHIPPED / "biographies.json"), open_world("biographies")
+    people = sorted({fact.group or fact.subject for fact in world.forget.facts})
+    others = sorted({fact.group or fact.subject for fact in world.retain.neighbors})
+    assert made.in_sample(made.provenance["full"], people) == (True,) * 40
+    assert not any(made.in_sample(made.provenance["full"], others))
+    assert not any(made.in_sample("another full model", people))
+
+
+def test_a_description_claims_one_place_one_world_and_what_is_shown_for_people():
+    told = load(SHIPPED / "biographies.json").describe()
+    assert "blocks in one place" in told and "passed for a deletion" in told
+    assert "of the world biographies only" in told and "0.025 [0.001, 0.132] of 40 groups" in told
 
 
 def test_a_calibration_is_for_one_full_model_and_describes_itself(tmp_path):

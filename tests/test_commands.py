@@ -53,11 +53,14 @@ def test_an_audit_needs_neither_sae_nor_retrained_model_and_says_grade_b(strange
     rows = {row["name"]: row for row in summary["rows"]}
     assert rows["full"]["forget_recall"]["value"] == 1.0
     assert all(v["scores"]["output"] < 0.2 for v in verdicts["unlearned"])  # its margin is nearly that of retrained
-    assert rows["unlearned"]["verdicts"]["suppressed"] == 1.0
-    assert rows["full"]["verdicts"]["deleted"] == rows["unlearned"]["verdicts"]["deleted"] == 0.0
+    assert rows["unlearned"]["verdicts"]["undetermined"] == rows["unlearned"]["no_verdict"] == 1.0
+    assert rows["full"]["verdicts"]["intact"] == 1.0 and rows["full"]["no_verdict"] == 0.0
+    assert all("no_retrained" in v["flags"] and "no verdict" in v["sentence"] for v in verdicts["unlearned"])
+    assert {row["judged"] for row in rows.values()} == {"provisional"} and rows["full"]["in_sample"] is None
     assert rows["full"]["forms"]["heldout"]["value"] == rows["full"]["worst_form"]["value"] == 1.0
     assert all(number["n"] == 4 for number in rows["unlearned"]["forms"].values())
     page = (tmp_path / "run" / "report.html").read_text()
+    assert "lost in the outputs, no verdict 100%" in page and "suppressed 1" not in page
     assert "worst form, above chance" in page and (tmp_path / "run" / "figures" / "5_forms.png").is_file()
     assert "data:image/png;base64," in page and "http://" not in page and "https://" not in page
 

@@ -236,6 +236,9 @@ def test_an_exported_folder_holds_the_edited_weights_and_a_card(model, tmp_path)
     assert load(tmp_path / "out").hash() == digest
     card = (tmp_path / "out" / "README.md").read_text()
     assert edit.base in card and '"verdict": "suppressed"' in card
+    assert "Verdict: suppressed. What a verdict is worth: calibrated: " in card and "biographies world only" in card
+    edit.export(model, tmp_path / "bare")
+    assert "Verdict" not in (tmp_path / "bare" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))

@@ -2,8 +2,19 @@
 
 import json
 
+from mech_unlearn.claims import WORTH
 from mech_unlearn.core import LABELS
-from mech_unlearn.report import COLUMNS, FORM_NAMES, cell_text, form_lines, form_table, print_table, table, write_report
+from mech_unlearn.report import (
+    COLUMNS,
+    FORM_NAMES,
+    cell_text,
+    form_lines,
+    form_table,
+    print_table,
+    table,
+    verdict_cell,
+    write_report,
+)
 
 
 def number(value, **more):
@@ -67,3 +78,40 @@ def test_the_page_has_the_forms_where_the_run_has_them_and_is_drawn_without_wher
         (tmp_path / "summary.json").write_text(json.dumps(summary))
         page = write_report(tmp_path).read_text()
         assert (title in page) == held and ("question 0.50 [0.40, 0.60]" in page) == held
+
+
+def test_what_was_lost_without_retrained_models_stands_as_no_verdict_and_not_as_a_share_of_a_label(capsys):
+    shares = dict.fromkeys(LABELS, 0.0) | {"undetermined": 0.75, "intact": 0.25}
+    assert verdict_cell(row("m", verdicts=shares)) == "undetermined 75%, intact 25%"
+    unsaid = row("m", verdicts=shares, no_verdict=0.5)
+    assert verdict_cell(unsaid) == "lost in the outputs, no verdict 50%; undetermined 25%, intact 25%"
+    print_table([unsaid], "")
+    assert "no verdict" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    whole = row("m", verdicts=dict.fromkeys(LABELS, 0.0) | {"undetermined": 1.0}, no_verdict=1.0)
+    assert verdict_cell(whole) == "lost in the outputs, no verdict 100%"
+
+
+def test_a_row_judged_in_sample_is_marked_with_what_the_mark_means_and_no_other_is(tmp_path, capsys):
+    for name, text in (("provenance.json", "{}"), ("verdicts.json", "{}"), ("spec.yaml", "command: audit\n")):
+        (tmp_path / name).write_text(text)
+    for seen in (True, False, None):
+        rows = [row("npo", in_sample=seen)]
+        assert verdict_cell(rows[0]).endswith("†") == bool(seen)
+        print_table(rows, "a note")
+        assert ("† in-sample" in capsys.readouterr().out) == bool(seen)
+        summary = {"command": "audit", "world": None, "seconds": 1, "peak_rss_mib": 1, "rows": rows}
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        page = write_report(tmp_path).read_text()
+        assert ("suppressed 100% †" in page) == ("† in-sample" in page) == bool(seen)
+
+
+def test_the_page_says_what_its_kind_of_verdict_is_worth_and_both_where_an_older_run_does_not_say(tmp_path):
+    for name, text in (("provenance.json", "{}"), ("verdicts.json", "{}"), ("spec.yaml", "command: audit\n")):
+        (tmp_path / name).write_text(text)
+    for judged, kinds in (("calibrated", {"calibrated"}), ("provisional", {"provisional"}), (None, set(WORTH))):
+        rows = [row("npo", **({"judged": judged} if judged else {}))]
+        summary = {"command": "audit", "world": None, "seconds": 1, "peak_rss_mib": 1, "rows": rows}
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        page = write_report(tmp_path).read_text()
+        for kind, what in WORTH.items():
+            assert (f">{kind}</span> {what}" in page) == (kind in kinds)

@@ -12,7 +12,7 @@ from mech_unlearn.calibration import Calibration, Scaler
 from mech_unlearn.core import LABELS, Verdict
 from mech_unlearn.report import corrected_text
 from mech_unlearn.restoration import Reference, Result, reference
-from mech_unlearn.rows import _corrected, _mean, audit_row, layer_curve
+from mech_unlearn.rows import _corrected, _mean, _seen, audit_row, layer_curve
 from mech_unlearn.verdict import Thresholds
 
 NAN = float("nan")
@@ -113,3 +113,14 @@ def test_shares_that_no_mixture_of_known_truths_gives_are_not_corrected_and_the_
     fine = _corrected(verdicts("suppressed", "suppressed"), tiny_facts(("Anna",)), known, 0)
     assert fine["unexplained"] < 1e-6 and "suppressed 1.00 [1.00, 1.00]" in corrected_text(fine)
     assert corrected_text(None) == ""
+
+
+def test_a_row_counts_the_groups_that_its_calibration_was_measured_on_and_tells_not_from_unknown():
+    facts = tiny_facts(("Anna", "Ben", "Cara"))
+    known = calibrated(full="hash", fit_groups=["Anna"], calibrate_groups=["Cara", "Dan"])
+    for calibration, full, seen, count in (
+        (known, "hash", True, 2), (known, "another", False, 0), (calibrated(full="hash"), "hash", None, None),
+        (None, "hash", None, None),
+    ):  # fmt: skip
+        assert _seen(calibration, full, facts) == {"in_sample": seen, "in_sample_groups": count}
+    assert _seen(known, "hash", tiny_facts(("Ben",))) == {"in_sample": False, "in_sample_groups": 0}

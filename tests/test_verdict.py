@@ -8,7 +8,7 @@ from conftest import tiny_facts
 
 from mech_unlearn.core import Measurement
 from mech_unlearn.restoration import Result
-from mech_unlearn.verdict import Health, Thresholds, evidence, judge, shares
+from mech_unlearn.verdict import Health, Thresholds, evidence, judge, lost_without_verdict, shares
 
 FACTS = tiny_facts(["Anna Lee"])
 
@@ -122,6 +122,37 @@ def test_a_verdict_names_its_strongest_test_and_carries_its_p_value():
     verdict = judge({"output": output((0.1, 0.1), (0.0, 0.0)), "uds": result("uds", (0.6, 0.0)), "sae": sae})[0]
     assert verdict.tests == ("uds", "sae") and verdict.p_values == {"sae": pytest.approx(0.05)}
     assert "entity's profile" in verdict.sentence and "0.80" in verdict.sentence
+
+
+def graded(grade, results):
+    return {name: replace(r, grade=grade, null=r.null[:0]) for name, r in results.items()}
+
+
+@pytest.mark.parametrize("found", (0.0, 0.4, 0.9, float("nan")))
+def test_what_the_outputs_lost_gets_no_verdict_without_retrained_models_whatever_the_tests_find(found):
+    lost = output((0.1, 0.9), (0.0, 1.0))
+    tests = {name: result(name, (found, found)) for name in ("uds", "uds_subject", "writeback", "sae")}
+    gone, kept = judge(graded("B", {"output": lost, **tests}))
+    assert gone.label == "undetermined" and gone.flags == ("no_retrained",) and gone.tests == ("output",)
+    assert gone.sentence.startswith("Lost in the outputs (") and "no verdict: without retrained models" in gone.sentence
+    assert kept.label == "intact" and "no_retrained" not in kept.flags
+    assert all("retrained and full" not in v.sentence and "retrained to full" not in v.sentence for v in (gone, kept))
+    assert gone.scores["uds"] == (None if found != found else pytest.approx(found))  # scores are still given
+    assert lost_without_verdict([gone, kept]) == 0.5 and shares([gone, kept])["undetermined"] == 0.5
+    with_models = judge(graded("A", {"output": lost, **tests}))
+    assert all("no_retrained" not in v.flags for v in with_models) and lost_without_verdict(with_models) == 0
+    assert with_models[0].label == {0.0: "deleted", 0.9: "suppressed"}.get(found, "undetermined")
+
+
+def test_a_broken_or_untestable_fact_is_still_said_to_be_so_without_retrained_models():
+    lost = graded("B", {"output": output((0.0, 0.0), (0.0, 0.0), (0.0, 1.0)), **clean()})
+    verdicts = judge(lost)
+    assert [v.flags for v in verdicts] == [("not_testable",), ("no_retrained",)]
+    assert "retrained" not in verdicts[0].sentence and lost_without_verdict(verdicts) == 1.0
+    drifted = Health(general_kl=Measurement(value=2.0, ci=(2.0, 2.0), n=10, unit="nats"))
+    assert [(v.label, v.flags[-1]) for v in judge(lost, drifted)] == [("collapsed", "health_fail")] * 2
+    held = judge(lost, held_back=True)[1]
+    assert held.label == "suppressed" and "no_retrained" not in held.flags  # by what it is, not by a test
 
 
 def test_thresholds_say_that_they_are_provisional_and_a_verdict_needs_outputs():

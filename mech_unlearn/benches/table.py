@@ -8,7 +8,7 @@ from mech_unlearn.benches.answers import Number, Numbers
 from mech_unlearn.benches.forms import FORMS, form_numbers
 from mech_unlearn.core import LABELS, Fact
 from mech_unlearn.metrics.intervals import mean_ci
-from mech_unlearn.report import COLUMNS
+from mech_unlearn.report import COLUMNS, NO_VERDICT
 
 KINDS = {
     "generated": "from generated text",
@@ -56,8 +56,9 @@ def restoration(cells: Sequence[Mapping[str, Any]], facts: Sequence[Fact], seed:
     """Shares of verdicts over the testable facts and mean scores of the tests: a row each, models as keys."""
     clusters = {fact.id: fact.group or fact.subject for fact in facts}
     rows: list[dict[str, Any]] = []
-    for label in LABELS if cells else ():
-        rows.append({"name": f"verdict {label}", "kind": "verdict"})
+    unsaid = any("no_retrained" in verdict["flags"] for cell in cells for verdict in cell["verdicts"])
+    for label in (*LABELS, *((NO_VERDICT,) if unsaid else ())) if cells else ():
+        rows.append({"name": label if label == NO_VERDICT else f"verdict {label}", "kind": "verdict"})
         for cell in cells:
             rows[-1][cell["row"]["name"]] = _share(label, cell["verdicts"], clusters, seed)
     for key, title in COLUMNS.items() if cells else ():
@@ -84,7 +85,10 @@ def _share(label: str, verdicts: Sequence[Mapping[str, Any]], clusters: Mapping[
     counted_in = [verdict for verdict in verdicts if "not_testable" not in verdict["flags"]]
     if not counted_in:
         return None
-    values = [float(verdict["label"] == label) for verdict in counted_in]
+    said = [NO_VERDICT if "no_retrained" in verdict["flags"] else verdict["label"] for verdict in counted_in]
+    if NO_VERDICT in said and label in ("deleted", "suppressed") and label not in said:
+        return None  # not a share of nought: nothing could be said of either
+    values = [float(each == label) for each in said]
     groups = [clusters[verdict["fact_id"]] for verdict in counted_in]
     return mean_ci(values, "share of testable facts", groups, seed).to_json()
 

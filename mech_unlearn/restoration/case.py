@@ -58,7 +58,8 @@ class Case:
     """Before unlearning."""
     facts: tuple[Fact, ...]
     retrained: tuple[Model, ...] = ()
-    """Trained the same way without the facts; with none of them the evidence is of grade B."""
+    """Trained the same way without the facts; with none of them the evidence is of grade B: scores, and no verdict on
+    what the outputs lost."""
     others: tuple[Fact, ...] = ()
     """Facts about other subjects, known to every model: contrast for latents, and check of collateral damage."""
     texts: tuple[str, ...] = ()

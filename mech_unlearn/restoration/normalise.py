@@ -2,7 +2,8 @@
 
 Without retrained models the level and the gain of "never saw it" are read off *sham* facts: same subject, same
 relation, but an object drawn from the distractors, which was never trained (grade B evidence). The true object is
-not among a sham fact's distractors, so the full model's strong belief in it does not enter.
+not among a sham fact's distractors, so the full model's strong belief in it does not enter. Shams put scores on the
+scale; they are no null of what a test says of a model that never knew: no verdict rests on them (`verdict.py`).
 """
 
 import random

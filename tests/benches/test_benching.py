@@ -15,8 +15,10 @@ from mech_unlearn import cli
 from mech_unlearn.auditing import prepare_audit
 from mech_unlearn.benches import BENCHES
 from mech_unlearn.benches.answers import Questions
+from mech_unlearn.benches.table import restoration
 from mech_unlearn.benching import askable, restorable
 from mech_unlearn.core import LABELS, RetainSet
+from mech_unlearn.report import COLUMNS, NO_VERDICT
 
 
 def probe(level, subject, query, answer="Port Vell", kind="cloze"):
@@ -175,6 +177,25 @@ def test_facts_that_the_tokenizer_cannot_write_are_counted_with_the_reason(tiny_
     assert notes[0].startswith("1 of 2 facts to forget cannot be asked of this model: 1 (the tokenizer has no tokens")
     long = replace(good, prompt="the sea " * 80 + "{} was born in")
     assert "longer than the model's 64 positions" in askable(tiny_model, Questions(facts=(long,)))[2][0]
+
+
+def test_without_retrained_models_no_share_of_deleted_or_suppressed_is_shown_but_what_has_no_verdict():
+    facts = tiny_facts(["Anna Lee", "Ben Hill"])
+
+    def shown(flags, labels):
+        said = [
+            {"fact_id": fact.id, "label": label, "flags": flags if label == "undetermined" else []}
+            for fact, label in zip(facts, labels, strict=True)
+        ]
+        rows = restoration([{"row": {"name": "m", **dict.fromkeys(COLUMNS)}, "verdicts": said}], facts, 0)
+        return {row["name"]: row["m"] and row["m"]["value"] for row in rows}
+
+    labels = ("undetermined", "undetermined", "undetermined", "intact")
+    without, with_models = shown(["no_retrained"], labels), shown([], labels)
+    assert without[NO_VERDICT] == 0.75 and without["verdict intact"] == 0.25 and without["verdict undetermined"] == 0
+    assert without["verdict deleted"] is None and without["verdict suppressed"] is None
+    assert NO_VERDICT not in with_models and with_models["verdict undetermined"] == 0.75
+    assert with_models["verdict deleted"] == with_models["verdict suppressed"] == 0
 
 
 def test_one_subject_alone_is_tested_with_what_the_core_allows_and_told_what_is_left_out(tiny_model):

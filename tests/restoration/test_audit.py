@@ -69,13 +69,15 @@ def test_auditing_again_gives_the_same_numbers_and_leaves_random_state_and_weigh
         assert torch.equal(result.recoverability.nan_to_num(), results["late"][test].recoverability.nan_to_num())
 
 
-def test_without_retrained_models_the_grade_is_b_and_the_verdicts_hold():
+def test_without_retrained_models_the_grade_is_b_and_what_the_outputs_lost_gets_no_verdict_whatever_its_truth():
     case = planted_case(retrained=(), relearn=Relearn(steps=(1,)), draws=2)
     ref = reference(case, ["output", "uds", "sae", "int4"])
-    for truth, label in (("full", "intact"), ("early", "suppressed"), ("late", "suppressed"), ("retrained", "deleted")):
+    for truth in ("full", "early", "late", "retrained"):
         verdicts = judge(audit(ref, planted_model(truth, 5), truth))
-        assert [v.label for v in verdicts] == [label] * FORGOTTEN, truth
-        assert {v.grade for v in verdicts} == {"B"}
+        known = truth == "full"
+        assert [v.label for v in verdicts] == ["intact" if known else "undetermined"] * FORGOTTEN, truth
+        assert all(("no_retrained" in v.flags) != known and v.grade == "B" for v in verdicts)
+        assert all(v.scores["uds"] is not None and v.scores["sae"] is not None for v in verdicts)
 
 
 def test_an_unknown_test_and_a_model_of_another_shape_are_refused(tiny_model, audited):
