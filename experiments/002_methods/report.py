@@ -101,7 +101,8 @@ def calibrated(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def calibrated_table(found: Mapping[str, Any]) -> str:
     head = ("method", "forget", "neighbours", "UDS", "writeback", "rho SAE", f"{' / '.join(LABELS)}, %")
-    lines = ["## Calibrated verdicts, biographies, seed 0", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    title = "## Calibrated verdicts, biographies, seed 0 (in-sample: the calibration was measured on these people)"
+    lines = [title, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, row in sorted(found.items(), key=lambda item: -item[1]["verdicts"].get("deleted", 0)):
         verdicts = " / ".join(f"{100 * row['verdicts'].get(label, 0):.0f}" for label in LABELS)
         numbers = [shown(row[key]) for key in ("forget_recall", "neighbor_recall", "uds", "writeback", "rho_sae")]
