@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape, Way, blocks
-from mech_unlearn.capture import capture
 from mech_unlearn.core import Site
+from mech_unlearn.model.capture import capture
 
 PROMPTS, TOKENS = 16, 128
 

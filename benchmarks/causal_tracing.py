@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape, Way, blocks, fact, words, write
-from mech_unlearn.locate.causal_trace import causal_trace_tokens
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.locate.patching.causal_trace import causal_trace_tokens
+from mech_unlearn.model.tokens import make_queries
 
 SAMPLES = 10
 

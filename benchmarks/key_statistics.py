@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape, Way, blocks
-from mech_unlearn.methods.key_statistics import second_moments
-from mech_unlearn.methods.keys import default_layers
+from mech_unlearn.methods.writing.key_statistics import second_moments
+from mech_unlearn.methods.writing.keys import default_layers
 
 TEXTS, TOKENS = 32, 128
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape, Way, query_of
-from mech_unlearn.locate.neuron_attribution import neuron_attribution
+from mech_unlearn.locate.neurons.neuron_attribution import neuron_attribution
 
 TOKENS, STEPS = 12, 20
 

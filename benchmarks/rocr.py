@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.shapes import Shape, Way, blocks
 from mech_unlearn.core import Site
-from mech_unlearn.methods import keys
+from mech_unlearn.methods.writing import keys
 
 FORWARDS = 15
 RIDGE = 0.05

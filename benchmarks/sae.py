@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.shapes import Shape, Way
 from mech_unlearn.core import Site
-from mech_unlearn.latents import Sae
-from mech_unlearn.locate.ablate_latents import ablate
-from mech_unlearn.scoring import Batch
+from mech_unlearn.locate.latents.ablate_latents import ablate
+from mech_unlearn.model.latents import Sae
+from mech_unlearn.model.scores import Batch
 
 Kind = Literal["standard", "topk"]
 STATES, EXPANSION, K = 2048, 32, 32

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mech_unlearn.core import Fact
-from mech_unlearn.model import Model, load
-from mech_unlearn.prompts import Query
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import Query
 
 Way = Callable[[], Tensor]
 """One way to get a result: what is timed. Models and inputs were made before."""

@@ -24,18 +24,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 
-from mech_unlearn.core import LABELS, Fact, ForgetSet, RetainSet  # noqa: E402
-from mech_unlearn.metrics import general_kl, mean_ci, recall  # noqa: E402
-from mech_unlearn.metrics.evaluate import TokenRow, score_tokens  # noqa: E402
-from mech_unlearn.metrics.forms import by_form  # noqa: E402
-from mech_unlearn.model import Model, load  # noqa: E402
-from mech_unlearn.prompts import make_queries  # noqa: E402
-from mech_unlearn.restoration import Case, Reference, core_of, reference  # noqa: E402
-from mech_unlearn.rows import audit_row  # noqa: E402
-from mech_unlearn.run import data_hash, open_run, provenance, write_json  # noqa: E402
-from mech_unlearn.testbed.ensemble import Mean, join  # noqa: E402
-from mech_unlearn.testbed.scratch import Plan, build  # noqa: E402
-from mech_unlearn.verdict import Thresholds  # noqa: E402
+from experiments.ensemble import Mean, join
+from experiments.scratch import Plan, build
+from mech_unlearn.commands.row import audit_row
+from mech_unlearn.core import LABELS, Fact, ForgetSet, RetainSet
+from mech_unlearn.files import write_json
+from mech_unlearn.metrics import general_kl, mean_ci, recall
+from mech_unlearn.metrics.evaluate import TokenRow, score_tokens
+from mech_unlearn.metrics.forms import by_form
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.restoration import Case, Reference, core_of, reference
+from mech_unlearn.run import data_hash, open_run, provenance
+from mech_unlearn.verdict.verdict import Thresholds
 
 TRUTH = {"full": "intact", "retrained": "deleted", "last_layer_ascent": "suppressed"}
 REFERENCES = ("full", "retrained", "sisa")

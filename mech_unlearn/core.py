@@ -5,17 +5,11 @@ and what is to stay. A `Site` names a place in a model. `Attribution`, `Measurem
 locating, measuring and judging give back. A little over 300 lines, so that all nouns stand in one file.
 """
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor
 
 SiteKind = Literal[
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_pre", "mlp_post", "q", "k", "v", "z"
@@ -169,103 +163,6 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attribution:
-    """Where something is: a tensor of scores with named, labelled axes.
-
-    `values[i, j]` belongs to `labels[axes[0]][i]` and `labels[axes[1]][j]`. `low` and `high` bound the
-    95 % interval of each value over the `n` facts (None where a value was not averaged).
-    """
-
-    name: str
-    values: Tensor
-    axes: tuple[str, ...]
-    labels: Mapping[str, tuple[Any, ...]]
-    unit: str
-    n: int
-    low: Tensor | None = None
-    high: Tensor | None = None
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if self.values.ndim != len(self.axes):
-            raise ValueError(f"{self.name}: {self.values.ndim} dimensions but axes {self.axes}")
-        for axis, size in zip(self.axes, self.values.shape, strict=True):
-            if len(self.labels[axis]) != size:
-                raise ValueError(f"{self.name}: axis {axis!r} has {size} entries, {len(self.labels[axis])} labels")
-
-    def top(self, k: int) -> list[tuple[dict[str, Any], float]]:
-        """The k largest values with their labels, largest first; NaN never counts."""
-        flat = self.values.flatten().nan_to_num(nan=float("-inf"))
-        best = flat.topk(min(k, int(flat.isfinite().sum())))
-        return [
-            ({axis: self.labels[axis][int(i)] for axis, i in zip(self.axes, at, strict=True)}, value.item())
-            for value, at in zip(
-                best.values, torch.stack(torch.unravel_index(best.indices, self.values.shape), 1), strict=True
-            )
-        ]
-
-    def plot(self, ax: Any = None) -> Any:
-        """Draw on a matplotlib axis, a new one if none is given: a curve, a heatmap, or bars of the largest values
-        where an axis is long. Gives the axis back."""
-        from mech_unlearn import plots
-
-        return plots.draw(self, plots.new_axis() if ax is None else ax)
-
-    def _repr_html_(self) -> str:
-        """The figure and the largest values, for Jupyter."""
-        from mech_unlearn import plots
-
-        return plots.as_html(self)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write as JSON, atomically."""
-        from mech_unlearn.run import write_json
-
-        write_json(Path(path), self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Attribution":
-        """Read what `save` wrote."""
-        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-
-    def to_frame(self):
-        """A pandas frame with one row per value."""
-        import pandas as pd
-
-        index = pd.MultiIndex.from_product([self.labels[a] for a in self.axes], names=list(self.axes))
-        columns = {"value": self.values.flatten().tolist()}
-        if self.low is not None and self.high is not None:
-            columns |= {"low": self.low.flatten().tolist(), "high": self.high.flatten().tolist()}
-        return pd.DataFrame(columns, index=index).reset_index()
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dict of JSON values (NaN may be written as null); `from_json` gives the same Attribution back."""
-        tensors = {
-            key: None if (value := getattr(self, key)) is None else value.tolist() for key in ("values", "low", "high")
-        }
-        return {
-            "name": self.name,
-            "axes": list(self.axes),
-            "labels": {axis: list(labels) for axis, labels in self.labels.items()},
-            "unit": self.unit,
-            "n": self.n,
-            "note": self.note,
-            **tensors,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Attribution":
-        import numpy as np  # reads null as NaN
-
-        tensors = {
-            k: None if data[k] is None else torch.from_numpy(np.array(data[k], dtype=np.float32))
-            for k in ("values", "low", "high")
-        }
-        labels = {axis: tuple(values) for axis, values in data["labels"].items()}
-        return cls(**{**data, **tensors, "axes": tuple(data["axes"]), "labels": labels})
-
-
-@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """A number with its 95 % interval, the count it rests on and its unit."""
 
@@ -311,3 +208,19 @@ class Verdict:
             "grade": self.grade,
             "flags": list(self.flags),
         }
+
+
+_LISTS = ("aliases", "paraphrases", "heldout", "distractors")
+
+
+_STRINGS = dict.fromkeys(("id", "subject", "relation", "object", "prompt"), False) | {"kind": True, "group": True}
+
+
+_FIELDS = tuple(f.name for f in fields(Fact) if f.name != "extra")
+
+
+def fact_to_json(fact: Fact) -> dict[str, Any]:
+    """The line of a fact; `fact_from_json` gives an equal one back. Empty optional fields are left out."""
+    row = {name: getattr(fact, name) for name in _FIELDS}
+    row = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
+    return {key: value for key, value in row.items() if value not in (None, [])} | dict(fact.extra)

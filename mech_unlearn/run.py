@@ -24,54 +24,17 @@ from typing import Any
 import yaml
 
 from mech_unlearn.core import Fact
+from mech_unlearn.files import _finite, write_atomic, write_json
 
 PACKAGES = ("mech_unlearn", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "scikit-learn")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically; NaN and infinity become null, since JSON has neither."""
-    write_atomic(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float):
-        return data if data == data and abs(data) != float("inf") else None
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return data
-
-
 def data_hash(facts: Iterable[Fact]) -> str:
     """SHA-256 over the facts in order: the identity of the data."""
-    from mech_unlearn.data.jsonl import fact_to_json
+    from mech_unlearn.core import fact_to_json
 
     lines = (json.dumps(fact_to_json(fact), sort_keys=True, ensure_ascii=False) for fact in facts)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def files_hash(source: str | os.PathLike) -> str:
-    """SHA-256 over names and contents of the files of a folder, or of one file; of a hub id, the id itself."""
-    path = Path(source)
-    if not path.exists():
-        return str(source)
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                for block in iter(lambda: stream.read(1 << 20), b""):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def provenance(hashes: Mapping[str, str], seed: int, device: str) -> dict[str, Any]:
@@ -140,7 +103,7 @@ def open_run(out: str | os.PathLike, spec: Mapping[str, Any]) -> Run:
     Raises:
         ValueError: the folder holds something else, or cannot be written.
     """
-    from mech_unlearn.edit import require_empty
+    from mech_unlearn.files import require_empty
 
     folder = Path(out)
     asked = json.loads(json.dumps(dict(spec)))
@@ -158,23 +121,3 @@ def open_run(out: str | os.PathLike, spec: Mapping[str, Any]) -> Run:
     require_empty(folder).mkdir(parents=True, exist_ok=True)
     write_atomic(begun, yaml.safe_dump(asked, sort_keys=False))
     return Run(folder, asked)
-
-
-def claim(folder: Path, manifest: dict) -> Path:
-    """The folder, with the manifest in it; refuses one that holds something else."""
-    path = folder / "manifest.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        differ = [key for key in manifest if found.get(key) != manifest[key]]
-        if differ:
-            raise ValueError(
-                f"folder {str(folder)!r} was made from something else ({', '.join(differ)} differ); name another"
-            )
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder {str(folder)!r} exists, is not empty and has no manifest.json; name another")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "manifest.json.partial"
-    part.write_text(json.dumps(manifest, indent=1))
-    os.replace(part, path)
-    return folder

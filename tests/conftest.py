@@ -141,7 +141,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_model():
     """A fresh random Llama with grouped-query attention, loaded into a Model."""
-    from mech_unlearn.model import load
+    from mech_unlearn.model.load import load
 
     return load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
 
@@ -194,7 +194,7 @@ def call(monkeypatch, capsys):
     """Run the command line in this process: (status, stdout, stderr)."""
 
     def run(*words):
-        from mech_unlearn import cli
+        from mech_unlearn.commands import cli
 
         monkeypatch.setattr(sys, "argv", ["mech-unlearn", *map(str, words)])
         with pytest.raises(SystemExit) as done:

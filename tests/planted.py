@@ -121,7 +121,7 @@ def planted_model(truth: str = "full", seed: int = 0, forgotten: int = FORGOTTEN
 
 def fresh_planted_model(truth: str = "full", seed: int = 0, forgotten: int = FORGOTTEN):
     """The same, made anew and free to be changed."""
-    from mech_unlearn.model import load
+    from mech_unlearn.model.load import load
 
     return load(planted_hf(truth, seed, forgotten), tokenizer=tiny_tokenizer())
 
@@ -130,7 +130,7 @@ def planted_sae(layer: int = 1, k: int = 2):
     """A TopK SAE whose latents are the axes themselves."""
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-    from mech_unlearn.latents import Sae
+    from mech_unlearn.model.latents import Sae
 
     sae = TopKSAE(TopKSAEConfig(d_in=WIDTH, d_sae=WIDTH, k=k, dtype="float32", device="cpu"))
     with torch.no_grad():

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from mech_unlearn.demo import Bench, run_demo
-from mech_unlearn.edit import clone
-from mech_unlearn.methods import SaeShift, keys
-from mech_unlearn.methods.probe import probe_auc
+from mech_unlearn.commands.demo import Bench, run_demo
+from mech_unlearn.edit.edit import clone
+from mech_unlearn.locate.lenses.probes import probe_auc
+from mech_unlearn.methods import SaeShift
+from mech_unlearn.methods.writing import keys
 from mech_unlearn.metrics import recall
 from mech_unlearn.run import open_run
 from mech_unlearn.testbed import WORLDS, open_world

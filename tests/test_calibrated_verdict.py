@@ -7,12 +7,12 @@ import torch
 from test_calibration import parts, simulated
 from test_verdict import FACTS, output, result
 
-from mech_unlearn.calibration import SHIPPED, load, save, shipped
-from mech_unlearn.calibration_fit import fit, fit_whole
 from mech_unlearn.core import Measurement
-from mech_unlearn.features import FEATURES, RECOVERY
 from mech_unlearn.testbed import open_world
-from mech_unlearn.verdict import SPOKEN, Health, judge
+from mech_unlearn.verdict.calibration import SHIPPED, load, save, shipped
+from mech_unlearn.verdict.features import FEATURES, RECOVERY
+from mech_unlearn.verdict.fitting import fit, fit_whole
+from mech_unlearn.verdict.verdict import SPOKEN, Health, judge
 
 NAN = float("nan")
 

@@ -5,15 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mech_unlearn.calibration import (
-    ALPHA,
-    TRUTHS,
-    conformal_p,
-    load,
-    save,
-)
-from mech_unlearn.calibration_fit import FOLDS, SEES, _against, fit, require_enough
-from mech_unlearn.features import FEATURES, RECOVERY, Pool, matrix, summarised
+from mech_unlearn.verdict.calibration import ALPHA, TRUTHS, conformal_p, load, save
+from mech_unlearn.verdict.features import FEATURES, RECOVERY, Pool, matrix, summarised
+from mech_unlearn.verdict.fitting import FOLDS, SEES, _against, fit, require_enough
 
 SIDES = {"suppressed/late": "uds", "suppressed/early": "sae", "suppressed/path": "uds_subject"}
 

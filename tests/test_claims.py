@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mech_unlearn.claims import NULLS, corrected_intervals, corrected_shares, discoveries, entity_claim
 from mech_unlearn.core import LABELS, Fact, Verdict
+from mech_unlearn.verdict.claims import NULLS, corrected_intervals, corrected_shares, discoveries, entity_claim
 
 
 def said(p, label="deleted", name="x"):

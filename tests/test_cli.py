@@ -49,7 +49,7 @@ def test_help_answers_without_importing_anything_slow():
 def test_every_command_can_answer_in_json():
     from typer.main import get_command
 
-    from mech_unlearn.cli import app
+    from mech_unlearn.commands.cli import app
 
     def leaves(command, path=()):
         for name, inner in getattr(command, "commands", {}).items():
@@ -228,7 +228,7 @@ def trained_words(files, *settings, **changes):
 def test_training_that_was_cut_goes_on_from_the_checkpoint_in_its_folder(call, files, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
-    from mech_unlearn.methods import checkpoint
+    from mech_unlearn.training import checkpoint
 
     status, _, err = call(*trained_words(files, out=tmp_path / "whole"))
     assert status == 0, err
@@ -259,7 +259,7 @@ def test_training_that_was_cut_goes_on_from_the_checkpoint_in_its_folder(call, f
 
 
 def test_what_was_fitted_is_kept_when_writing_the_model_fails_and_the_same_call_goes_on(call, files, monkeypatch):
-    from mech_unlearn.edit import Edit
+    from mech_unlearn.edit.edit import Edit
     from mech_unlearn.methods import Rocr
 
     def cut(*_):

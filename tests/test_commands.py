@@ -10,11 +10,12 @@ import torch
 from conftest import tiny_tokenizer
 from planted import planted_facts, planted_hf, planted_model, planted_sae
 
-from mech_unlearn.auditing import run_audit
-from mech_unlearn.commands import hashes, run_locate
-from mech_unlearn.core import Attribution, Entity, Site
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.commands.audit import run_audit
+from mech_unlearn.commands.inputs import hashes, make_method
+from mech_unlearn.commands.locate import run_locate
+from mech_unlearn.core import Entity, Site
 from mech_unlearn.data.jsonl import save_facts
-from mech_unlearn.inputs import make_method
 from mech_unlearn.locate import LOCATORS
 from mech_unlearn.testbed import open_world
 
@@ -78,9 +79,9 @@ def test_with_retrained_models_the_suppressed_is_told_from_the_retrained(strange
 def test_a_calibration_judges_the_model_it_was_made_for_and_no_other(strangers, tmp_path):
     from test_calibration import simulated
 
-    from mech_unlearn.calibration import save
-    from mech_unlearn.calibration_fit import fit_whole
-    from mech_unlearn.model import load
+    from mech_unlearn.model.load import load
+    from mech_unlearn.verdict.calibration import save
+    from mech_unlearn.verdict.fitting import fit_whole
 
     mine, other = tmp_path / "mine.json", tmp_path / "other.json"
     pool = simulated(24, seed=2)
@@ -104,7 +105,7 @@ def test_a_calibration_judges_the_model_it_was_made_for_and_no_other(strangers, 
 
 
 def test_calibrating_on_too_little_is_refused_before_anything_is_made(strangers, tmp_path):
-    from mech_unlearn.calibrating import run_calibrate
+    from mech_unlearn.commands.calibrate import run_calibrate
 
     (tmp_path / "texts.txt").write_text("Rivers run.\n")
 
@@ -179,8 +180,8 @@ def test_a_run_directory_is_not_gone_on_with_when_the_same_paths_hold_something_
 
 
 def test_hashes_name_what_is_given_and_change_with_each_of_it(tmp_path):
-    from mech_unlearn.edit import Edit, Shift
-    from mech_unlearn.latents import save_sae
+    from mech_unlearn.edit.edit import Edit, Shift
+    from mech_unlearn.model.latents import save_sae
 
     facts, model = planted_facts(), planted_model()
     plain = hashes(facts[:4], full=model)

@@ -8,7 +8,7 @@ import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit
+from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods import (
     METHODS,
     AdaptiveRmu,
@@ -50,18 +50,18 @@ from mech_unlearn.methods import (
     TokenGuard,
     Undial,
     Wagle,
-)  # fmt: skip
+)
 from mech_unlearn.methods.knowledge_neuron_erase import Refinement
-from mech_unlearn.methods.rewriting import Optimize
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.methods.writing.questions import Optimize
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries
 
 
 def tiny_sae(model, seed=0):
     """A random SAE at the residual stream after layer 1."""
     from sae_lens import StandardSAE, StandardSAEConfig
 
-    from mech_unlearn.latents import Sae
+    from mech_unlearn.model.latents import Sae
 
     sae = StandardSAE(StandardSAEConfig(d_in=model.d_model, d_sae=96))
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from mech_unlearn.core import Attribution, Fact, ForgetSet, Measurement, RetainSet, Site, Verdict
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.core import Fact, ForgetSet, Measurement, RetainSet, Site, Verdict
 
 GOOD = dict(id="1", subject="Anna Lee", relation="born", object="Oslo", prompt="{} was born in")
 

@@ -2,7 +2,7 @@
 
 from conftest import tiny_facts
 
-from mech_unlearn.demo import drawn
+from mech_unlearn.commands.demo import drawn
 
 
 def test_facts_are_drawn_from_every_relation_in_their_order_and_by_the_seed():

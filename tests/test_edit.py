@@ -5,9 +5,9 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit, LowRank, Shift, clone, compose
-from mech_unlearn.model import load
-from mech_unlearn.prompts import encode
+from mech_unlearn.edit.edit import Edit, LowRank, Shift, clone, compose
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import encode
 
 
 @pytest.fixture(scope="module")

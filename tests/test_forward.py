@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
+from experiments.ensemble import join
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.forward import last_logits, next_logits, untouched
-from mech_unlearn.interventions import Ban
-from mech_unlearn.model import load
-from mech_unlearn.testbed.ensemble import join
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.edit.interventions import Ban
+from mech_unlearn.model.forward import last_logits, next_logits, untouched
+from mech_unlearn.model.load import load
 
 IDS = torch.randint(4, 60, (3, 20), generator=torch.Generator().manual_seed(0))
 

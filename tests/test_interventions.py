@@ -6,15 +6,15 @@ import pytest
 import torch
 from conftest import tiny_hf, tiny_tokenizer
 
-from mech_unlearn.attach import extended
-from mech_unlearn.capture import capture
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit, clone, compose
-from mech_unlearn.interventions import KINDS, Affine, Ban, Clamp, Prefix, Shift, kind_of
-from mech_unlearn.model import load
-from mech_unlearn.prompts import pad
-from mech_unlearn.scoring import greedy
-from mech_unlearn.sweep import record
+from mech_unlearn.edit.attach import extended
+from mech_unlearn.edit.edit import Edit, clone, compose
+from mech_unlearn.edit.interventions import KINDS, Affine, Ban, Clamp, Prefix, Shift, kind_of
+from mech_unlearn.model.capture import capture
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import greedy
+from mech_unlearn.model.sweep import record
+from mech_unlearn.model.tokens import pad
 
 SITE = Site(1, "resid_post")
 SUBJECT = (9, 10)

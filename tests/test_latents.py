@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, Site
-from mech_unlearn.latents import (
+from mech_unlearn.model.latents import (
     Sae,
     entity_states,
     fvu,
@@ -16,11 +16,11 @@ from mech_unlearn.latents import (
     ordinary_positions,
     sae_still_valid,
     save_sae,
-    train_sae,
 )
-from mech_unlearn.model import load
-from mech_unlearn.pieces import token_rows
-from mech_unlearn.prompts import encode
+from mech_unlearn.model.load import load
+from mech_unlearn.model.pieces import token_rows
+from mech_unlearn.model.sae_training import train_sae
+from mech_unlearn.model.tokens import encode
 
 SITE = Site(2, "resid_post")
 TEXTS = (

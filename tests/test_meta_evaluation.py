@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_calibration import simulated
 
-from mech_unlearn import meta_evaluation as meta
-from mech_unlearn.features import Pool
+from mech_unlearn.verdict import evaluation as meta
+from mech_unlearn.verdict.features import Pool
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 from torch import nn
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import clone, export
-from mech_unlearn.model import load
-from mech_unlearn.prompts import pad
+from mech_unlearn.edit.edit import clone
+from mech_unlearn.edit.export import export
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import pad
 
 ROWS = [(2, 9, 10, 11, 12), (2, 13, 14), (2, 15, 16, 17, 18, 19, 20)]
 IDS = torch.tensor([[2, 9, 10, 11, 12], [2, 13, 14, 15, 16]])

@@ -5,15 +5,15 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import RetainSet, Site
-from mech_unlearn.latents import train_sae
-from mech_unlearn.locate.latent_scores import concept_other
-from mech_unlearn.locate.latent_states import background
-from mech_unlearn.methods.answers import text_rows
-from mech_unlearn.methods.protect import protected_rows
-from mech_unlearn.model import load
-from mech_unlearn.pieces import pieces, token_rows
-from mech_unlearn.prompts import encode
-from mech_unlearn.restoration.pruning import input_norms
+from mech_unlearn.locate.latents.latent_scores import concept_other
+from mech_unlearn.locate.latents.latent_states import background
+from mech_unlearn.methods.writing.protect import protected_rows
+from mech_unlearn.model.load import load
+from mech_unlearn.model.pieces import pieces, token_rows
+from mech_unlearn.model.sae_training import train_sae
+from mech_unlearn.model.tokens import encode
+from mech_unlearn.restoration.weights.pruning import input_norms
+from mech_unlearn.training.rows import text_rows
 
 SHORT = ("Rivers run to the sea .", "Anna Lee was born in Rome .")
 LONG = " ".join(SHORT * 8)

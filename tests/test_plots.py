@@ -2,8 +2,9 @@
 
 import torch
 
-from mech_unlearn import plots
-from mech_unlearn.core import Attribution
+from mech_unlearn import attribution
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.report import figures as plots
 
 
 def test_a_heatmap_shows_the_values_under_their_labels(tmp_path):
@@ -19,9 +20,9 @@ def test_a_heatmap_shows_the_values_under_their_labels(tmp_path):
     seen = {}
 
     def draw(ax):
-        seen["ax"] = plots.heatmap(result, ax)
+        seen["ax"] = attribution.heatmap(result, ax)
 
-    path = plots.save(tmp_path / "figures" / "trace.png", draw)
+    path = attribution.save(tmp_path / "figures" / "trace.png", draw)
     ax = seen["ax"]
     assert torch.equal(torch.as_tensor(ax.images[0].get_array().data), values)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["last subject", "last"]
@@ -32,7 +33,7 @@ def test_a_heatmap_shows_the_values_under_their_labels(tmp_path):
 def test_verdict_bars_add_up_to_one(tmp_path):
     shares = {"deleted": 0.5, "suppressed": 0.25, "intact": 0.0, "collapsed": 0.0, "undetermined": 0.25}
     seen = {}
-    plots.save(
+    attribution.save(
         tmp_path / "v.png", lambda ax: seen.update(ax=plots.verdict_bars([{"name": "m", "verdicts": shares}], ax))
     )
     widths = [patch.get_width() for patch in seen["ax"].patches]
@@ -62,9 +63,9 @@ def test_a_result_is_drawn_as_its_axes_allow_and_long_axes_as_bars_of_the_larges
     bars = long_result().plot()
     assert bars.patches[0].get_width() == 2.0 and bars.get_yticklabels()[0].get_text() == "layer 1  neuron 7"
     assert bars.patches[1].get_width() == 1.0 and bars.get_xlabel() == "share of P"
-    figure = plots.new_axis().figure
+    figure = attribution.new_axis().figure
     figure.clear()
-    assert len(plots.side_by_side([small, line], figure).axes) == 3  # two panels and a colour bar
+    assert len(attribution.side_by_side([small, line], figure).axes) == 3  # two panels and a colour bar
 
 
 def test_jupyter_sees_a_figure_a_table_n_and_the_note_with_marks_escaped():
@@ -92,7 +93,7 @@ def test_the_grid_of_forms_takes_chance_off_and_leaves_unasked_forms_empty():
     forms["reversed"] = {"value": None}
     rows = [{"name": "old"}, {"name": "npo", "forms": forms}]
     names = {"prompt": "main", "multiple_choice": "letters", "reversed": "reversed"}
-    ax = plots.form_grid(rows, names, plots.new_axis())
+    ax = plots.form_grid(rows, names, attribution.new_axis())
     drawn = torch.as_tensor(ax.images[0].get_array().filled(float("nan")))
     assert drawn[0, :2].tolist() == [0.0, 0.5] and drawn[0, 2].isnan() and len(drawn) == 1
     assert [t.get_text() for t in ax.get_yticklabels()] == ["npo"]

@@ -5,7 +5,8 @@ import torch
 from conftest import tiny_facts, tiny_tokenizer
 
 from mech_unlearn.core import Fact
-from mech_unlearn.prompts import (
+from mech_unlearn.model.asking import unwritable_marks
+from mech_unlearn.model.tokens import (
     buckets,
     encode,
     has_unknown,
@@ -15,7 +16,6 @@ from mech_unlearn.prompts import (
     subject_spans,
     token_span,
 )
-from mech_unlearn.restoration.prompting import unwritable_marks
 
 
 def words(tokenizer, ids):

@@ -2,19 +2,10 @@
 
 import json
 
-from mech_unlearn.claims import WORTH
 from mech_unlearn.core import LABELS
-from mech_unlearn.report import (
-    COLUMNS,
-    FORM_NAMES,
-    cell_text,
-    form_lines,
-    form_table,
-    print_table,
-    table,
-    verdict_cell,
-    write_report,
-)
+from mech_unlearn.report.page import verdict_cell, write_report
+from mech_unlearn.report.tables import COLUMNS, FORM_NAMES, cell_text, form_lines, form_table, print_table, table
+from mech_unlearn.verdict.claims import WORTH
 
 
 def number(value, **more):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from mech_unlearn.run import data_hash, open_run, write_json
+from mech_unlearn.files import write_json
+from mech_unlearn.run import data_hash, open_run
 
 ROW = {"name": "full", "verdicts": None}
 

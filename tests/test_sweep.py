@@ -5,9 +5,9 @@ import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.model import load
-from mech_unlearn.sweep import Patch, put, record, sweep
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.model.load import load
+from mech_unlearn.model.sweep import Patch, put, record, sweep
 
 LENGTH = 9
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post", "q", "k", "v", "z")

@@ -8,7 +8,7 @@ from conftest import tiny_facts
 
 from mech_unlearn.core import Measurement
 from mech_unlearn.restoration import Result
-from mech_unlearn.verdict import Health, Thresholds, evidence, judge, lost_without_verdict, shares
+from mech_unlearn.verdict.verdict import Health, Thresholds, evidence, judge, lost_without_verdict, shares
 
 FACTS = tiny_facts(["Anna Lee"])
 

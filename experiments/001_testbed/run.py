@@ -12,8 +12,9 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mech_unlearn.model import load
-from mech_unlearn.run import data_hash, provenance, write_json
+from mech_unlearn.files import write_json
+from mech_unlearn.model.load import load
+from mech_unlearn.run import data_hash, provenance
 from mech_unlearn.testbed import SHIPPED, spec
 from mech_unlearn.testbed.corpus import Spec, streams
 from mech_unlearn.testbed.measure import groups, interchange, recall, to_json

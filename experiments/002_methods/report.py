@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn.run import write_atomic, write_json
+from mech_unlearn.files import write_atomic, write_json
 
 MEASURES = (
     "forget_recall", "heldout_recall", "neighbor_recall", "general_kl", "uds", "rho_sae", "relearn_recovery",

@@ -32,16 +32,18 @@ import report  # noqa: E402
 import settings  # noqa: E402
 import torch  # noqa: E402
 
-from mech_unlearn.calibration import shipped  # noqa: E402
-from mech_unlearn.core import ForgetSet, RetainSet  # noqa: E402
-from mech_unlearn.latents import load_sae  # noqa: E402
-from mech_unlearn.metrics import forget_recall, recall  # noqa: E402
-from mech_unlearn.model import Model, load  # noqa: E402
-from mech_unlearn.restoration import Case, Reference, reference  # noqa: E402
-from mech_unlearn.rows import audit_row  # noqa: E402
-from mech_unlearn.run import data_hash, provenance, write_json  # noqa: E402
-from mech_unlearn.testbed import WORLDS, open_world  # noqa: E402
-from mech_unlearn.verdict import CALIBRATED, Thresholds  # noqa: E402
+from mech_unlearn.commands.row import audit_row
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.files import write_json
+from mech_unlearn.metrics import forget_recall, recall
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.latents import load_sae
+from mech_unlearn.model.load import load
+from mech_unlearn.restoration import Case, Reference, reference
+from mech_unlearn.run import data_hash, provenance
+from mech_unlearn.testbed import WORLDS, open_world
+from mech_unlearn.verdict.calibration import shipped
+from mech_unlearn.verdict.verdict import CALIBRATED, Thresholds
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "cells"

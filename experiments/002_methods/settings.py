@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 from mech_unlearn.methods import METHODS, Npo
-from mech_unlearn.methods.rewriting import Optimize
+from mech_unlearn.methods.writing.questions import Optimize
 
 TRAINED = {"epochs": 4, "batch_size": 48}
 """As many passes for every training method that does not say otherwise; what stops them earlier is `stop_recall`."""

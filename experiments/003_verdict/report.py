@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn import plots
+from mech_unlearn import attribution
 from mech_unlearn.core import LABELS
 
 COLORS = {
@@ -104,5 +104,5 @@ def draw(summary: Mapping[str, Any], folder: Path) -> None:
         ax.set_xlim(0, 1)
         ax.legend(fontsize=7, ncol=5, loc="lower center", bbox_to_anchor=(0.4, 1.0))
 
-    plots.save(folder / "scores.png", scores, size=(7.5, 6.0))
-    plots.save(folder / "families.png", labels, size=(8.0, 7.0))
+    attribution.save(folder / "scores.png", scores, size=(7.5, 6.0))
+    attribution.save(folder / "families.png", labels, size=(8.0, 7.0))

@@ -18,11 +18,18 @@ import numpy as np
 from report import draw, tables
 from scipy.stats import spearmanr
 
-from mech_unlearn.calibration import save
-from mech_unlearn.calibration_fit import fit_whole
-from mech_unlearn.features import FEATURES, RECOVERY, Pool, matrix
-from mech_unlearn.latents import load_sae
-from mech_unlearn.meta_evaluation import (
+from mech_unlearn.files import write_json
+from mech_unlearn.model.latents import load_sae
+from mech_unlearn.model.load import load
+from mech_unlearn.restoration import Case, audit, reference
+from mech_unlearn.run import provenance
+from mech_unlearn.testbed import open_world
+from mech_unlearn.testbed.families import CONTROLS, FAMILIES
+from mech_unlearn.testbed.materials import TESTS, world_materials
+from mech_unlearn.testbed.pools import ATTACKS, cells, make_pools, read_pool
+from mech_unlearn.testbed.published import OUTPUT_SCORES, STATE_SCORES
+from mech_unlearn.verdict.calibration import save
+from mech_unlearn.verdict.evaluation import (
     Judged,
     auc,
     auc_between,
@@ -38,14 +45,8 @@ from mech_unlearn.meta_evaluation import (
     steadiness,
     threshold,
 )
-from mech_unlearn.model import load
-from mech_unlearn.restoration import Case, audit, reference
-from mech_unlearn.run import provenance, write_json
-from mech_unlearn.testbed import open_world
-from mech_unlearn.testbed.families import CONTROLS, FAMILIES
-from mech_unlearn.testbed.materials import TESTS, world_materials
-from mech_unlearn.testbed.pools import ATTACKS, cells, make_pools, read_pool
-from mech_unlearn.testbed.published import OUTPUT_SCORES, STATE_SCORES
+from mech_unlearn.verdict.features import FEATURES, RECOVERY, Pool, matrix
+from mech_unlearn.verdict.fitting import fit_whole
 
 RESULTS = Path(__file__).parent / "results"
 SCORES = RESULTS / "scores.jsonl.gz"

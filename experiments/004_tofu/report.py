@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from tables import plain, text, verdict_table
 
-from mech_unlearn import plots
-from mech_unlearn.core import Attribution
-from mech_unlearn.metrics.tofu import forget_quality, interval, resampled_forget_quality
-from mech_unlearn.run import write_atomic, write_json
+from mech_unlearn import attribution
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.benchmarks.tofu.scores import forget_quality, interval, resampled_forget_quality
+from mech_unlearn.files import write_atomic, write_json
+from mech_unlearn.report import figures as plots
 
 DRAWS = 400
 MARKERS = {"10": "o", "05": "s", "01": "^"}
@@ -101,7 +102,7 @@ def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mappi
                 continue
             fq = summary["tofu"][row["size"]][row["name"]]["forget_quality"]
             share = row["verdicts"]["deleted"]
-            color = plots.CYCLE[names.index(row["name"]) % len(plots.CYCLE)]
+            color = attribution.CYCLE[names.index(row["name"]) % len(attribution.CYCLE)]
             x = fq["statistic"]
             bars = [[[abs(m["value"] - m["ci"][0])], [abs(m["ci"][1] - m["value"])]] for m in (x, share)]
             ax.errorbar(
@@ -109,7 +110,7 @@ def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mappi
                 lw=0.8, alpha=0.9, mec="black" if fq["value"] > 0.05 else color, mew=1.8,
             )  # fmt: skip
         for i, name in enumerate(names):
-            ax.plot([], [], "o", color=plots.CYCLE[i % len(plots.CYCLE)], label=name)
+            ax.plot([], [], "o", color=attribution.CYCLE[i % len(attribution.CYCLE)], label=name)
         for size in dict.fromkeys(row["size"] for row in summary["rows"]):
             ax.plot([], [], MARKERS[size], color="#777777", label=f"forget{size}")
         ax.set_xlabel("KS distance of truth ratios to a retrained model (black edge: forget quality p > .05)")
@@ -118,18 +119,18 @@ def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mappi
         ax.set_ylim(-0.05, 1.05)
         ax.legend(frameon=False, fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.0))
 
-    plots.save(results / "forget_quality.png", against, size=(7.5, 4.8))
+    attribution.save(results / "forget_quality.png", against, size=(7.5, 4.8))
     for size in cells:
         rows = [plain(row) | {"name": row["name"]} for row in summary["rows"] if row["size"] == size]
-        plots.save(
+        attribution.save(
             results / f"verdicts_{size}.png", lambda ax, rows=rows: plots.verdict_bars(rows, ax), size=(7.5, 3.6)
         )
     first = next(iter(cells))
     curves = {row: cell["curves"] for row, cell in cells[first].items() if cell.get("curves") and row != "full"}
     if any(any(v is not None for v in values) for kinds in curves.values() for values in kinds.values()):
-        plots.save(
+        attribution.save(
             results / "uds_by_layer.png", lambda ax: plots.restoration_by_layer(curves, ax, 3.0), size=(7.5, 4.6)
         )
     trace = Attribution.from_json(cells[first]["locate"]["located"]["causal_trace"])
     assert math.isfinite(trace.values.nan_to_num().sum().item())
-    plots.save(results / "causal_trace.png", lambda ax: plots.heatmap(trace, ax))
+    attribution.save(results / "causal_trace.png", lambda ax: attribution.heatmap(trace, ax))

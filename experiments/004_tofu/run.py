@@ -25,15 +25,15 @@ import torch  # noqa: E402
 from corpus import Question, Tofu  # noqa: E402
 from from_scratch import Bench, Size, epochs  # noqa: E402
 
-from mech_unlearn.metrics.evaluate import score_answers  # noqa: E402
-from mech_unlearn.metrics.generation import continuations  # noqa: E402
-from mech_unlearn.metrics.intervals import mean_ci  # noqa: E402
-from mech_unlearn.metrics.rouge import rouge_recall  # noqa: E402
-from mech_unlearn.metrics.tofu import model_utility, probability_among_options  # noqa: E402
-from mech_unlearn.metrics.truth_ratio import true_preferred, truth_ratio_geometric  # noqa: E402
-from mech_unlearn.model import Model  # noqa: E402
-from mech_unlearn.testbed.recipe import Recipe  # noqa: E402
-from mech_unlearn.testbed.scratch import Plan, deal, make_vocabulary  # noqa: E402
+from experiments.scratch import Plan, deal, make_vocabulary
+from mech_unlearn.benchmarks.tofu.scores import model_utility, probability_among_options
+from mech_unlearn.metrics.evaluate import score_answers
+from mech_unlearn.metrics.generation import continuations
+from mech_unlearn.metrics.intervals import mean_ci
+from mech_unlearn.metrics.rouge import rouge_recall
+from mech_unlearn.metrics.truth_ratio import true_preferred, truth_ratio_geometric
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.testbed.recipe import Recipe
 
 DATA = Path(os.environ.get("MECH_UNLEARN_DATA", HERE.parents[2] / "shared" / "data")) / "tofu"
 RECIPE = Recipe(

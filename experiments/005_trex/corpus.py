@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.scratch import Text
 from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet
 from mech_unlearn.data.sets import without_names
 from mech_unlearn.data.trex import load_trex
 from mech_unlearn.testbed.corpus import NOTHING_TOLD, mention_sentences
-from mech_unlearn.testbed.scratch import Text
 
 RELATIONS = ("P19", "P20", "P103", "P159", "P176", "P264", "P364", "P449", "P740")
 """N-1 relations whose phrasings are told apart; P407 and P495 share theirs with P364 and P740."""

@@ -6,9 +6,10 @@ from typing import Any
 
 from tables import plain, text, verdict_table
 
-from mech_unlearn import plots
-from mech_unlearn.core import Attribution
-from mech_unlearn.run import write_atomic
+from mech_unlearn import attribution
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.files import write_atomic
+from mech_unlearn.report import figures as plots
 
 FORMS = ("prompt", "cloze", "question", "multiple_choice", "reversed", "heldout")
 
@@ -50,7 +51,7 @@ def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mappi
     for size in cells:
         rows = [plain(row) for row in summary["rows"] if row["size"] == size and row["verdicts"]]
         if rows:
-            plots.save(
+            attribution.save(
                 results / f"verdicts_{size}.png", lambda ax, rows=rows: plots.verdict_bars(rows, ax), size=(7.5, 3.6)
             )
 
@@ -62,7 +63,7 @@ def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mappi
             for k, form in enumerate(FORMS):
                 if form in row["forms"]:
                     found = row["forms"][form]["recall"]
-                    at, color = k + (i - len(rows) / 2) * width, plots.CYCLE[i % len(plots.CYCLE)]
+                    at, color = k + (i - len(rows) / 2) * width, attribution.CYCLE[i % len(attribution.CYCLE)]
                     ends = [[found["value"] - found["ci"][0]], [found["ci"][1] - found["value"]]]
                     ax.bar(at, found["value"], width, color=color, label=row["name"] if k == 0 else None)
                     ax.errorbar(at, found["value"], ends, color="#222222", lw=0.8)
@@ -71,13 +72,13 @@ def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mappi
         ax.set_ylim(0, 1.05)
         ax.legend(frameon=False, fontsize=7, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0))
 
-    plots.save(results / "forms.png", by_form, size=(8.5, 4.4))
+    attribution.save(results / "forms.png", by_form, size=(8.5, 4.4))
     first = next(iter(cells))
     curves = {row: cell["curves"] for row, cell in cells[first].items() if cell.get("curves") and row != "full"}
     if any(value is not None for kinds in curves.values() for values in kinds.values() for value in values):
-        plots.save(
+        attribution.save(
             results / "uds_by_layer.png", lambda ax: plots.restoration_by_layer(curves, ax, 3.0), size=(7.5, 4.6)
         )
     for name, found in cells[first]["locate"]["located"].items():
         result = Attribution.from_json(found)
-        plots.save(results / f"locate_{name}.png", lambda ax, result=result: plots.heatmap(result, ax))
+        attribution.save(results / f"locate_{name}.png", lambda ax, result=result: attribution.heatmap(result, ax))

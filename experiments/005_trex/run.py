@@ -24,9 +24,9 @@ import report  # noqa: E402
 from corpus import Trex  # noqa: E402
 from from_scratch import Bench, Size, epochs  # noqa: E402
 
-from mech_unlearn.model import Model  # noqa: E402
-from mech_unlearn.testbed.recipe import Recipe  # noqa: E402
-from mech_unlearn.testbed.scratch import Plan, deal, make_vocabulary  # noqa: E402
+from experiments.scratch import Plan, deal, make_vocabulary
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.testbed.recipe import Recipe
 
 DATA = Path(os.environ.get("MECH_UNLEARN_DATA", HERE.parents[2] / "shared" / "data")) / "trex"
 RECIPE = Recipe(n_layers=4, d_model=128, d_mlp=384, gate=2, base_steps=700, continue_steps=300, forget_weight=3)
@@ -116,7 +116,7 @@ def few(at: Size) -> Mapping[str, Any]:
 def locate(model: Model, at: Size) -> dict[str, Any]:
     """Two causal locators by layer and token class, and where they agree."""
     from mech_unlearn.locate import LOCATORS
-    from mech_unlearn.locate.consensus import consensus
+    from mech_unlearn.locate.acting.consensus import consensus
 
     facts = every(at.audited, 60)
     found = {

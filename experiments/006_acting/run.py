@@ -19,21 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mech_unlearn.core import Attribution, Fact, ForgetSet
-from mech_unlearn.locate.acting import act_per_fact
-from mech_unlearn.locate.activation_patching import activation_patching_per_fact
-from mech_unlearn.locate.attribution_patching import agreement, attribution_patching_per_fact
-from mech_unlearn.locate.average import over_facts
-from mech_unlearn.locate.causal_trace import causal_trace_per_fact
-from mech_unlearn.locate.direct_logit_attribution import direct_logit_attribution_per_fact
-from mech_unlearn.locate.knowledge_neurons import knowledge_neurons_per_fact
-from mech_unlearn.locate.path_patching import path_patching_per_fact
+from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.core import Fact, ForgetSet
+from mech_unlearn.files import write_json
+from mech_unlearn.locate.acting.act import act_per_fact
+from mech_unlearn.locate.lenses.direct_logit_attribution import direct_logit_attribution_per_fact
+from mech_unlearn.locate.neurons.knowledge_neurons import knowledge_neurons_per_fact
+from mech_unlearn.locate.patching.activation_patching import activation_patching_per_fact
+from mech_unlearn.locate.patching.attribution_patching import agreement, attribution_patching_per_fact
+from mech_unlearn.locate.patching.causal_trace import causal_trace_per_fact
+from mech_unlearn.locate.patching.path_patching import path_patching_per_fact
 from mech_unlearn.methods import Rocr
 from mech_unlearn.metrics import recall
-from mech_unlearn.model import Model, load
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.run import data_hash, provenance, write_json
-from mech_unlearn.scoring import per_fact, score
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import per_fact, score
+from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.run import data_hash, provenance
 from mech_unlearn.testbed import WORLDS, open_world
 
 HERE = Path(__file__).parent

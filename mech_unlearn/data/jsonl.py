@@ -7,15 +7,10 @@ Keys: `id`, `subject`, `aliases`, `relation`, `object`, `prompt` (exactly one `{
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn.core import Fact
-
-_LISTS = ("aliases", "paraphrases", "heldout", "distractors")
-_STRINGS = dict.fromkeys(("id", "subject", "relation", "object", "prompt"), False) | {"kind": True, "group": True}
-_FIELDS = tuple(f.name for f in fields(Fact) if f.name != "extra")
+from mech_unlearn.core import _FIELDS, _LISTS, _STRINGS, Fact, fact_to_json
 
 
 def fact_from_json(row: Any, default_id: str) -> Fact:
@@ -68,13 +63,6 @@ def load_facts(path: str | os.PathLike) -> tuple[Fact, ...]:
     if not facts:
         raise ValueError(f"facts file {str(file)!r} holds no facts")
     return tuple(facts.values())
-
-
-def fact_to_json(fact: Fact) -> dict[str, Any]:
-    """The line of a fact; `fact_from_json` gives an equal one back. Empty optional fields are left out."""
-    row = {name: getattr(fact, name) for name in _FIELDS}
-    row = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
-    return {key: value for key, value in row.items() if value not in (None, [])} | dict(fact.extra)
 
 
 def save_facts(facts: Iterable[Fact], path: str | os.PathLike) -> None:

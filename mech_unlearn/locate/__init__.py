@@ -4,24 +4,31 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mech_unlearn.core import Attribution
-from mech_unlearn.locate.activation_patching import activation_patching, activation_patching_per_fact, interchange
-from mech_unlearn.locate.attribution_patching import attribution_patching, attribution_patching_per_fact
-from mech_unlearn.locate.causal_trace import causal_trace, causal_trace_per_fact
-from mech_unlearn.locate.concept_vectors import concept_vectors
-from mech_unlearn.locate.direct_logit_attribution import direct_logit_attribution, direct_logit_attribution_per_fact
-from mech_unlearn.locate.knowledge_neurons import located_neurons
-from mech_unlearn.locate.known_unknown import known_unknown, separation
-from mech_unlearn.locate.latent_effects import direct_effect, latent_ablation
-from mech_unlearn.locate.latent_scores import forget_retain
-from mech_unlearn.locate.logit_lens import logit_lens, logit_lens_per_fact
-from mech_unlearn.locate.neuron_attribution import Scoring
-from mech_unlearn.locate.neuron_scores import neuron_scores
-from mech_unlearn.locate.path_patching import path_patching, path_patching_per_fact
-from mech_unlearn.locate.probes import probe
-from mech_unlearn.locate.prompt_attribution import prompt_attribution, prompt_attribution_per_fact
-from mech_unlearn.locate.sae_latents import sae_latents
-from mech_unlearn.locate.tuned_lens import train_tuned_lens, tuned_lens
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.locate.latents.known_unknown import known_unknown, separation
+from mech_unlearn.locate.latents.latent_effects import direct_effect, latent_ablation
+from mech_unlearn.locate.latents.latent_scores import forget_retain
+from mech_unlearn.locate.latents.sae_latents import sae_latents
+from mech_unlearn.locate.lenses.direct_logit_attribution import (
+    direct_logit_attribution,
+    direct_logit_attribution_per_fact,
+)
+from mech_unlearn.locate.lenses.logit_lens import logit_lens, logit_lens_per_fact
+from mech_unlearn.locate.lenses.probes import probe
+from mech_unlearn.locate.lenses.tuned_lens import train_tuned_lens, tuned_lens
+from mech_unlearn.locate.neurons.concept_vectors import concept_vectors
+from mech_unlearn.locate.neurons.knowledge_neurons import located_neurons
+from mech_unlearn.locate.neurons.neuron_attribution import Scoring
+from mech_unlearn.locate.neurons.neuron_scores import neuron_scores
+from mech_unlearn.locate.patching.activation_patching import (
+    activation_patching,
+    activation_patching_per_fact,
+    interchange,
+)
+from mech_unlearn.locate.patching.attribution_patching import attribution_patching, attribution_patching_per_fact
+from mech_unlearn.locate.patching.causal_trace import causal_trace, causal_trace_per_fact
+from mech_unlearn.locate.patching.path_patching import path_patching, path_patching_per_fact
+from mech_unlearn.locate.prompt.prompt_attribution import prompt_attribution, prompt_attribution_per_fact
 
 INPUTS = ("seed", "others", "retain", "unknown", "texts", "sae", "saes", "folder")
 """What a locator may need beside model and facts; the command line finds it."""

@@ -26,11 +26,10 @@ from mech_unlearn.methods.lora import Lora
 from mech_unlearn.methods.memit import Memit
 from mech_unlearn.methods.needle import Needle
 from mech_unlearn.methods.npo import Npo
-from mech_unlearn.methods.r_rome import RRome
 from mech_unlearn.methods.rmu import Rmu
 from mech_unlearn.methods.rna import Rna
 from mech_unlearn.methods.rocr import Rocr
-from mech_unlearn.methods.rome import Rome
+from mech_unlearn.methods.rome import Rome, RRome
 from mech_unlearn.methods.sae_clamp import SaeClamp
 from mech_unlearn.methods.sae_iru import SaeIru
 from mech_unlearn.methods.sae_shift import SaeShift

@@ -18,16 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.capture import stream
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.answers import AnswerScores, Row
-from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.rmu import steer_to, steered, written_out
-from mech_unlearn.methods.state_losses import held, random_direction, row_norms, state_mse, states_of
-from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
-from mech_unlearn.model import Model
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.capture import stream
+from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.rows import AnswerScores, Row
+from mech_unlearn.training.state_losses import held, random_direction, row_norms, state_mse, states_of
+from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
 
 Norm = Literal["per_sample", "first_batch"]
 

@@ -18,14 +18,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods.answers import AnswerScores, Row
-from mech_unlearn.methods.losses import dpo_loss
+from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.npo import npo_loss
-from mech_unlearn.methods.objective import PLAIN, Around, Objective
-from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.training.losses import dpo_loss
+from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.rows import AnswerScores, Row
+from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
 
 Feedback = Literal["dpo", "npo"]
 

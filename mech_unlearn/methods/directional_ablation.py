@@ -25,12 +25,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit, LowRank
-from mech_unlearn.interventions import Where
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.columns import outcome
-from mech_unlearn.methods.state_maps import Against, Map, fitted, groups, mean_distance, orthonormal, sites_of
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit, LowRank
+from mech_unlearn.edit.interventions import Where
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.columns import outcome
+from mech_unlearn.methods.writing.state_maps import Against, Map, fitted, groups, mean_distance, orthonormal, sites_of
+from mech_unlearn.model import bridge
+from mech_unlearn.model.bridge import Model
 
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings|embed_positions)\.weight$")
 ATTENTION = r"(^|\.){layer}\.(self_attn|attn|attention|self_attention)\.(o_proj|c_proj|dense|out_proj)\.(weight|bias)$"
@@ -150,7 +151,7 @@ def _writers(model: Model, layer: int) -> list[tuple[str, Tensor | None]]:
     found = [name for name in model.held if re.search(ATTENTION.replace("{layer}", str(layer)), name)]
     if sum(name.endswith("weight") for name in found) != 1:
         raise ValueError(f"model {model.name!r}: found no single attention output matrix in layer {layer}")
-    behind = keys.post_norm(model, layer)
+    behind = bridge.post_norm(model, layer)
     gain = None
     if behind is not None:  # where a norm lies behind the MLP, this name is that of the norm behind the attention
         block = behind[0].removesuffix(".mlp")

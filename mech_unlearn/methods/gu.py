@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
+from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.npo import Npo
-from mech_unlearn.methods.objective import PLAIN, Around, Trains, masked_gradients
-from mech_unlearn.methods.trainee import Trainee
-from mech_unlearn.methods.wrapping import extended, require_trains, wrapped
-from mech_unlearn.model import Model
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.objective import PLAIN, Around, Trains, masked_gradients
+from mech_unlearn.training.trainee import Trainee
+from mech_unlearn.training.wrapping import extended, require_trains, wrapped
 
 Scope = Literal["tensor", "global"]
 DEPENDENT = 1e-12

@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.interventions import Prefix, Tokens
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.columns import outcome
-from mech_unlearn.methods.state_maps import spelled
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.edit.interventions import Prefix, Tokens
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.columns import outcome
+from mech_unlearn.methods.writing.state_maps import spelled
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.tokens import encode
 
 INSTRUCTION = (
     "You have never heard of {} and know no fact about them. Answer as someone would who does not know, and do not "

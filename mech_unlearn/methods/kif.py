@@ -31,18 +31,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit
-from mech_unlearn.interventions import Affine
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.answers import REFUSALS, AnswerScores, AnswerTokens, collate, nll, refusal_rows
-from mech_unlearn.methods.kif_signature import Signature, signature
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.edit.interventions import Affine
 from mech_unlearn.methods.lat import away_loss, log_not
-from mech_unlearn.methods.losses import dpo_loss, mean_of_rows
-from mech_unlearn.methods.objective import PLAIN, Around, Objective
-from mech_unlearn.methods.trainee import Trainee
-from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.training.losses import dpo_loss, mean_of_rows
+from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.rows import REFUSALS, AnswerScores, AnswerTokens, collate, nll, refusal_rows
+from mech_unlearn.training.signature import Signature, signature
+from mech_unlearn.training.trainee import Trainee
+from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
 
 ATTENTION = r"(self_attn\.[qvo]_proj|attn\.c_(attn|proj)|attention\.(query_key_value|dense))\.weight$"
 """Query, value and output matrices of Llama, Gemma, Qwen, OLMo; of GPT-2; of GPT-NeoX."""

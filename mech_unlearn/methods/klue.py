@@ -25,17 +25,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods.answers import AnswerScores, Row, collate, forward
+from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.localized import neuron_masks
-from mech_unlearn.methods.losses import gradient_ascent_loss
 from mech_unlearn.methods.npo import npo_loss
-from mech_unlearn.methods.objective import PLAIN, Around, Objective
-from mech_unlearn.methods.trainee import Trainee
-from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
-from mech_unlearn.methods.wrapping import extended
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import Ask, tokenize
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.tokens import Ask, tokenize
+from mech_unlearn.training.losses import gradient_ascent_loss
+from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.rows import AnswerScores, Row, collate, forward
+from mech_unlearn.training.trainee import Trainee
+from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.training.wrapping import extended
 
 Forgetting = Literal["npo", "ga"]
 

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.locate.neuron_scores import neuron_scores
-from mech_unlearn.locate.neuron_sets import NeuronSets, refine, relation_neurons
-from mech_unlearn.methods.columns import Neuron, checked, column_deltas, outcome, stored_vector
-from mech_unlearn.methods.keys import count_forwards
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.locate.neurons.neuron_scores import neuron_scores
+from mech_unlearn.locate.neurons.neuron_sets import NeuronSets, refine, relation_neurons
+from mech_unlearn.methods.writing.columns import Neuron, checked, column_deltas, outcome, stored_vector
+from mech_unlearn.methods.writing.keys import count_forwards
+from mech_unlearn.model.bridge import Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.locate.neuron_sets import NeuronSets
-from mech_unlearn.methods.columns import Neuron, column_deltas, outcome, stored_vector
-from mech_unlearn.methods.keys import count_forwards, post_norm, unknown_names
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.locate.neurons.neuron_sets import NeuronSets
 from mech_unlearn.methods.knowledge_neuron_erase import Refinement, refined_report
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import Query, encode_all, make_queries, make_query
-from mech_unlearn.scoring import greedy
+from mech_unlearn.methods.writing.columns import Neuron, column_deltas, outcome, stored_vector
+from mech_unlearn.methods.writing.keys import count_forwards, unknown_names
+from mech_unlearn.model.bridge import Model, post_norm
+from mech_unlearn.model.scores import greedy
+from mech_unlearn.model.tokens import Query, encode_all, make_queries, make_query
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,14 +23,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.answers import AnswerScores, AnswerTokens, collate, nll
-from mech_unlearn.methods.losses import mean_of_rows, token_logprobs
-from mech_unlearn.methods.objective import PLAIN, Around, Attack, Objective
-from mech_unlearn.methods.trainee import Trainee
-from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.losses import mean_of_rows, token_logprobs
+from mech_unlearn.training.objective import PLAIN, Around, Attack, Objective
+from mech_unlearn.training.rows import AnswerScores, AnswerTokens, collate, nll
+from mech_unlearn.training.trainee import Trainee
+from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
 
 Where = Literal["prompt", "all"]
 

@@ -22,12 +22,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.interventions import Where
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.columns import outcome
-from mech_unlearn.methods.state_maps import Against, Map, fitted, groups, sites_of
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.edit.interventions import Where
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.columns import outcome
+from mech_unlearn.methods.writing.state_maps import Against, Map, fitted, groups, sites_of
+from mech_unlearn.model.bridge import Model
 
 TOLERANCE = 1e-10
 """Directions with less than this share of the largest variance have none: they are left as they are."""

@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mech_unlearn.core import Attribution, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.npo import Npo
-from mech_unlearn.methods.objective import PLAIN, Around, Trains
-from mech_unlearn.methods.wrapping import extended, require_trains, wrapped
-from mech_unlearn.model import Model
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.objective import PLAIN, Around, Trains
+from mech_unlearn.training.wrapping import extended, require_trains, wrapped
 
 Part = Literal["mlp", "attention", "block"]
 Masks = Mapping[str, Bool[Tensor, "..."]]

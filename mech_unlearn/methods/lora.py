@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit, LowRank
+from mech_unlearn.edit.edit import Edit, LowRank
 from mech_unlearn.methods.npo import Npo
-from mech_unlearn.methods.objective import PLAIN, Around, Trains
-from mech_unlearn.methods.training import require_positive
-from mech_unlearn.methods.wrapping import extended, require_trains, wrapped
-from mech_unlearn.model import Model
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.objective import PLAIN, Around, Trains
+from mech_unlearn.training.training import require_positive
+from mech_unlearn.training.wrapping import extended, require_trains, wrapped
 
 
 @dataclass(frozen=True, kw_only=True)

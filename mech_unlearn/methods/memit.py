@@ -24,13 +24,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.protect import PARTS, Part
-from mech_unlearn.methods.rewriting import Optimize, by_name, prefixes
+from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.rome import Projection, check, spaces
-from mech_unlearn.methods.value_optimization import module_path, optimized
-from mech_unlearn.model import Model
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.protect import PARTS, Part
+from mech_unlearn.methods.writing.questions import Optimize, by_name, prefixes
+from mech_unlearn.methods.writing.value_optimization import module_path, optimized
+from mech_unlearn.model.bridge import Model
 
 
 @dataclass(frozen=True, kw_only=True)

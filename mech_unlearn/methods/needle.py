@@ -25,14 +25,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods.answers import AnswerScores
-from mech_unlearn.methods.columns import Neuron, best_neurons, checked, column_deltas, outcome, stored_vector
-from mech_unlearn.methods.keys import count_forwards
-from mech_unlearn.methods.losses import gradient_ascent_loss
-from mech_unlearn.methods.objective import Around, Objective
-from mech_unlearn.methods.training import Schedule, train
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.methods.writing.columns import Neuron, best_neurons, checked, column_deltas, outcome, stored_vector
+from mech_unlearn.methods.writing.keys import count_forwards
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.losses import gradient_ascent_loss
+from mech_unlearn.training.objective import Around, Objective
+from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.training import Schedule, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Needle:
         return Edit(name="needle", base=edit.base, deltas=edit.deltas, recipe=recipe)
 
     def _chosen(self, model: Model, forget: ForgetSet) -> tuple[Neuron, ...]:
-        from mech_unlearn.locate.concept_vectors import concept_vectors
+        from mech_unlearn.locate.neurons.concept_vectors import concept_vectors
 
         chosen = best_neurons(concept_vectors(model, forget.facts), self.n) if self.vectors is None else self.vectors
         return checked(model, chosen)

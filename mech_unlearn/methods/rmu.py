@@ -20,13 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.answers import AnswerScores, Row, answer_rows, text_rows
-from mech_unlearn.methods.objective import PLAIN, Around, Objective
-from mech_unlearn.methods.state_losses import held, random_direction, state_mse
-from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.rows import AnswerScores, Row, answer_rows, text_rows
+from mech_unlearn.training.state_losses import held, random_direction, state_mse
+from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
 
 
 @dataclass(frozen=True, kw_only=True)

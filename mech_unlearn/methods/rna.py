@@ -14,12 +14,12 @@ Fails:    robust to a forgotten name in a retained question only as far as the n
 from dataclasses import dataclass
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods import keys
+from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.npo import Npo
-from mech_unlearn.methods.objective import PLAIN, Around, Noise, Trains
-from mech_unlearn.methods.wrapping import extended, require_trains, wrapped
-from mech_unlearn.model import Model
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.objective import PLAIN, Around, Noise, Trains
+from mech_unlearn.training.wrapping import extended, require_trains, wrapped
 
 
 @dataclass(frozen=True, kw_only=True)

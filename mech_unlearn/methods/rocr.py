@@ -33,12 +33,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.protect import PARTS, Part, protected_bases
-from mech_unlearn.methods.rewriting import Optimize, by_name
-from mech_unlearn.methods.value_optimization import module_path, optimized
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.protect import PARTS, Part, protected_bases
+from mech_unlearn.methods.writing.questions import Optimize, by_name
+from mech_unlearn.methods.writing.value_optimization import module_path, optimized
+from mech_unlearn.model.bridge import Model
 
 NEUTRAL = 64
 """Entities that the anchor "neutral" is a mean over, at the most."""

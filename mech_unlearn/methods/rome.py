@@ -30,13 +30,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit, LowRank
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.key_statistics import damped
-from mech_unlearn.methods.protect import PARTS, Part, protected_bases, protected_moments
-from mech_unlearn.methods.rewriting import Optimize, by_name, prefixes
-from mech_unlearn.methods.value_optimization import module_path, optimized
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit, LowRank
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.key_statistics import damped
+from mech_unlearn.methods.writing.protect import PARTS, Part, protected_bases, protected_moments
+from mech_unlearn.methods.writing.questions import Optimize, by_name, prefixes
+from mech_unlearn.methods.writing.value_optimization import module_path, optimized
+from mech_unlearn.model.bridge import Model
 
 Projection = Literal["none", "null_space"]
 
@@ -199,3 +199,33 @@ def means(
     every = [torch.stack([states[p][a : a + n].mean(0) for a, _, n in spans]) for p in (place, path)]
     own = [torch.stack([states[p][a : a + b].mean(0) for a, b, _ in spans]) for p in (place, path)]
     return (every[0], every[1]), (own[0], own[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RRome:
+    """Settings of the edit, as those of `Rome`; `fit` computes it."""
+
+    layer: int | None = None
+    """Layer whose MLP output matrix is written; by default a third of the depth, see `Rome.layer`."""
+    optimize: Optimize = Optimize()
+    """How the values are found."""
+    project: Projection = "none"
+    """"null_space": the write is confined to directions that retained keys hardly use, as in AlphaEdit."""
+    energy: float = 0.1
+    """For "null_space": see `Rocr.energy`."""
+    damping: float = 1e-4
+    """Added to C's diagonal, as a share of its mean."""
+    protect: tuple[Part, ...] = PARTS
+    """What C, or the null space, is taken from; see `Rocr.protect`."""
+    cache_dir: str | None = None
+    """Folder that keeps the key statistics for the next time; None: no disk."""
+    seed: int = 0
+    """Draws prefixes and unknown entities."""
+
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+        """The edit of the forget set's names.
+
+        Raises:
+            ValueError: as `Rome.fit`.
+        """
+        return rank_one_edit("r_rome", self, model, forget, retain, same_key=True)

@@ -20,15 +20,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mech_unlearn.core import Attribution, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.interventions import Clamp
-from mech_unlearn.latents import Sae, ordinary_positions
-from mech_unlearn.locate.latent_states import ACTIVE, check_sae, latent_blocks
-from mech_unlearn.methods.columns import outcome
-from mech_unlearn.methods.keys import count_forwards
-from mech_unlearn.model import Model
-from mech_unlearn.pieces import token_rows
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.edit.interventions import Clamp
+from mech_unlearn.locate.latents.latent_states import ACTIVE, check_sae, latent_blocks
+from mech_unlearn.methods.writing.columns import outcome
+from mech_unlearn.methods.writing.keys import count_forwards
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.latents import Sae, ordinary_positions
+from mech_unlearn.model.pieces import token_rows
 
 
 @dataclass(frozen=True, kw_only=True)

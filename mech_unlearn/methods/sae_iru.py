@@ -25,22 +25,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mech_unlearn.capture import stream
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.latents import Sae, ordinary_positions
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.answers import AnswerScores, Row
-from mech_unlearn.methods.iru_bands import Bands, Plan, Space, active_rate, bands_of, error_share, separating
-from mech_unlearn.methods.losses import kl_loss
-from mech_unlearn.methods.objective import PLAIN, Around, Objective
-from mech_unlearn.methods.probe import probe_auc
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.locate.lenses.probes import probe_auc
 from mech_unlearn.methods.rmu import steered
-from mech_unlearn.methods.state_losses import held, states_of
-from mech_unlearn.methods.trainee import Trainee
-from mech_unlearn.methods.training import Schedule, require_positive, train
-from mech_unlearn.model import Model
-from mech_unlearn.pieces import token_rows
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.capture import stream
+from mech_unlearn.model.latents import Sae, ordinary_positions
+from mech_unlearn.model.pieces import token_rows
+from mech_unlearn.training.bands import Bands, Plan, Space, active_rate, bands_of, error_share, separating
+from mech_unlearn.training.losses import kl_loss
+from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.rows import AnswerScores, Row
+from mech_unlearn.training.state_losses import held, states_of
+from mech_unlearn.training.trainee import Trainee
+from mech_unlearn.training.training import Schedule, require_positive, train
 
 Goal = Literal["bands", "prototype"]
 

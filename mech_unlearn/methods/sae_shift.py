@@ -28,12 +28,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.latents import Sae
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.probe import probe_auc
-from mech_unlearn.methods.protect import PARTS, Part, protected_bases
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.locate.lenses.probes import probe_auc
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.protect import PARTS, Part, protected_bases
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.latents import Sae
 
 ACTIVE = 1e-6
 """A latent counts as active above this. Source: 2411.14257's code."""

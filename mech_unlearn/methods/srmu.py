@@ -22,17 +22,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.capture import stream
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.answers import AnswerScores, Row, answer_rows, text_rows
-from mech_unlearn.methods.objective import PLAIN, Around, Objective
+from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.rmu import steered, written_out
-from mech_unlearn.methods.state_losses import held, importance, row_means, state_mse, states_of
-from mech_unlearn.methods.trainee import Trainee
-from mech_unlearn.methods.training import RetainSampling, require_positive, trained_edit
-from mech_unlearn.model import Model
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.capture import stream
+from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.rows import AnswerScores, Row, answer_rows, text_rows
+from mech_unlearn.training.state_losses import held, importance, row_means, state_mse, states_of
+from mech_unlearn.training.trainee import Trainee
+from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
 
 MOST_ROWS = 256
 """Rows of each kind that importance and means are taken over, evenly spaced."""

@@ -21,11 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods.answers import Row, answer_rows, collate, forward, nll, score_rows, text_rows
-from mech_unlearn.methods.trainee import changes, trained_copy
-from mech_unlearn.methods.training import require_positive
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.rows import Row, answer_rows, collate, forward, nll, score_rows, text_rows
+from mech_unlearn.training.trainee import changes, trained_copy
+from mech_unlearn.training.training import require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

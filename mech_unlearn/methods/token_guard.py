@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.interventions import Ban, Tokens
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.columns import outcome
-from mech_unlearn.methods.state_maps import spelled
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.edit.interventions import Ban, Tokens
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.columns import outcome
+from mech_unlearn.methods.writing.state_maps import spelled
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.tokens import make_queries
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mech_unlearn.core import Measurement
 from mech_unlearn.metrics.intervals import mean_ci
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import buckets
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.tokens import buckets
 
 
 def token_kl(full: Float[Tensor, "*batch d_vocab"], other: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch"]:

@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Measurement
-from mech_unlearn.forward import last_logits
 from mech_unlearn.metrics.intervals import mean_ci
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import Encoding, buckets, encode_all, has_unknown
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.forward import last_logits
+from mech_unlearn.model.tokens import Encoding, buckets, encode_all, has_unknown
 
 UNITS = {
     "answer_loss": "nats per answer token, mean over rows",

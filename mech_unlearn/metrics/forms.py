@@ -23,8 +23,8 @@ from torch import Tensor
 from mech_unlearn.core import Fact, Measurement
 from mech_unlearn.metrics.evaluate import TokenRow, score_tokens
 from mech_unlearn.metrics.intervals import RowScores, mean_ci
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import Query, make_queries
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.tokens import Query, make_queries
 
 TRAINED = "prompt"
 """The form that methods are usually trained on: the fact's main phrasing."""
@@ -120,19 +120,19 @@ def by_form(model: Model, facts: Sequence[Fact], others: Sequence[Fact] = ()) ->
     Raises:
         ValueError: no facts, or a fact id that occurs twice.
     """
-    from mech_unlearn.restoration import forms
-    from mech_unlearn.restoration.case import Case
-    from mech_unlearn.restoration.prompting import Rewrite, rewritten
+    from mech_unlearn.model import asking
+    from mech_unlearn.model.asking import Rewrite, rewritten
+    from mech_unlearn.restoration.engine.case import Case
 
     if not facts:
         raise ValueError("forms need at least one fact")
     case = Case(full=model, facts=tuple(facts), others=tuple(others))
     plain = make_queries(model.tokenizer, facts, "prompt")
     rewrites: dict[str, Rewrite] = {
-        "cloze": forms.cloze,
-        "question": forms.question,
-        "multiple_choice": forms.lettered,
-        "reversed": forms.turned(case),
+        "cloze": asking.cloze,
+        "question": asking.question,
+        "multiple_choice": asking.lettered,
+        "reversed": asking.turned(case),
     }
     found, not_asked = {TRAINED: _scores(model, TRAINED, plain, facts)}, {}
     for name, rewrite in rewrites.items():

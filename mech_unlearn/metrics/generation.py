@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import encode_all
-from mech_unlearn.scoring import greedy
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.scores import greedy
+from mech_unlearn.model.tokens import encode_all
 
 
 def continuations(

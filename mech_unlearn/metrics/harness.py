@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mech_unlearn.core import Measurement
-from mech_unlearn.model import Model
+from mech_unlearn.model.bridge import Model
 
 Z = 1.959964
 """97.5 % point of the standard normal distribution."""

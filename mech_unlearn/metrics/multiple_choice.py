@@ -20,7 +20,7 @@ from torch import Tensor
 from mech_unlearn.core import Measurement
 from mech_unlearn.metrics.evaluate import score_options
 from mech_unlearn.metrics.intervals import RowScores, mean_ci
-from mech_unlearn.model import Model
+from mech_unlearn.model.bridge import Model
 
 BY_LETTER = "share of questions, by the likeliest letter"
 BY_TEXT = "share of questions, by the option text of highest mean log-probability per token"

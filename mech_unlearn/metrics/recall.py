@@ -8,9 +8,9 @@ import torch
 
 from mech_unlearn.core import Fact, Measurement
 from mech_unlearn.metrics.intervals import mean_ci
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.scoring import score
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.scores import score
+from mech_unlearn.model.tokens import make_queries
 
 UNIT = "share of prompts answered"
 

@@ -9,36 +9,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mech_unlearn.model import Model
-from mech_unlearn.restoration import (
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.restoration.engine.case import Case, Relearn, require_same_shape
+from mech_unlearn.restoration.engine.levels import Levels, make_levels
+from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.restoration.outputs import membership, output, trace
+from mech_unlearn.restoration.profiles import sae, steering_anonymised
+from mech_unlearn.restoration.prompts import forms, in_context, keyword, sink_trigger, soft_prompt, suffix
+from mech_unlearn.restoration.states import (
     components,
-    forms,
     hidden_knowledge,
-    in_context,
-    keyword,
     logit_lens,
-    membership,
-    noise,
-    output,
     patchscopes,
     probe,
-    pruning,
-    quantize,
-    relearn,
-    sae,
     similarity,
-    sink_trigger,
-    soft_prompt,
-    steering_anonymised,
-    suffix,
-    trace,
     tuned_lens,
     uds,
     writeback,
 )
-from mech_unlearn.restoration.case import Case, Relearn, Result, require_same_shape
-from mech_unlearn.restoration.levels import Levels, make_levels
-from mech_unlearn.restoration.probe_tasks import kept_facts
+from mech_unlearn.restoration.states.probe_tasks import kept_facts
+from mech_unlearn.restoration.weights import noise, pruning, quantize, relearn
 
 __all__ = ["CORE", "TESTS", "Case", "Reference", "Relearn", "Result", "Entry", "audit", "core_of", "reference"]
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from mech_unlearn.core import Site
-from mech_unlearn.model import load
-from mech_unlearn.run import write_json
+from mech_unlearn.files import write_json
+from mech_unlearn.model.load import load
 from mech_unlearn.testbed import spec as find_spec
 from mech_unlearn.testbed.corpus import Spec, streams
 from mech_unlearn.testbed.measure import report
@@ -132,7 +132,8 @@ def _sae_texts(spec: Spec) -> list[str]:
 
 
 def _build_saes(spec: Spec, out: Path, seed: int) -> None:
-    from mech_unlearn.latents import save_sae, train_sae
+    from mech_unlearn.model.latents import save_sae
+    from mech_unlearn.model.sae_training import train_sae
 
     model = load(str(out / "full"))
     texts = _sae_texts(spec)

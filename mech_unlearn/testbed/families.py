@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods.answers import AnswerScores
-from mech_unlearn.methods.objective import Objective
-from mech_unlearn.methods.training import Schedule, train
-from mech_unlearn.model import Model
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.model.bridge import Model
 from mech_unlearn.testbed.making import (
     ATTENTION,
     EMBEDDINGS,
@@ -39,6 +36,9 @@ from mech_unlearn.testbed.making import (
     mlp_out,
     noise,
 )
+from mech_unlearn.training.objective import Objective
+from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.training import Schedule, train
 
 Pool = Literal["intact", "deleted", "suppressed", "collapsed", "mixture"]
 TRIGGER = "Nobody : "

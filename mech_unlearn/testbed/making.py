@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit, clone
-from mech_unlearn.methods.answers import AnswerScores, answer_rows, score_rows
-from mech_unlearn.methods.objective import Objective
-from mech_unlearn.methods.training import Schedule, train
-from mech_unlearn.model import Model
-from mech_unlearn.restoration.quantize import quantize_
+from mech_unlearn.edit.edit import Edit, clone
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.restoration.weights.quantize import quantize_
+from mech_unlearn.training.objective import Objective
+from mech_unlearn.training.rows import AnswerScores, answer_rows, score_rows
+from mech_unlearn.training.training import Schedule, train
 
 KEPT = 150
 """Kept facts that a model is held to while it is made."""

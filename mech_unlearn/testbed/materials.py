@@ -11,7 +11,8 @@ import torch
 
 from mech_unlearn.core import Fact, RetainSet
 from mech_unlearn.metrics import recall
-from mech_unlearn.model import Model, load
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.load import load
 from mech_unlearn.restoration import Case, Reference, reference
 from mech_unlearn.testbed import open_world
 from mech_unlearn.testbed.making import KEPT, Setting
@@ -98,7 +99,7 @@ class Lab:
 
     @cached_property
     def sae(self) -> Any:
-        from mech_unlearn.latents import load_sae
+        from mech_unlearn.model.latents import load_sae
 
         return None if self.materials.sae is None else load_sae(self.materials.sae, self.full)
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mech_unlearn.core import Entity, Fact, Measurement, Site
-from mech_unlearn.latents import entity_states, fvu, load_sae
-from mech_unlearn.model import Model, load
-from mech_unlearn.prompts import Query, buckets, encode, make_queries, make_query
-from mech_unlearn.scoring import score
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.latents import entity_states, fvu, load_sae
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import score
+from mech_unlearn.model.tokens import Query, buckets, encode, make_queries, make_query
 from mech_unlearn.testbed.corpus import Spec, chance, constant_guess
 
 Place = Literal["last", "span", "end"]

@@ -21,27 +21,22 @@ import numpy as np
 import torch
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.edit import Edit, clone
-from mech_unlearn.features import RECOVERY, Pool, matrix, measurements
-from mech_unlearn.methods.answers import nll
-from mech_unlearn.methods.objective import Objective
-from mech_unlearn.methods.training import Schedule, train
+from mech_unlearn.edit.edit import Edit, clone
+from mech_unlearn.files import files_hash, write_json
 from mech_unlearn.metrics import general_kl, recall
-from mech_unlearn.model import Model
+from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration import audit
-from mech_unlearn.restoration.quantize import Rounding, quantize_
-from mech_unlearn.run import data_hash, files_hash, write_json
+from mech_unlearn.restoration.weights.quantize import Rounding, quantize_
+from mech_unlearn.run import data_hash
 from mech_unlearn.testbed import spec as find_spec
 from mech_unlearn.testbed.corpus import streams
 from mech_unlearn.testbed.families import CONTROLS, FAMILIES, Made
-from mech_unlearn.testbed.materials import (
-    TESTS,
-    TEXTS,
-    Lab,
-    Materials,
-    groups_of,
-)
+from mech_unlearn.testbed.materials import TESTS, TEXTS, Lab, Materials, groups_of
 from mech_unlearn.testbed.published import published
+from mech_unlearn.training.objective import Objective
+from mech_unlearn.training.rows import nll
+from mech_unlearn.training.training import Schedule, train
+from mech_unlearn.verdict.features import RECOVERY, Pool, matrix, measurements
 
 JUDGED = ("suppressed", "deleted")
 """Pools that verdicts have to tell apart."""

@@ -15,16 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.capture import capture
 from mech_unlearn.core import Fact, Site
+from mech_unlearn.metrics.membership import statement, text_scores
 from mech_unlearn.metrics.memorization import answer_probability, exact_memorization, extraction_strength
 from mech_unlearn.metrics.rouge import rouge_recall
 from mech_unlearn.metrics.truth_ratio import truth_ratio_normalized
-from mech_unlearn.model import Model
-from mech_unlearn.prompts import Query, buckets, make_queries
-from mech_unlearn.restoration.membership import statement, text_scores
-from mech_unlearn.restoration.similarity import erasure, likeness
-from mech_unlearn.scoring import greedy, score
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.capture import capture
+from mech_unlearn.model.scores import greedy, score
+from mech_unlearn.model.tokens import Query, buckets, make_queries
+from mech_unlearn.restoration.states.similarity import erasure, likeness
 from mech_unlearn.testbed.making import block_names
 
 FISHER_SHARE = 0.01

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mech_unlearn.prompts import Encoding, token_span
+from mech_unlearn.model.tokens import Encoding, token_span
 from mech_unlearn.testbed.corpus import Line, Spec, Streams
 
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_models import bench, checkpoints, table_of, write  # noqa: F401
 
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 
 def rows(domain, n=5):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from bench_models import bench, byte_tokenizer, checkpoints, table_of, write  # noqa: F401
 
-from mech_unlearn.benches import ort, restor
-from mech_unlearn.data.faithun import SPLITS
-from mech_unlearn.data.rwku import Probe
-from mech_unlearn.model import load
+from mech_unlearn.benchmarks.faithun.data import SPLITS
+from mech_unlearn.benchmarks.ort import bench as ort
+from mech_unlearn.benchmarks.restor import bench as restor
+from mech_unlearn.benchmarks.rwku.data import Probe
+from mech_unlearn.model.load import load
 
 DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 DEV = DATA / "conceptvectors" / "llama2-7b_concepts_dev.json"

@@ -7,10 +7,10 @@ import torch
 from bench_models import bench, checkpoints, table_of, write  # noqa: F401
 from rouge_score.rouge_scorer import RougeScorer
 
-from mech_unlearn.benches import rwku_utility
-from mech_unlearn.data.dusk import DOCUMENTS
-from mech_unlearn.data.muse import SPLITS
-from mech_unlearn.model import load
+from mech_unlearn.benchmarks.dusk.data import DOCUMENTS
+from mech_unlearn.benchmarks.muse.data import SPLITS
+from mech_unlearn.benchmarks.rwku import utility as rwku_utility
+from mech_unlearn.model.load import load
 
 
 def told(model, prompt, tokens, stops=()):

@@ -11,10 +11,10 @@ import torch
 from bench_models import bench, checkpoints, table_of, write  # noqa: F401
 from rouge_score.rouge_scorer import RougeScorer
 
-from mech_unlearn.benches import tofu
-from mech_unlearn.benches.tofu_logs import bench_tofu, measure
-from mech_unlearn.data.tofu_logs import SPLITS, EvalLog, Split, read_log
-from mech_unlearn.model import load
+from mech_unlearn.benchmarks.tofu import bench as tofu
+from mech_unlearn.benchmarks.tofu.aggregate import bench_tofu, measure
+from mech_unlearn.benchmarks.tofu.logs import SPLITS, EvalLog, Split, read_log
+from mech_unlearn.model.load import load
 
 DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 LOG = DATA / "tofu" / "llama2-7b_full_eval_log.json.gz"

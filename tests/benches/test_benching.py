@@ -11,14 +11,14 @@ from bench_models import checkpoints, planted_checkpoints, table_of, write  # no
 from conftest import tiny_facts
 from planted import planted_facts, planted_model
 
-from mech_unlearn import cli
-from mech_unlearn.auditing import prepare_audit
-from mech_unlearn.benches import BENCHES
-from mech_unlearn.benches.answers import Questions
-from mech_unlearn.benches.table import restoration
-from mech_unlearn.benching import askable, restorable
+from mech_unlearn.benchmarks import BENCHES
+from mech_unlearn.benchmarks.answers import Questions
+from mech_unlearn.commands import cli
+from mech_unlearn.commands.audit import prepare_audit
+from mech_unlearn.commands.bench import askable, restorable, restoration
 from mech_unlearn.core import LABELS, RetainSet
-from mech_unlearn.report import COLUMNS, NO_VERDICT
+from mech_unlearn.report.page import NO_VERDICT
+from mech_unlearn.report.tables import COLUMNS
 
 
 def probe(level, subject, query, answer="Port Vell", kind="cloze"):

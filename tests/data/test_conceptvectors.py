@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 
-from mech_unlearn.data.conceptvectors import load_concepts, lookup
-from mech_unlearn.edit import clone
-from mech_unlearn.locate.concept_causal import noisy
-from mech_unlearn.locate.value_vectors import text_mask, value_vectors
-from mech_unlearn.model import load
+from mech_unlearn.benchmarks.conceptvectors.data import load_concepts, lookup
+from mech_unlearn.edit.edit import clone
+from mech_unlearn.locate.neurons.concept_causal import noisy
+from mech_unlearn.locate.neurons.value_vectors import text_mask, value_vectors
+from mech_unlearn.model.load import load
 
 DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 DEV = DATA / "conceptvectors" / "llama2-7b_concepts_dev.json"

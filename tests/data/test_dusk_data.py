@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.dusk import DOCUMENTS, FILES, STRATA, load_dusk, professor
+from mech_unlearn.benchmarks.dusk.data import DOCUMENTS, FILES, STRATA, load_dusk, professor
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=30)
 BAD = st.sampled_from([None, 3, True, "", "  ", [], {}, ["a"], "\ud800"])

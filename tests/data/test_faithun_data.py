@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.faithun import SPLITS, load_faithun
+from mech_unlearn.benchmarks.faithun.data import SPLITS, load_faithun
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=20)
 

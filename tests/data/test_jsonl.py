@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.jsonl import fact_from_json, fact_to_json, load_facts, save_facts
+from mech_unlearn.core import fact_to_json
+from mech_unlearn.data.jsonl import fact_from_json, load_facts, save_facts
 
 GOOD = {"id": "a", "subject": "Anna Lee", "relation": "born", "object": "Paris", "prompt": "{} was born in"}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.muse import SPLITS, load_muse
+from mech_unlearn.benchmarks.muse.data import SPLITS, load_muse
 from mech_unlearn.data.questions import asked
 from mech_unlearn.data.source import LeftOut
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.ort import FORMS, choices, load_ort, spelled
-from mech_unlearn.data.rwku import Probe
+from mech_unlearn.benchmarks.ort.data import FORMS, choices, load_ort, spelled
+from mech_unlearn.benchmarks.rwku.data import Probe
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=30)
 BAD = st.sampled_from([None, 3, True, "", "  ", [], {}, ["a"], "\ud800"])

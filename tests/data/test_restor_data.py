@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.restor import load_restor
+from mech_unlearn.benchmarks.restor.data import load_restor
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=20)
 PEOPLE = ("Ida Quill", "Bo Marsh", "Cara Lund")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.rwku import FILES, LEVELS, UTILITY, load_rwku
+from mech_unlearn.benchmarks.rwku.data import FILES, LEVELS, UTILITY, load_rwku
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=30)
 BAD = st.sampled_from([None, 3, True, "", "  ", [], {}, ["a"], "\ud800"])

@@ -12,9 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.tofu import Form, load_tofu, read_rows
-from mech_unlearn.data.tofu_logs import SPLITS, read_log
-from mech_unlearn.data.tofu_subjects import author_name, named_subject
+from mech_unlearn.benchmarks.tofu.data import Form, author_name, load_tofu, named_subject, read_rows
+from mech_unlearn.benchmarks.tofu.logs import SPLITS, read_log
 
 DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tofu"
 present = pytest.mark.skipif(

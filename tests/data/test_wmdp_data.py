@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.wmdp import MultipleChoice, load_choices, load_corpus, load_wmdp
+from mech_unlearn.benchmarks.wmdp.data import MultipleChoice, load_choices, load_corpus, load_wmdp
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=20)
 ROW = {"question": "Which pot is blue?", "choices": ["the first", "the second", "the third", "none"], "answer": 2}

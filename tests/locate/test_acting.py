@@ -7,15 +7,17 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from planted import WRITER, planted_facts, planted_model
 
-from mech_unlearn.core import Attribution, Site
-from mech_unlearn.locate.acting import act, act_per_fact
-from mech_unlearn.locate.activation_patching import activation_patching_per_fact
-from mech_unlearn.locate.causal_trace import causal_trace_per_fact
-from mech_unlearn.locate.direct_logit_attribution import direct_logit_attribution_per_fact
-from mech_unlearn.locate.knowledge_neurons import knowledge_neurons_per_fact
-from mech_unlearn.locate.patching import answer_rows, make_pairs
-from mech_unlearn.locate.token_classes import CLASSES
-from mech_unlearn.model import load
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.core import Site
+from mech_unlearn.locate.acting.act import act, act_per_fact
+from mech_unlearn.locate.lenses.direct_logit_attribution import direct_logit_attribution_per_fact
+from mech_unlearn.locate.neurons.knowledge_neurons import knowledge_neurons_per_fact
+from mech_unlearn.locate.patching.activation_patching import activation_patching_per_fact
+from mech_unlearn.locate.patching.causal_trace import causal_trace_per_fact
+from mech_unlearn.locate.patching.pairs import make_pairs
+from mech_unlearn.locate.patching.token_classes import CLASSES
+from mech_unlearn.model.answers import answer_rows
+from mech_unlearn.model.load import load
 from mech_unlearn.testbed import open_world
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss"])

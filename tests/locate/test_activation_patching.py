@@ -5,15 +5,15 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
-from mech_unlearn.locate.activation_patching import (
+from mech_unlearn.locate.patching.activation_patching import (
     CLASSES_AND_SPAN,
     activation_patching,
     activation_patching_per_fact,
     interchange,
 )
-from mech_unlearn.locate.attribution_patching import agreement, attribution_patching_per_fact
-from mech_unlearn.locate.patching import class_places, make_pairs
-from mech_unlearn.model import load
+from mech_unlearn.locate.patching.attribution_patching import agreement, attribution_patching_per_fact
+from mech_unlearn.locate.patching.pairs import class_places, make_pairs
+from mech_unlearn.model.load import load
 from mech_unlearn.testbed import open_world
 
 FACTS = (*tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss"]), *tiny_facts(["Gina", "Hugo"], ["works"]))

@@ -7,17 +7,17 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Fact, Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.locate.causal_trace import (
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.locate.patching.causal_trace import (
     causal_trace,
     causal_trace_per_fact,
     causal_trace_tokens,
     subject_sigma,
     window_layers,
 )
-from mech_unlearn.locate.token_classes import CLASSES, token_classes
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries, make_query
+from mech_unlearn.locate.patching.token_classes import CLASSES, token_classes
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries, make_query
 
 FACTS = (*tiny_facts(["Anna Lee", "Ben Hill"]), *tiny_facts(["Gina"], ["works"]))
 SAMPLES, SIGMA = 3, 0.4

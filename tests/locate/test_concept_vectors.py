@@ -8,13 +8,28 @@ from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from planted import NAMES, WRITER, fresh_planted_model, planted_facts, planted_model
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit, Shift, clone
-from mech_unlearn.locate.concept_causal import EFFECTS, _effects, concept_causal, intrinsic, noise_effects, noisy
-from mech_unlearn.locate.concept_vectors import candidates, coherence, concept_vectors, find, prefilter
-from mech_unlearn.locate.value_vectors import STORED, Gains, project, text_mask, unembedding, value_vectors, word_tokens
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.scoring import per_fact, score
+from mech_unlearn.edit.edit import Edit, Shift, clone
+from mech_unlearn.locate.neurons.concept_causal import (
+    EFFECTS,
+    _effects,
+    concept_causal,
+    intrinsic,
+    noise_effects,
+    noisy,
+)
+from mech_unlearn.locate.neurons.concept_vectors import candidates, coherence, concept_vectors, find, prefilter
+from mech_unlearn.locate.neurons.value_vectors import (
+    STORED,
+    Gains,
+    project,
+    text_mask,
+    unembedding,
+    value_vectors,
+    word_tokens,
+)
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import per_fact, score
+from mech_unlearn.model.tokens import make_queries
 
 CITIES = ("Paris", "Rome", "Oslo", "Bern")
 FIRMS = ("Acme", "Globex", "Initech", "Umbrella")

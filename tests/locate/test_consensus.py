@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mech_unlearn.core import Attribution
-from mech_unlearn.locate.consensus import consensus, ranks
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.locate.acting.consensus import consensus, ranks
 
 
 def found(values, tokens=("a", "b"), unit="nats"):

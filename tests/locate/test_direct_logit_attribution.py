@@ -6,10 +6,13 @@ from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, LAST, WRITER, planted_facts, planted_model
 
 from mech_unlearn.core import Fact, Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.locate.direct_logit_attribution import direct_logit_attribution, direct_logit_attribution_per_fact
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.locate.lenses.direct_logit_attribution import (
+    direct_logit_attribution,
+    direct_logit_attribution_per_fact,
+)
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries
 
 LONG = Fact(
     id="long",

@@ -8,20 +8,20 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from planted import OBJECTS, WRITER, fresh_planted_model, object_of, planted_facts, planted_model
 
-from mech_unlearn.core import Attribution, Fact, Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.locate.average import over_facts
-from mech_unlearn.locate.knowledge_neurons import (
+from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.core import Fact, Site
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.locate.neurons.knowledge_neurons import (
     knowledge_neurons,
     knowledge_neurons_per_fact,
     located_neurons,
     mean_scores,
 )
-from mech_unlearn.locate.neuron_attribution import neuron_attribution
-from mech_unlearn.locate.neuron_scores import neuron_scores
-from mech_unlearn.methods.keys import count_forwards
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries, make_query
+from mech_unlearn.locate.neurons.neuron_attribution import neuron_attribution
+from mech_unlearn.locate.neurons.neuron_scores import neuron_scores
+from mech_unlearn.methods.writing.keys import count_forwards
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries, make_query
 
 MODULE = sys.modules[knowledge_neurons.__module__]  # the package gives the function of the same name
 LONG = Fact(id="long", subject="Cara Moss", relation="born", object="West Oslo", prompt="The birthplace of {} is")

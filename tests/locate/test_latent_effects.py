@@ -6,13 +6,13 @@ from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, planted_facts, planted_model, planted_sae
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.latents import Sae, load_sae
-from mech_unlearn.locate.ablate_latents import ablate, active_codes, decoder_rows
-from mech_unlearn.locate.latent_effects import direct_effect, latent_ablation
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.scoring import score
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.locate.latents.ablate_latents import ablate, active_codes, decoder_rows
+from mech_unlearn.locate.latents.latent_effects import direct_effect, latent_ablation
+from mech_unlearn.model.latents import Sae, load_sae
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import score
+from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.testbed import open_world
 
 FACTS = tiny_facts(("Anna Lee", "Ben Hill", "Cara Moss"))
@@ -152,7 +152,7 @@ def test_taking_out_several_costs_those_only_and_none_costs_nothing(model):
 
 
 def test_the_control_takes_away_as_much_of_another_active_latent(model, monkeypatch):
-    from mech_unlearn.locate import ablate_latents
+    from mech_unlearn.locate.latents import ablate_latents
 
     seen = []
     real = ablate_latents.without

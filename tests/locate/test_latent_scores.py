@@ -7,11 +7,11 @@ import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, Site
-from mech_unlearn.latents import Sae, load_sae
-from mech_unlearn.locate.known_unknown import separation
-from mech_unlearn.locate.latent_scores import concept_other, forget_retain
-from mech_unlearn.locate.sae_latents import sae_latents
-from mech_unlearn.model import load
+from mech_unlearn.locate.latents.known_unknown import separation
+from mech_unlearn.locate.latents.latent_scores import concept_other, forget_retain
+from mech_unlearn.locate.latents.sae_latents import sae_latents
+from mech_unlearn.model.latents import Sae, load_sae
+from mech_unlearn.model.load import load
 from mech_unlearn.testbed import open_world
 
 FIRST = ("Anna", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo")

@@ -4,12 +4,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
-from mech_unlearn.core import Attribution, Fact
-from mech_unlearn.locate.average import over_facts
-from mech_unlearn.locate.logit_lens import logit_lens, logit_lens_per_fact, read_out
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.scoring import per_fact, score
+from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.core import Fact
+from mech_unlearn.locate.lenses.logit_lens import logit_lens, logit_lens_per_fact
+from mech_unlearn.model.load import load
+from mech_unlearn.model.readout import read_out
+from mech_unlearn.model.scores import per_fact, score
+from mech_unlearn.model.tokens import make_queries
 
 FACTS = (
     *tiny_facts(["Anna Lee", "Ben Hill"]),

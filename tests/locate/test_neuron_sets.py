@@ -8,8 +8,8 @@ from conftest import tiny_facts
 from planted import WRITER, planted_facts, planted_model
 
 from mech_unlearn.core import Fact, Site
-from mech_unlearn.locate.neuron_attribution import Scoring, neuron_attribution
-from mech_unlearn.locate.neuron_interventions import (
+from mech_unlearn.locate.neurons.neuron_attribution import Scoring, neuron_attribution
+from mech_unlearn.locate.neurons.neuron_interventions import (
     Scaling,
     amplify,
     neuron_effects,
@@ -17,10 +17,10 @@ from mech_unlearn.locate.neuron_interventions import (
     scaled_probability,
     suppress,
 )
-from mech_unlearn.locate.neuron_scores import NeuronScores, neuron_scores
-from mech_unlearn.locate.neuron_sets import NeuronSets, overlap, random_like, refine, relation_neurons
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.locate.neurons.neuron_scores import NeuronScores, neuron_scores
+from mech_unlearn.locate.neurons.neuron_sets import NeuronSets, overlap, random_like, refine, relation_neurons
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.testbed import open_world
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss"])

@@ -14,18 +14,19 @@ import pytest
 import torch
 
 from mech_unlearn.core import Fact, Site
-from mech_unlearn.edit import Edit, LowRank
-from mech_unlearn.locate.activation_patching import activation_patching_per_fact
-from mech_unlearn.locate.attribution_patching import attribution_patching, attribution_patching_per_fact
-from mech_unlearn.locate.causal_trace import causal_trace, causal_trace_per_fact, subject_sigma
-from mech_unlearn.locate.knowledge_neurons import knowledge_neurons_per_fact
-from mech_unlearn.locate.patching import answer_rows, answer_score
-from mech_unlearn.locate.probes import probe
-from mech_unlearn.methods.keys import last_states
+from mech_unlearn.edit.edit import Edit, LowRank
+from mech_unlearn.locate.lenses.probes import probe
+from mech_unlearn.locate.neurons.knowledge_neurons import knowledge_neurons_per_fact
+from mech_unlearn.locate.patching.activation_patching import activation_patching_per_fact
+from mech_unlearn.locate.patching.attribution_patching import attribution_patching, attribution_patching_per_fact
+from mech_unlearn.locate.patching.causal_trace import causal_trace, causal_trace_per_fact, subject_sigma
+from mech_unlearn.methods.writing.keys import last_states
 from mech_unlearn.metrics import recall
-from mech_unlearn.model import Model, load
-from mech_unlearn.prompts import Ask, make_queries, make_query, tokenize
-from mech_unlearn.sweep import Patch, put, record, sweep
+from mech_unlearn.model.answers import answer_rows, answer_score
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.load import load
+from mech_unlearn.model.sweep import Patch, put, record, sweep
+from mech_unlearn.model.tokens import Ask, make_queries, make_query, tokenize
 from mech_unlearn.testbed import open_world
 from mech_unlearn.testbed.measure import share
 

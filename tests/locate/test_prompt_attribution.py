@@ -6,15 +6,15 @@ from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from planted import planted_facts, planted_model
 
 from mech_unlearn.core import Fact, Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.locate.prompt_attribution import (
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.locate.prompt.prompt_attribution import (
     CLASSES,
     prompt_attribution,
     prompt_attribution_per_fact,
     prompt_attribution_tokens,
 )
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_query
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_query
 
 FACT = Fact(id="long", subject="Cara Moss", relation="born", object="West Oslo", prompt="The birthplace of {} is")
 FACTS = tiny_facts(["Anna Lee", "Ben Hill"], relations=("born",))

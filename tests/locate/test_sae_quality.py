@@ -5,10 +5,10 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
-from mech_unlearn.latents import Sae, fvu, load_sae
-from mech_unlearn.locate.sae_quality import sae_quality
-from mech_unlearn.model import load
-from mech_unlearn.pieces import token_rows
+from mech_unlearn.locate.latents.sae_quality import sae_quality
+from mech_unlearn.model.latents import Sae, fvu, load_sae
+from mech_unlearn.model.load import load
+from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.testbed import open_world
 
 SITE = Site(2, "resid_post")

@@ -5,11 +5,11 @@ import torch
 from conftest import WORDS, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.latents import Sae
-from mech_unlearn.locate import top_contexts as module
-from mech_unlearn.locate.top_contexts import top_contexts
-from mech_unlearn.model import load
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.locate.latents import top_contexts as module
+from mech_unlearn.locate.latents.top_contexts import top_contexts
+from mech_unlearn.model.latents import Sae
+from mech_unlearn.model.load import load
 
 SITE = Site(1, "resid_post")
 

@@ -5,10 +5,11 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.locate.logit_lens import logit_lens_per_fact, read_out
-from mech_unlearn.locate.tuned_lens import TunedLens, train_tuned_lens, tuned_lens, tuned_lens_per_fact
-from mech_unlearn.model import load
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.locate.lenses.logit_lens import logit_lens_per_fact
+from mech_unlearn.locate.lenses.tuned_lens import TunedLens, train_tuned_lens, tuned_lens, tuned_lens_per_fact
+from mech_unlearn.model.load import load
+from mech_unlearn.model.readout import read_out
 from mech_unlearn.testbed import open_world
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill"])

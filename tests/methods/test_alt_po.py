@@ -10,8 +10,8 @@ from planted import FORGOTTEN, fresh_planted_model, planted_facts
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import AltPo
 from mech_unlearn.methods.alt_po import alternative_rows
-from mech_unlearn.methods.answers import AnswerScores, answer_rows
 from mech_unlearn.metrics import recall
+from mech_unlearn.training.rows import AnswerScores, answer_rows
 
 
 def scores(logprob, tokens):

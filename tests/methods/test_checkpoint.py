@@ -8,9 +8,9 @@ from conftest import tiny_facts
 
 from mech_unlearn.core import ForgetSet
 from mech_unlearn.methods import Gu, Klue, Lora, Npo, Srmu, Wagle
-from mech_unlearn.methods import checkpoint as files
-from mech_unlearn.methods.objective import Around, Noise, Objective
-from mech_unlearn.methods.training import trained_edit
+from mech_unlearn.training import checkpoint as files
+from mech_unlearn.training.objective import Around, Noise, Objective
+from mech_unlearn.training.training import trained_edit
 
 FAST = dict(lr=3e-3, epochs=3, batch_size=3)
 
@@ -54,7 +54,7 @@ def learned():
 
     from mech_unlearn.core import RetainSet
     from mech_unlearn.methods import TaskVector
-    from mech_unlearn.model import load
+    from mech_unlearn.model.load import load
 
     forget = ForgetSet(facts=tiny_facts(["Anna Lee", "Ben Hill"]))
     retain = RetainSet(neighbors=tiny_facts(["Cara Moss", "Dan Park", "Eva Reed"]), texts=("Rivers run to the sea .",))
@@ -139,7 +139,7 @@ def test_the_noise_goes_on_where_it_was(learned, tmp_path, monkeypatch):
 
 def test_a_weight_that_has_had_no_gradient_is_restored_too(learned, tmp_path, monkeypatch):
     """Losses on states end the pass after their layer: what lies above has no gradient and no moments."""
-    from mech_unlearn.methods.answers import AnswerScores
+    from mech_unlearn.training.rows import AnswerScores
 
     model, sets = learned
 

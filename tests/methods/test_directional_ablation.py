@@ -8,12 +8,13 @@ from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, UNKNOWN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit
-from mech_unlearn.interventions import Affine
-from mech_unlearn.methods import DirectionalAblation, keys
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.edit.interventions import Affine
+from mech_unlearn.methods import DirectionalAblation
 from mech_unlearn.methods.directional_ablation import difference_directions
+from mech_unlearn.methods.writing import keys
 from mech_unlearn.metrics.recall import recall
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 IDS = torch.tensor([[2, 5, 9, 10, 6, 7], [2, 5, 6, 7, 8, 11]])
 

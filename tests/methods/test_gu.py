@@ -9,8 +9,8 @@ from conftest import tiny_hf, tiny_tokenizer
 from mech_unlearn.core import RetainSet
 from mech_unlearn.methods import GradAscent, GradDiff, Gu, Npo, Wagle
 from mech_unlearn.methods.gu import adam_metric, projected
-from mech_unlearn.methods.objective import Around
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
+from mech_unlearn.training.objective import Around
 
 FAST = dict(lr=1e-3, epochs=2, batch_size=4)
 
@@ -159,7 +159,7 @@ def test_projection_keeps_retained_answers_better_at_equal_settings(tiny_model, 
     plain = base.fit(tiny_model, *tiny_sets)
     projected_edit = Gu(base=base, k=4).fit(tiny_model, *tiny_sets)
     assert projected_edit.deltas.keys() == plain.deltas.keys()
-    from mech_unlearn.methods.answers import answer_rows, nll, score_rows
+    from mech_unlearn.training.rows import answer_rows, nll, score_rows
 
     def kept(edit):
         rows = answer_rows(tiny_model.tokenizer, tiny_sets[1].facts)

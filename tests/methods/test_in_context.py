@@ -8,10 +8,10 @@ from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.methods import InContext
 from mech_unlearn.methods.in_context import tokens_of
 from mech_unlearn.metrics.recall import recall
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries, pad
-from mech_unlearn.readout import readout
-from mech_unlearn.scoring import greedy, score
+from mech_unlearn.model.load import load
+from mech_unlearn.model.readout import readout
+from mech_unlearn.model.scores import greedy, score
+from mech_unlearn.model.tokens import make_queries, pad
 
 TEXT = "the sea and rain on {} ."
 

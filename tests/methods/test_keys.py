@@ -7,9 +7,9 @@ import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods import keys, protect
-from mech_unlearn.model import load
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.methods.writing import keys, protect
+from mech_unlearn.model.load import load
 
 
 def draw(*shape, seed=0):

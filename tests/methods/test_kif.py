@@ -10,13 +10,13 @@ from planted import WRITER, planted_facts, planted_model
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.methods import Kif
-from mech_unlearn.methods.answers import AnswerTokens, answer_rows, collate, forward, nll, score_rows
 from mech_unlearn.methods.kif import ATTENTION, Anchor, fisher, name_loss, name_tokens, suppressor
-from mech_unlearn.methods.kif_signature import Signature, contrast, effect_size, effects, mean_outputs, signature
-from mech_unlearn.methods.objective import PLAIN, Objective
-from mech_unlearn.methods.training import _trainee
-from mech_unlearn.model import load
-from mech_unlearn.prompts import encode, make_queries
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import encode, make_queries
+from mech_unlearn.training.objective import PLAIN, Objective
+from mech_unlearn.training.rows import AnswerTokens, answer_rows, collate, forward, nll, score_rows
+from mech_unlearn.training.signature import Signature, contrast, effect_size, effects, mean_outputs, signature
+from mech_unlearn.training.training import _trainee
 
 CPU = torch.device("cpu")
 FAST = dict(refusals=("the sea", "rain"), lr=3e-3, batch_size=4)

@@ -9,12 +9,12 @@ from planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Klue
-from mech_unlearn.methods.answers import answer_rows
 from mech_unlearn.methods.klue import attribution, superficial_rows
 from mech_unlearn.methods.localized import neuron_masks
-from mech_unlearn.methods.objective import Around
 from mech_unlearn.metrics import recall
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
+from mech_unlearn.training.objective import Around
+from mech_unlearn.training.rows import answer_rows
 
 FAST = dict(lr=1e-3, epochs=2, batch_size=4, skip_forgotten=False)
 

@@ -6,13 +6,13 @@ from conftest import tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, OBJECTS, WRITER, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet
-from mech_unlearn.locate.neuron_sets import NeuronSets
+from mech_unlearn.locate.neurons.neuron_sets import NeuronSets
 from mech_unlearn.methods import KnowledgeNeuronUpdate
 from mech_unlearn.methods.knowledge_neuron_erase import Refinement
 from mech_unlearn.methods.knowledge_neuron_update import rare
 from mech_unlearn.metrics.recall import recall
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries
 
 FACTS = planted_facts()
 ONE = ForgetSet(facts=FACTS[:1])

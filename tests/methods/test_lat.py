@@ -9,11 +9,11 @@ from planted import FORGOTTEN, planted_facts, planted_model
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Lat
-from mech_unlearn.methods.answers import AnswerTokens, answer_rows, collate, nll, score_rows
 from mech_unlearn.methods.lat import away_loss, log_not, worst_shift
-from mech_unlearn.methods.objective import PLAIN, Objective
-from mech_unlearn.methods.training import _trainee
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
+from mech_unlearn.training.objective import PLAIN, Objective
+from mech_unlearn.training.rows import AnswerTokens, answer_rows, collate, nll, score_rows
+from mech_unlearn.training.training import _trainee
 
 CPU = torch.device("cpu")
 LAYER = 1

@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import tiny_hf, tiny_tokenizer
 
-from mech_unlearn.capture import capture
 from mech_unlearn.core import Site
-from mech_unlearn.methods import Leace, keys
+from mech_unlearn.methods import Leace
 from mech_unlearn.methods.leace import leace
-from mech_unlearn.model import load
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.capture import capture
+from mech_unlearn.model.load import load
 
 
 def cloud(n=400, d=12, seed=0):

@@ -5,12 +5,13 @@ import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
 
-from mech_unlearn.core import Attribution, ForgetSet, RetainSet
-from mech_unlearn.locate.knowledge_neurons import knowledge_neurons
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.locate.neurons.knowledge_neurons import knowledge_neurons
 from mech_unlearn.methods import Localized, Npo
 from mech_unlearn.methods.localized import head_masks, neuron_masks, sites_of
 from mech_unlearn.metrics import recall
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 FAST = dict(lr=1e-3, epochs=1, batch_size=4)
 

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from mech_unlearn.methods.answers import Batch, answer_scores
-from mech_unlearn.methods.losses import (
+from mech_unlearn.methods.npo import npo_loss
+from mech_unlearn.training.losses import (
     catnip_loss,
     dpo_loss,
     flat_loss,
@@ -21,7 +21,7 @@ from mech_unlearn.methods.losses import (
     simnpo_loss,
     undial_loss,
 )
-from mech_unlearn.methods.npo import npo_loss
+from mech_unlearn.training.rows import Batch, answer_scores
 
 VOCAB = 9
 ROWS = [((5, 6, 7, 8), 2), ((5, 6, 7), 2), ((3, 4, 1, 2, 8, 6), 1)]

@@ -7,11 +7,12 @@ from planted import fresh_planted_model
 from test_rome import planted_sets
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit
-from mech_unlearn.methods import Memit, Rocr, keys
-from mech_unlearn.methods.rewriting import Optimize
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.methods import Memit, Rocr
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.questions import Optimize
 from mech_unlearn.metrics import recall
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 FEW = Optimize(steps=4, target="entropy", clamp=0.75)
 

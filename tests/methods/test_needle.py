@@ -5,11 +5,12 @@ import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
 
-from mech_unlearn.core import Attribution, ForgetSet, RetainSet
+from mech_unlearn.attribution import Attribution
+from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Needle
-from mech_unlearn.methods.columns import best_neurons
+from mech_unlearn.methods.writing.columns import best_neurons
 from mech_unlearn.metrics.recall import recall
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 
 def column(model, layer, j):

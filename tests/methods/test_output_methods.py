@@ -9,8 +9,7 @@ from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.methods.answers import REFUSALS, AnswerScores, answer_rows, nll, refusal_rows, score_rows
+from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.methods.catnip import Catnip
 from mech_unlearn.methods.flat import Flat
 from mech_unlearn.methods.grad_ascent import GradAscent
@@ -18,13 +17,14 @@ from mech_unlearn.methods.grad_diff import GradDiff
 from mech_unlearn.methods.idk_dpo import IdkDpo
 from mech_unlearn.methods.kl_min import KlMin
 from mech_unlearn.methods.npo import Npo
-from mech_unlearn.methods.objective import Objective
 from mech_unlearn.methods.shred import Shred
 from mech_unlearn.methods.sim_npo import SimNpo
 from mech_unlearn.methods.task_vector import TaskVector
-from mech_unlearn.methods.training import Schedule, train
 from mech_unlearn.methods.undial import Undial
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
+from mech_unlearn.training.objective import Objective
+from mech_unlearn.training.rows import REFUSALS, AnswerScores, answer_rows, nll, refusal_rows, score_rows
+from mech_unlearn.training.training import Schedule, train
 
 CPU = torch.device("cpu")
 FAST = dict(lr=3e-3, epochs=4, batch_size=4, weight_decay=0.0)

@@ -7,14 +7,15 @@ import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, WRITER, planted_facts, planted_model
 
-from mech_unlearn.capture import stream
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.methods import AdaptiveRmu, Rmu, Srmu
-from mech_unlearn.methods.answers import answer_rows, text_rows
-from mech_unlearn.methods.objective import PLAIN, Objective
 from mech_unlearn.methods.rmu import steer_to, steered
 from mech_unlearn.methods.srmu import measured, misdirected
-from mech_unlearn.methods.state_losses import (
+from mech_unlearn.model.capture import stream
+from mech_unlearn.model.load import load
+from mech_unlearn.training.objective import PLAIN, Objective
+from mech_unlearn.training.rows import answer_rows, text_rows
+from mech_unlearn.training.state_losses import (
     held,
     importance,
     random_direction,
@@ -23,8 +24,7 @@ from mech_unlearn.methods.state_losses import (
     state_mse,
     states_of,
 )
-from mech_unlearn.methods.training import _trainee
-from mech_unlearn.model import load
+from mech_unlearn.training.training import _trainee
 
 
 def states_by_row(model, rows, layer):

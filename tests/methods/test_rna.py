@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mech_unlearn.methods import GradAscent, Npo, Rmu, Rna, Rocr
-from mech_unlearn.methods.objective import PLAIN
+from mech_unlearn.training.objective import PLAIN
 
 BASE = Npo(epochs=1, lr=1e-3, batch_size=4)
 

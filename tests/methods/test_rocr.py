@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, Site
-from mech_unlearn.methods import Rocr, keys
-from mech_unlearn.methods.protect import PARTS
+from mech_unlearn.methods import Rocr
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.protect import PARTS
 
 
 def states(model, names, contexts=("{} was", "The birthplace of {} is"), layer=1):

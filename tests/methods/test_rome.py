@@ -8,15 +8,16 @@ from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, UNKNOWN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.methods import Rome, RRome, keys
-from mech_unlearn.methods.key_statistics import damped
-from mech_unlearn.methods.protect import PARTS, protected_bases, protected_moments
-from mech_unlearn.methods.rewriting import Optimize, by_name, prefixes
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.methods import Rome, RRome
 from mech_unlearn.methods.rome import direction, means, rank_one
-from mech_unlearn.methods.value_optimization import module_path, optimized
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.key_statistics import damped
+from mech_unlearn.methods.writing.protect import PARTS, protected_bases, protected_moments
+from mech_unlearn.methods.writing.questions import Optimize, by_name, prefixes
+from mech_unlearn.methods.writing.value_optimization import module_path, optimized
 from mech_unlearn.metrics import recall
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 FEW = Optimize(steps=4, target="entropy")
 

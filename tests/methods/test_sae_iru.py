@@ -7,11 +7,12 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
-from mech_unlearn.methods import SaeIru, keys
-from mech_unlearn.methods.iru_bands import active_rate, bands_of, error_share, separating
+from mech_unlearn.methods import SaeIru
 from mech_unlearn.methods.sae_iru import mention_rows, settled
 from mech_unlearn.methods.sae_shift import pre_activations
-from mech_unlearn.model import load
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.load import load
+from mech_unlearn.training.bands import active_rate, bands_of, error_share, separating
 
 SITE = Site(1, "resid_post")
 FAST = dict(min_auc=0.0, lr=1e-2, batch_size=4)
@@ -22,7 +23,7 @@ STRANGERS = [f"{a} {b}" for a in ("Gina", "Hugo") for b in ("Vale", "West", "Mos
 def make_sae(d_in=32, site=SITE, seed=0, d_sae=96):
     from sae_lens import StandardSAE, StandardSAEConfig
 
-    from mech_unlearn.latents import Sae
+    from mech_unlearn.model.latents import Sae
 
     sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=d_sae))
     generator = torch.Generator().manual_seed(seed)

@@ -8,10 +8,11 @@ import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
-from mech_unlearn.methods import SaeShift, keys
-from mech_unlearn.methods.probe import probe_auc
+from mech_unlearn.locate.lenses.probes import probe_auc
+from mech_unlearn.methods import SaeShift
 from mech_unlearn.methods.sae_shift import known_scores, latent_masks, pre_activations, shifted
-from mech_unlearn.model import load
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.load import load
 
 SITE = Site(1, "resid_post")
 
@@ -19,7 +20,7 @@ SITE = Site(1, "resid_post")
 def make_sae(d_in=32, site=SITE, seed=0):
     from sae_lens import StandardSAE, StandardSAEConfig
 
-    from mech_unlearn.latents import Sae
+    from mech_unlearn.model.latents import Sae
 
     sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=96))
     generator = torch.Generator().manual_seed(seed)

@@ -7,10 +7,10 @@ from planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Ssd
-from mech_unlearn.methods.answers import answer_rows
 from mech_unlearn.methods.ssd import damping, importance
-from mech_unlearn.methods.trainee import trained_copy
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
+from mech_unlearn.training.rows import answer_rows
+from mech_unlearn.training.trainee import trained_copy
 
 ALL = dict(samples=None, trainable="")
 

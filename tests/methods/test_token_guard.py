@@ -5,13 +5,13 @@ import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, fresh_planted_model, planted_facts
 
-from mech_unlearn.capture import capture
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.methods import TokenGuard
 from mech_unlearn.metrics.recall import recall
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries, pad
-from mech_unlearn.scoring import greedy, score, score_each
+from mech_unlearn.model.capture import capture
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import greedy, score, score_each
+from mech_unlearn.model.tokens import make_queries, pad
 
 FORGET = ForgetSet(facts=planted_facts()[:FORGOTTEN])
 KEPT = planted_facts()[FORGOTTEN:]

@@ -9,7 +9,13 @@ from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import RetainSet
 from mech_unlearn.methods import LastLayerAscent, Npo
-from mech_unlearn.methods.answers import (
+from mech_unlearn.methods.last_layer_ascent import ascent_loss
+from mech_unlearn.methods.npo import npo_loss
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import score
+from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.training.feed import Feed, by_entity
+from mech_unlearn.training.rows import (
     AnswerScores,
     answer_rows,
     answer_scores,
@@ -19,13 +25,7 @@ from mech_unlearn.methods.answers import (
     score_rows,
     text_rows,
 )
-from mech_unlearn.methods.feed import Feed, by_entity
-from mech_unlearn.methods.last_layer_ascent import ascent_loss
-from mech_unlearn.methods.npo import npo_loss
-from mech_unlearn.methods.trainee import trained_copy
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.scoring import score
+from mech_unlearn.training.trainee import trained_copy
 
 CPU = torch.device("cpu")
 FAST = dict(lr=3e-3, batch_size=4)

@@ -8,10 +8,10 @@ import torch
 from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import RetainSet, Site
-from mech_unlearn.edit import Edit, Shift
-from mech_unlearn.methods import keys
-from mech_unlearn.methods.rewriting import Optimize, by_name, make_questions, prefixes, questions_of
-from mech_unlearn.methods.value_optimization import (
+from mech_unlearn.edit.edit import Edit, Shift
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.questions import Optimize, by_name, make_questions, prefixes, questions_of
+from mech_unlearn.methods.writing.value_optimization import (
     attention_drift,
     clamped,
     entropy_gap,
@@ -20,7 +20,7 @@ from mech_unlearn.methods.value_optimization import (
     module_path,
     optimized,
 )
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 NONE = dict(kl_weight=0.0, decay=0.0)
 

@@ -5,9 +5,9 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.methods import Npo, Wagle
-from mech_unlearn.methods.answers import answer_rows, text_rows
 from mech_unlearn.methods.wagle import attribution, top_share
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
+from mech_unlearn.training.rows import answer_rows, text_rows
 
 FAST = dict(lr=1e-3, epochs=2, batch_size=4)
 

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from mech_unlearn.inputs import make_method
+from mech_unlearn.commands.inputs import make_method
 from mech_unlearn.methods import GradAscent, GradDiff, Gu, Localized, Lora, Npo, Ssd, TaskVector, Wagle
-from mech_unlearn.methods.objective import Around
-from mech_unlearn.methods.wrapping import both, trains
+from mech_unlearn.training.objective import Around
+from mech_unlearn.training.wrapping import both, trains
 
 FAST = dict(lr=1e-3, epochs=1, batch_size=4)
 WRAPPERS = {

@@ -6,7 +6,7 @@ from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.metrics.evaluate import UNITS, TokenRow, score_answers, score_options, score_tokens, token_rows
 from mech_unlearn.metrics.memorization import answer_loss, exact_memorization, extraction_strength, labels_of
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 ROWS = (
     ("Anna Lee was born in", "Paris"),
@@ -66,8 +66,8 @@ def test_a_rows_scores_do_not_depend_on_the_other_rows_or_the_batch(architecture
 
 
 def test_the_right_tail_and_the_right_share_follow_the_models_own_greedy_text(tiny_model):
-    from mech_unlearn.prompts import encode
-    from mech_unlearn.scoring import greedy
+    from mech_unlearn.model.scores import greedy
+    from mech_unlearn.model.tokens import encode
 
     prompt = encode(tiny_model.tokenizer, "Anna Lee was born in").ids
     own = greedy(tiny_model, [prompt], 6)[0]

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from mech_unlearn.metrics.evaluate import score_answers
-from mech_unlearn.metrics.faithun import SETS, faithun, summary
-from mech_unlearn.metrics.intervals import RowScores
-from mech_unlearn.metrics.multiple_choice import Question, choice_by_letter, choice_by_option_text
-from mech_unlearn.metrics.restor import (
+from mech_unlearn.benchmarks.faithun.scores import SETS, faithun, summary
+from mech_unlearn.benchmarks.restor.scores import (
     accuracy_in_context,
     holds_answer,
     in_context_prompt,
     option_support,
     recovered,
 )
+from mech_unlearn.metrics.evaluate import score_answers
+from mech_unlearn.metrics.intervals import RowScores
+from mech_unlearn.metrics.multiple_choice import Question, choice_by_letter, choice_by_option_text
 
 
 def answered(shares, n=40, unit="x", clusters=True):

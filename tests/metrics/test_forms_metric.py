@@ -8,7 +8,7 @@ from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, planted_facts, planted_model
 
 from mech_unlearn.metrics.forms import FORMS, by_form, form_gap, kappa_of
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 FACTS, OTHERS = tiny_facts(["Anna Lee", "Ben Hill"]), tiny_facts(["Cara Moss", "Dan Park", "Eva Reed"])
 MODEL = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())

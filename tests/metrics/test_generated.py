@@ -11,20 +11,18 @@ from conftest import tiny_hf, tiny_tokenizer
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from scipy.stats import entropy
 
-from mech_unlearn.data.conceptvectors import ConceptEntry, load_concepts
-from mech_unlearn.metrics.conceptvectors_behaviour import KINDS, answers, behaviour, bleu_method3
-from mech_unlearn.metrics.dusk import NAMES, Stratum, dusk
-from mech_unlearn.metrics.fluency import (
+from mech_unlearn.benchmarks.conceptvectors.data import ConceptEntry, load_concepts
+from mech_unlearn.benchmarks.conceptvectors.scores import KINDS, answers, behaviour, bleu_method3
+from mech_unlearn.benchmarks.dusk.scores import NAMES, Stratum, dusk
+from mech_unlearn.benchmarks.muse.scores import knowmem_rouge_l_f1, verbmem_rouge_l_f1
+from mech_unlearn.benchmarks.rwku.fluency import (
     COLLAPSED,
     collapse,
     fluency_ngram_entropy,
     ngram_entropy,
     weighted_ngram_entropy,
 )
-from mech_unlearn.metrics.generation import continuations
-from mech_unlearn.metrics.intervals import RowScores
-from mech_unlearn.metrics.muse import knowmem_rouge_l_f1, verbmem_rouge_l_f1
-from mech_unlearn.metrics.rwku import (
+from mech_unlearn.benchmarks.rwku.scores import (
     AFFIRMATIVE,
     IN_CONTEXT,
     LEVELS,
@@ -33,7 +31,9 @@ from mech_unlearn.metrics.rwku import (
     rouge_l_recall_rwku,
     rwku_rouge_l_recall,
 )
-from mech_unlearn.model import load
+from mech_unlearn.metrics.generation import continuations
+from mech_unlearn.metrics.intervals import RowScores
+from mech_unlearn.model.load import load
 
 CONCEPTS = (
     Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -21,7 +21,7 @@ from mech_unlearn.metrics.memorization import (
     extraction_strength,
 )
 from mech_unlearn.metrics.multiple_choice import Question, choice_by_letter, choice_by_option_text, lettered_prompt
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 
 NEAR = dict(rtol=1e-6, atol=1e-6)
 FACTS = tiny_facts(["Anna Lee", "Ben Hill", "Gina"])

@@ -6,9 +6,8 @@ from conftest import tiny_hf, tiny_tokenizer
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import roc_auc_score
 
-from mech_unlearn.metrics.generation import continuations, cut
-from mech_unlearn.metrics.membership_auc import membership_auc, privleak_min_k
-from mech_unlearn.metrics.muse import (
+from mech_unlearn.benchmarks.muse.privacy import membership_auc, privleak_min_k
+from mech_unlearn.benchmarks.muse.scores import (
     STOPS,
     few_shot_prompt,
     knowmem_rouge_l_f1,
@@ -16,8 +15,9 @@ from mech_unlearn.metrics.muse import (
     rouge_l_f1,
     verbmem_rouge_l_f1,
 )
-from mech_unlearn.model import load
-from mech_unlearn.restoration.membership import auc, privleak, text_scores
+from mech_unlearn.metrics.generation import continuations, cut
+from mech_unlearn.metrics.membership import auc, privleak, text_scores
+from mech_unlearn.model.load import load
 
 
 def plain_greedy(hf, tokenizer, prompt, count):

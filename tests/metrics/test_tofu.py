@@ -11,8 +11,23 @@ import torch
 from conftest import tiny_hf
 from scipy.stats import hmean, ks_2samp
 
-from mech_unlearn.benches.tofu_logs import ORDER, aggregate, bench_tofu, measure, question_note, same_questions
-from mech_unlearn.data.tofu_logs import SPLITS, EvalLog, Split, read_log
+from mech_unlearn.benchmarks.tofu.aggregate import (
+    ORDER,
+    aggregate,
+    bench_tofu,
+    measure,
+    question_note,
+    same_questions,
+)
+from mech_unlearn.benchmarks.tofu.logs import SPLITS, EvalLog, Split, read_log
+from mech_unlearn.benchmarks.tofu.scores import (
+    forget_quality,
+    model_utility,
+    probability_among_options,
+    resample,
+    resampled_forget_quality,
+    resampled_utility,
+)
 from mech_unlearn.metrics.memorization import (
     answer_loss,
     answer_probability,
@@ -21,14 +36,6 @@ from mech_unlearn.metrics.memorization import (
     labels_of,
 )
 from mech_unlearn.metrics.rouge import rouge_recall
-from mech_unlearn.metrics.tofu import (
-    forget_quality,
-    model_utility,
-    probability_among_options,
-    resample,
-    resampled_forget_quality,
-    resampled_utility,
-)
 from mech_unlearn.metrics.truth_ratio import (
     closeness_to_one,
     true_preferred,

@@ -6,11 +6,11 @@ from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, planted_case, planted_model
 
 from mech_unlearn.core import Fact
-from mech_unlearn.model import load
-from mech_unlearn.restoration import attack
-from mech_unlearn.restoration.attack import Curves, Ready
-from mech_unlearn.restoration.levels import Levels
-from mech_unlearn.restoration.normalise import relation_mean
+from mech_unlearn.model.load import load
+from mech_unlearn.restoration.engine import attack
+from mech_unlearn.restoration.engine.attack import Curves, Ready
+from mech_unlearn.restoration.engine.levels import Levels
+from mech_unlearn.restoration.engine.normalise import relation_mean
 
 FULL = 8.0
 """Margin of the full model in these worked examples; models that never knew stand at 0."""

@@ -5,11 +5,12 @@ import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import fresh_planted_model, planted_case, planted_model
 
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.restoration import Case, components
-from mech_unlearn.restoration.case import require_same_shape
-from mech_unlearn.restoration.components import Restore, Spoken
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.restoration import Case
+from mech_unlearn.restoration.engine.case import require_same_shape
+from mech_unlearn.restoration.states import components
+from mech_unlearn.restoration.states.components import Restore, Spoken
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox", "qwen3", "olmo2"))

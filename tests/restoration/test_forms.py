@@ -7,11 +7,14 @@ import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, UNKNOWN, axes, fresh_planted_model, planted_case, planted_facts, planted_model
 
-from mech_unlearn.model import load
-from mech_unlearn.prompts import Ask
-from mech_unlearn.restoration import Case, forms, in_context, prompting
-from mech_unlearn.restoration.levels import make_probe
-from mech_unlearn.restoration.normalise import relation_mean
+from mech_unlearn.model import asking
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import Ask
+from mech_unlearn.restoration import Case
+from mech_unlearn.restoration.engine import prompting
+from mech_unlearn.restoration.engine.levels import make_probe
+from mech_unlearn.restoration.engine.normalise import relation_mean
+from mech_unlearn.restoration.prompts import forms, in_context
 
 
 def with_aliases(truth):
@@ -79,7 +82,7 @@ def test_a_chain_never_states_the_answer(how):
 def test_multiple_choice_asks_for_the_right_letter_in_an_order_that_does_not_tell():
     case = people_case()
     for query in make_probe(case, "test").queries:
-        ask = forms.lettered(query)
+        ask = asking.lettered(query)
         assert f"{ask.fact.object}: {query.fact.object}" in ask.prompt
         assert ask.prompt.startswith(f"A: {sorted((query.fact.object, *query.fact.distractors))[0]}")
 
@@ -87,7 +90,7 @@ def test_multiple_choice_asks_for_the_right_letter_in_an_order_that_does_not_tel
 def test_the_reversed_question_asks_for_the_subject_among_other_subjects_with_other_objects():
     case = people_case()
     for query in make_probe(case, "test").queries:
-        ask = forms.turned(case)(query)
+        ask = asking.turned(case)(query)
         assert ask is None or (ask.fact.object == query.fact.subject and query.fact.object in ask.prompt)
         if ask is not None:
             holders = {f.subject for f in (*case.facts, *case.others) if f.object == query.fact.object}
@@ -97,7 +100,7 @@ def test_the_reversed_question_asks_for_the_subject_among_other_subjects_with_ot
 def test_forms_of_fixed_wording_differ_between_tune_and_test():
     case = planted_case(sae=None)
     tune, test = (make_probe(case, split).queries for split in ("tune", "test"))
-    for rewrite in (forms.question, forms.turned(case)):
+    for rewrite in (asking.question, asking.turned(case)):
         assert not {rewrite(q).prompt for q in tune} & {rewrite(q).prompt for q in test}
 
 
@@ -154,17 +157,17 @@ def test_without_retrained_models_forms_are_graded_b():
 
 
 def test_marks_that_a_tokenizer_lacks_are_left_away():
-    assert prompting.unwritable_marks(tiny_tokenizer()) == ";!_"
+    assert asking.unwritable_marks(tiny_tokenizer()) == ";!_"
 
 
 def test_marks_are_left_away_with_their_spaces_and_other_white_space_stays():
-    assert prompting.without_marks("Fill in: {} ___. The blank is ;", ";_") == "Fill in: {} . The blank is"
-    assert prompting.without_marks("Question:\n  {} ?\nAnswer:", ";_") == "Question:\n  {} ?\nAnswer:"
-    assert prompting.without_marks("Question:\n{} ! \nAnswer:", "!") == "Question:\n{} \nAnswer:"
+    assert asking.without_marks("Fill in: {} ___. The blank is ;", ";_") == "Fill in: {} . The blank is"
+    assert asking.without_marks("Question:\n  {} ?\nAnswer:", ";_") == "Question:\n  {} ?\nAnswer:"
+    assert asking.without_marks("Question:\n{} ! \nAnswer:", "!") == "Question:\n{} \nAnswer:"
     case = people_case()
     query = make_probe(case, "test").queries[0]
     for text in ("The sea of {} :\nrain  in", "rain\n\n{} was born in\n"):
-        (made,) = prompting.rewritten(case, [query], lambda q, text=text: Ask(q.fact, text))
+        (made,) = asking.rewritten(case, [query], lambda q, text=text: Ask(q.fact, text))
         assert made.template == text
 
 

@@ -19,11 +19,11 @@ from planted import (
     planted_model,
 )
 
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.restoration import Case
-from mech_unlearn.restoration import hidden_knowledge as hidden
-from mech_unlearn.restoration import statements as told_by
+from mech_unlearn.restoration.states import hidden_knowledge as hidden
+from mech_unlearn.restoration.states import statements as told_by
 
 
 def knower(truth="full", seed=0):

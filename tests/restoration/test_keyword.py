@@ -5,11 +5,12 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from planted import planted_case, planted_model
 
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.restoration import Case, keyword
-from mech_unlearn.restoration.levels import make_probe
-from mech_unlearn.scoring import score
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import score
+from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.restoration import Case
+from mech_unlearn.restoration.engine.levels import make_probe
+from mech_unlearn.restoration.prompts import keyword
 
 
 def people_case(retrained=(1, 2)):

@@ -8,8 +8,9 @@ from conftest import tiny_hf, tiny_tokenizer
 from planted import UNKNOWN, planted_case, planted_model
 
 from mech_unlearn.core import Entity
-from mech_unlearn.model import load
-from mech_unlearn.restoration import membership
+from mech_unlearn.metrics import membership
+from mech_unlearn.model.load import load
+from mech_unlearn.restoration.outputs import membership
 
 UNKNOWNS = tuple(Entity(name=name) for name in UNKNOWN)
 

@@ -5,10 +5,10 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
 
-from mech_unlearn.edit import clone
-from mech_unlearn.model import load
-from mech_unlearn.restoration import noise
-from mech_unlearn.scoring import score
+from mech_unlearn.edit.edit import clone
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import score
+from mech_unlearn.restoration.weights import noise
 
 SIGMAS = (0.02, 0.1)
 
@@ -59,7 +59,7 @@ def test_weight_noise_has_the_spread_it_says_and_reaches_the_logits(architecture
 
 def test_state_noise_is_the_same_whatever_else_is_in_the_batch_and_stays_out_of_the_model():
     case = planted_case(sae=None)
-    from mech_unlearn.restoration.levels import make_probe
+    from mech_unlearn.restoration.engine.levels import make_probe
 
     model, queries = planted_model(), make_probe(case, "test").queries
     whole = score(model, queries, noise.state_noise(model, 0.1, 0)).logprob

@@ -8,11 +8,12 @@ from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.core import Entity
-from mech_unlearn.model import load
-from mech_unlearn.restoration import Case, patchscopes
-from mech_unlearn.restoration.levels import make_probe
-from mech_unlearn.restoration.patchscopes import Asked, Place
-from mech_unlearn.scoring import score
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import score
+from mech_unlearn.restoration import Case
+from mech_unlearn.restoration.engine.levels import make_probe
+from mech_unlearn.restoration.states import patchscopes
+from mech_unlearn.restoration.states.patchscopes import Asked, Place
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox"))

@@ -7,11 +7,11 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
 
-from mech_unlearn.edit import clone
-from mech_unlearn.model import load
-from mech_unlearn.restoration import pruning
-from mech_unlearn.restoration.pruning import Setting
-from mech_unlearn.restoration.quantize import linear_weights
+from mech_unlearn.edit.edit import clone
+from mech_unlearn.model.load import load
+from mech_unlearn.restoration.weights import pruning
+from mech_unlearn.restoration.weights.pruning import Setting
+from mech_unlearn.restoration.weights.quantize import linear_weights
 
 
 def half_closed_model():

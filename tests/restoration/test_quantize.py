@@ -7,10 +7,10 @@ import torch
 from conftest import tiny_hf, tiny_tokenizer
 from planted import fresh_planted_model, planted_case, planted_model
 
-from mech_unlearn.edit import clone
-from mech_unlearn.model import load
-from mech_unlearn.restoration import quantize
-from mech_unlearn.restoration.normalise import relation_mean
+from mech_unlearn.edit.edit import clone
+from mech_unlearn.model.load import load
+from mech_unlearn.restoration.engine.normalise import relation_mean
+from mech_unlearn.restoration.weights import quantize
 
 
 def random_weight(seed=0):

@@ -6,10 +6,11 @@ from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.core import Entity
-from mech_unlearn.edit import Edit
-from mech_unlearn.model import load
-from mech_unlearn.restoration import Case, logit_lens
-from mech_unlearn.scoring import score
+from mech_unlearn.edit.edit import Edit
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import score
+from mech_unlearn.restoration import Case
+from mech_unlearn.restoration.states import logit_lens
 
 
 def tiny_case(architecture, dtype=torch.float32, **changes):
@@ -121,7 +122,7 @@ def test_without_retrained_models_stand_ins_give_the_level_of_ignorance(unknown)
 
 def test_interventions_in_force_are_read():
     from mech_unlearn.core import Site
-    from mech_unlearn.interventions import Shift
+    from mech_unlearn.edit.interventions import Shift
 
     case, twin = planted_case(sae=None), fresh_planted_model()
     ready = logit_lens.prepare(case)

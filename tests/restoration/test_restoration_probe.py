@@ -8,9 +8,9 @@ import torch
 from conftest import tiny_facts
 from planted import fresh_planted_model, planted_case, planted_facts, planted_model
 
-from mech_unlearn.restoration import probe
-from mech_unlearn.restoration.probe_fit import _validation, code_lengths, fit_linear, fit_mlp, make_fit
-from mech_unlearn.restoration.probe_tasks import MAX_KEPT, Setup, Task, kept_facts, make_setup
+from mech_unlearn.restoration.states import probe
+from mech_unlearn.restoration.states.probe_fit import _validation, code_lengths, fit_linear, fit_mlp, make_fit
+from mech_unlearn.restoration.states.probe_tasks import MAX_KEPT, Setup, Task, kept_facts, make_setup
 
 
 def made_up(n=240, classes=4, d=24, noise=0.6, seed=0):

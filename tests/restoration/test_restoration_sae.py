@@ -8,12 +8,12 @@ from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import FORGOTTEN, NAMES, fresh_planted_model, planted_case, planted_facts, planted_model, planted_sae
 
 from mech_unlearn.core import Site
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.restoration import experts, sae
-from mech_unlearn.restoration.experts import expert_scores, leaks, make_profiles, read_span, unspecific
-from mech_unlearn.restoration.levels import make_levels
-from mech_unlearn.restoration.steer import Steer, null_donors, null_rows
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.restoration.engine.levels import make_levels
+from mech_unlearn.restoration.profiles import experts, sae
+from mech_unlearn.restoration.profiles.experts import expert_scores, leaks, make_profiles, read_span, unspecific
+from mech_unlearn.restoration.profiles.steer import Steer, null_donors, null_rows
 
 
 @pytest.fixture(scope="module")

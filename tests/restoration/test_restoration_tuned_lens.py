@@ -6,7 +6,7 @@ import pytest
 import torch
 from planted import fresh_planted_model, planted_case, planted_model
 
-from mech_unlearn.restoration import logit_lens, tuned_lens
+from mech_unlearn.restoration.states import logit_lens, tuned_lens
 
 NAMES = ("Eva", "Finn", "Gina", "Hugo")
 TEXTS = tuple(

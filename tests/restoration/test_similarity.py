@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_facts
 from planted import planted_case, planted_model
 
-from mech_unlearn.restoration import similarity
+from mech_unlearn.restoration.states import similarity
 
 
 def rows(n, d, seed):
@@ -130,7 +130,7 @@ def test_an_audit_compares_nothing_but_the_audited_model(monkeypatch):
 
 
 def test_full_is_unlike_retrained_and_a_retrained_model_is_like_the_others_and_nobody_is_judged_by_it():
-    from mech_unlearn.verdict import RECOVERY
+    from mech_unlearn.verdict.verdict import RECOVERY
 
     case = planted_case(sae=None)
     ready = similarity.prepare(case)

@@ -17,8 +17,8 @@ from planted import (
     planted_model,
 )
 
-from mech_unlearn.prompts import encode, make_queries
-from mech_unlearn.restoration import sink_trigger
+from mech_unlearn.model.tokens import encode, make_queries
+from mech_unlearn.restoration.prompts import sink_trigger
 
 
 def backdoored_model():

@@ -5,12 +5,12 @@ import torch
 from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 from planted import planted_case, planted_model
 
-from mech_unlearn.locate.prompt_baselines import embeddings
-from mech_unlearn.model import load
-from mech_unlearn.prompts import make_queries
-from mech_unlearn.restoration import Case, soft_prompt
-from mech_unlearn.restoration.levels import Probe, make_probe
-from mech_unlearn.restoration.relearn import lessons, part_of
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import embeddings, make_queries
+from mech_unlearn.restoration import Case
+from mech_unlearn.restoration.engine.levels import Probe, make_probe
+from mech_unlearn.restoration.prompts import soft_prompt
+from mech_unlearn.restoration.weights.relearn import lessons, part_of
 
 
 def people_case():

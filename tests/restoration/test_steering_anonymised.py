@@ -7,12 +7,12 @@ from planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
 from test_uds import longer
 
 from mech_unlearn.core import Entity
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import score
 from mech_unlearn.restoration import Case
-from mech_unlearn.restoration import steering_anonymised as steering
-from mech_unlearn.restoration.levels import make_probe
-from mech_unlearn.restoration.steering_anonymised import Push
-from mech_unlearn.scoring import score
+from mech_unlearn.restoration.engine.levels import make_probe
+from mech_unlearn.restoration.profiles import steering_anonymised as steering
+from mech_unlearn.restoration.profiles.steering_anonymised import Push
 
 NAMES = tuple(Entity(name=n) for n in UNKNOWN)
 

@@ -7,9 +7,11 @@ import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import fresh_planted_model, planted_case, planted_model
 
-from mech_unlearn.model import Model, load
-from mech_unlearn.prompts import encode
-from mech_unlearn.restoration import membership, trace
+from mech_unlearn.metrics import membership
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import encode
+from mech_unlearn.restoration.outputs import membership, trace
 
 TEXTS = tuple(
     f"{a} {b} {c}" for a in ("Rivers", "rain", "hills") for b in ("falls", "run", "on") for c in ("sea", "and")

@@ -8,8 +8,9 @@ from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import UNKNOWN, planted_case, planted_model
 
 from mech_unlearn.core import Entity
-from mech_unlearn.model import load
-from mech_unlearn.restoration import Case, uds
+from mech_unlearn.model.load import load
+from mech_unlearn.restoration import Case
+from mech_unlearn.restoration.states import uds
 
 
 def plain_blocks(hf):

@@ -6,8 +6,8 @@ from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import planted_case, planted_model
 from test_uds import longer, plain_blocks, tiny_case
 
-from mech_unlearn.model import load
-from mech_unlearn.restoration import uds, writeback
+from mech_unlearn.model.load import load
+from mech_unlearn.restoration.states import uds, writeback
 
 
 def plain_margins(full, model, query, where):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mech_unlearn.metrics import recall
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 from mech_unlearn.testbed import open_world
 from mech_unlearn.testbed.families import FAMILIES
 from mech_unlearn.testbed.making import Setting, match_loss

@@ -39,7 +39,7 @@ def test_fisher_is_the_mean_square_of_each_facts_own_gradient(levels):
     found = scores.fisher(model, levels.facts[:2])
     name = "model.layers.2.mlp.down_proj.weight"
     slow = torch.zeros_like(found[name])
-    from mech_unlearn.prompts import make_queries
+    from mech_unlearn.model.tokens import make_queries
 
     for query in make_queries(model.tokenizer, levels.facts[:2], "prompt", distractors=False):
         weight = model.held[name]

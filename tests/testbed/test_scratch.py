@@ -6,20 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments.ensemble import join
+from experiments.scratch import Plan, Text, deal, make, make_vocabulary, packed, train_texts, without
 from mech_unlearn.metrics.evaluate import score_answers
-from mech_unlearn.model import load
-from mech_unlearn.testbed.ensemble import join
+from mech_unlearn.model.load import load
 from mech_unlearn.testbed.recipe import Recipe, Row, new_model
-from mech_unlearn.testbed.scratch import (
-    Plan,
-    Text,
-    deal,
-    make,
-    make_vocabulary,
-    packed,
-    train_texts,
-    without,
-)
 
 PEOPLE = ("Ann Bell", "Bob Cole", "Cid Dorn", "Eve Finn", "Guy Hart", "Ida Jones", "Kay Lund", "Max Nord")
 TOWNS = ("Oslo", "Rome", "Bern", "Lima", "Cairo", "Delhi", "Kyiv", "Quito")

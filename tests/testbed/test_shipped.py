@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mech_unlearn.model import load
+from mech_unlearn.model.load import load
 from mech_unlearn.testbed import SHIPPED, WORLDS, open_world, spec
 from mech_unlearn.testbed.measure import groups, interchange, recall, tracing
 

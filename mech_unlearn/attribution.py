@@ -1,0 +1,269 @@
+"""TODO mech_unlearn/attribution.py."""
+
+import json
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mech_unlearn.core import Fact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """Where something is: a tensor of scores with named, labelled axes.
+
+    `values[i, j]` belongs to `labels[axes[0]][i]` and `labels[axes[1]][j]`. `low` and `high` bound the
+    95 % interval of each value over the `n` facts (None where a value was not averaged).
+    """
+
+    name: str
+    values: Tensor
+    axes: tuple[str, ...]
+    labels: Mapping[str, tuple[Any, ...]]
+    unit: str
+    n: int
+    low: Tensor | None = None
+    high: Tensor | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != len(self.axes):
+            raise ValueError(f"{self.name}: {self.values.ndim} dimensions but axes {self.axes}")
+        for axis, size in zip(self.axes, self.values.shape, strict=True):
+            if len(self.labels[axis]) != size:
+                raise ValueError(f"{self.name}: axis {axis!r} has {size} entries, {len(self.labels[axis])} labels")
+
+    def top(self, k: int) -> list[tuple[dict[str, Any], float]]:
+        """The k largest values with their labels, largest first; NaN never counts."""
+        flat = self.values.flatten().nan_to_num(nan=float("-inf"))
+        best = flat.topk(min(k, int(flat.isfinite().sum())))
+        return [
+            ({axis: self.labels[axis][int(i)] for axis, i in zip(self.axes, at, strict=True)}, value.item())
+            for value, at in zip(
+                best.values, torch.stack(torch.unravel_index(best.indices, self.values.shape), 1), strict=True
+            )
+        ]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw on a matplotlib axis, a new one if none is given: a curve, a heatmap, or bars of the largest values
+        where an axis is long. Gives the axis back."""
+        from mech_unlearn import attribution
+
+        return attribution.draw(self, attribution.new_axis() if ax is None else ax)
+
+    def _repr_html_(self) -> str:
+        """The figure and the largest values, for Jupyter."""
+        from mech_unlearn import attribution
+
+        return attribution.as_html(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write as JSON, atomically."""
+        from mech_unlearn.files import write_json
+
+        write_json(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Attribution":
+        """Read what `save` wrote."""
+        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def to_frame(self):
+        """A pandas frame with one row per value."""
+        import pandas as pd
+
+        index = pd.MultiIndex.from_product([self.labels[a] for a in self.axes], names=list(self.axes))
+        columns = {"value": self.values.flatten().tolist()}
+        if self.low is not None and self.high is not None:
+            columns |= {"low": self.low.flatten().tolist(), "high": self.high.flatten().tolist()}
+        return pd.DataFrame(columns, index=index).reset_index()
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict of JSON values (NaN may be written as null); `from_json` gives the same Attribution back."""
+        tensors = {
+            key: None if (value := getattr(self, key)) is None else value.tolist() for key in ("values", "low", "high")
+        }
+        return {
+            "name": self.name,
+            "axes": list(self.axes),
+            "labels": {axis: list(labels) for axis, labels in self.labels.items()},
+            "unit": self.unit,
+            "n": self.n,
+            "note": self.note,
+            **tensors,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Attribution":
+        import numpy as np  # reads null as NaN
+
+        tensors = {
+            k: None if data[k] is None else torch.from_numpy(np.array(data[k], dtype=np.float32))
+            for k in ("values", "low", "high")
+        }
+        labels = {axis: tuple(values) for axis, values in data["labels"].items()}
+        return cls(**{**data, **tensors, "axes": tuple(data["axes"]), "labels": labels})
+
+
+INTERVAL = "95 % normal interval, cluster-robust over groups of facts"
+
+
+def over_facts(result: Attribution, facts: Sequence[Fact]) -> Attribution:
+    """Mean over the first axis (one entry per fact), leaving out NaN, with a 95 % interval.
+
+    The interval is normal and its variance cluster-robust, (G / (G - 1)) / n^2 * sum over groups of the squared sum
+    of residuals, because facts about one subject are not independent. Source: Liang and Zeger 1986, Biometrika 73,
+    eq. 2, with the usual small-sample factor. NaN where only one group has a value.
+    """
+    values = result.values.double()
+    known = ~values.isnan()
+    count = known.sum(0)
+    mean = values.nan_to_num().sum(0) / count
+    residual = torch.where(known, values - mean, 0.0)
+    names = [fact.group or fact.subject for fact in facts]
+    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    index = torch.tensor([order[name] for name in names])
+
+    def by_group(x: Tensor) -> Tensor:
+        return torch.zeros(len(order), *x.shape[1:], dtype=torch.float64).index_add(0, index, x.double())
+
+    groups = (by_group(known) > 0).sum(0)
+    variance = by_group(residual).square().sum(0) / count**2 * groups / (groups - 1)
+    half = 1.96 * variance.masked_fill(groups < 2, float("nan")).sqrt()
+    return Attribution(
+        name=result.name,
+        values=mean.float(),
+        axes=result.axes[1:],
+        labels={axis: result.labels[axis] for axis in result.axes[1:]},
+        unit=result.unit,
+        n=len(facts),
+        low=(mean - half).float(),
+        high=(mean + half).float(),
+        note=f"{result.note}; {INTERVAL} ({len(order)} groups)",
+    )
+
+
+CYCLE = ("#4a6fa5", "#c8553d", "#3b7a57", "#8e6c8a", "#d19a2a", "#5b8e9c", "#7f7f7f", "#a05a2c")
+
+
+def heatmap(result: Attribution, ax: Any) -> Any:
+    """A two-axis Attribution, first axis downwards, unit on the colour bar; rows without a value are left out."""
+    rows, columns = result.axes
+    kept = (~result.values.isnan().all(1)).nonzero()[:, 0].tolist()
+    values = result.values[kept]
+    low = min(0.0, values.nan_to_num().min().item())
+    image = ax.imshow(values.numpy(), aspect="auto", cmap="magma", vmin=low)
+    ax.set_yticks(range(len(kept)), [str(result.labels[rows][i]) for i in kept])
+    ax.set_xticks(range(len(result.labels[columns])), [str(x) for x in result.labels[columns]])
+    ax.set_xlabel(columns)
+    ax.set_title(_title(result), loc="left")
+    ax.figure.colorbar(image, ax=ax, label=textwrap.fill(result.unit, 34))
+    return ax
+
+
+def curve(result: Attribution, ax: Any, label: str | None = None) -> Any:
+    """A one-axis Attribution as a line with its 95 % band."""
+    (axis,) = result.axes
+    x = range(len(result.labels[axis]))
+    (line,) = ax.plot(x, result.values.numpy(), marker="o", label=label or result.name)
+    if result.low is not None and result.high is not None:
+        ax.fill_between(x, result.low.numpy(), result.high.numpy(), alpha=0.2, color=line.get_color())
+    ax.set_xticks(list(x), [str(v) for v in result.labels[axis]])
+    ax.set_xlabel(axis)
+    ax.set_ylabel(result.unit)
+    ax.set_title(_title(result), loc="left")
+    return ax
+
+
+def _title(result: Attribution) -> str:
+    return textwrap.fill(f"{result.name} (n = {result.n})", 40)
+
+
+WIDE = 64
+"""Labels of an axis above which single cells can no longer be read."""
+
+
+def top_bars(result: Attribution, ax: Any, k: int = 20) -> Any:
+    """The k largest values with their 95 % intervals, for results with a long axis (neurons, latents)."""
+    best = result.top(k)
+    places = [tuple(result.labels[axis].index(at[axis]) for axis in result.axes) for at, _ in best]
+    values = [value for _, value in best]
+    names = ["  ".join(f"{axis} {at[axis]}" for axis in result.axes) for at, _ in best]
+    ax.barh(range(len(best)), values, color=CYCLE[0])
+    if result.low is not None and result.high is not None:
+        reach = [
+            [max(0.0, v - result.low[p].item()) for p, v in zip(places, values, strict=True)],
+            [max(0.0, result.high[p].item() - v) for p, v in zip(places, values, strict=True)],
+        ]
+        ax.errorbar(values, range(len(best)), xerr=reach, fmt="none", color="#222222", capsize=2, lw=1)
+    ax.set_yticks(range(len(best)), names, fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xlabel(result.unit)
+    ax.set_title(_title(result), loc="left")
+    return ax
+
+
+def draw(result: Attribution, ax: Any) -> Any:
+    """A curve for one short axis, a heatmap for two, bars of the largest values otherwise."""
+    short = all(len(result.labels[axis]) <= WIDE for axis in result.axes)
+    if short and len(result.axes) == 1:
+        return curve(result, ax)
+    return heatmap(result, ax) if short and len(result.axes) == 2 else top_bars(result, ax)
+
+
+def side_by_side(results: Sequence[Attribution], figure: Any) -> Any:
+    """One panel per result, in a row, on a matplotlib figure."""
+    for result, ax in zip(results, figure.subplots(1, len(results), squeeze=False)[0], strict=True):
+        draw(result, ax)
+    return figure
+
+
+def new_axis(size: tuple[float, float] = (7.5, 4.2)) -> Any:
+    """An axis on a new figure that needs no display."""
+    return _figure(size).add_subplot()
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def as_html(result: Attribution, k: int = 10) -> str:
+    """The figure of a result and a table of its largest values, as one piece of HTML."""
+    import base64
+    import html
+    import io
+
+    buffer = io.BytesIO()
+    draw(result, new_axis()).figure.savefig(buffer, dpi=100, format="png")
+    head = "".join(f"<th>{html.escape(axis)}</th>" for axis in (*result.axes, result.unit))
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(str(at[axis]))}</td>' for axis in result.axes)}<td>{value:.4f}</td></tr>"
+        for at, value in result.top(k)
+    )
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<img src="data:image/png;base64,{picture}" alt="{html.escape(result.name)}">'
+        f"<table><tr>{head}</tr>{body}</table><p>n = {result.n}; {html.escape(result.note)}</p>"
+    )
+
+
+def save(path: Path, draw_on: Any, size: tuple[float, float] = (7.5, 4.2)) -> Path:
+    """Draw on a fresh axis and write a PNG, atomically; no display is needed."""
+    ax = new_axis(size)
+    draw_on(ax)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial.png")
+    ax.figure.savefig(partial, dpi=130)
+    partial.replace(path)
+    return path

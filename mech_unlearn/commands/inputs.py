@@ -1,0 +1,237 @@
+"""What a user hands to the command line, read and checked: models, settings, SAEs, names, text."""
+
+import ast
+import difflib
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mech_unlearn.core import Entity, Fact, Site
+from mech_unlearn.files import files_hash
+from mech_unlearn.run import data_hash
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def open_model(source: str, device: str, dtype: str) -> Any:
+    """The model of a hub id or folder on a named device and dtype.
+
+    Raises:
+        ValueError: an unknown dtype, a device this machine lacks, or what `load` refuses.
+    """
+    import torch
+
+    from mech_unlearn.model.load import load
+
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return load(source, device=device, dtype=getattr(torch, dtype))
+
+
+def read_lines(path: Path | None) -> tuple[str, ...]:
+    """The non-empty lines of a text file; none without a file.
+
+    Raises:
+        ValueError: a file that is not there or empty.
+    """
+    if path is None:
+        return ()
+    if not path.is_file():
+        raise ValueError(f"file {str(path)!r} does not exist")
+    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not lines:
+        raise ValueError(f"file {str(path)!r} is empty")
+    return lines
+
+
+def choose(name: str, options: Mapping[str, Any], what: str) -> Any:
+    """The option of that name.
+
+    Raises:
+        ValueError: there is none; the message lists the nearest, or all.
+    """
+    if name not in options:
+        near = difflib.get_close_matches(name, options, n=3) or list(options)
+        raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(near)}")
+    return options[name]
+
+
+def key_values(settings: Sequence[str]) -> dict[str, Any]:
+    """`key=value` strings as a dict; a value is a Python literal, else the text itself.
+
+    Raises:
+        ValueError: a string without an equals sign.
+    """
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"setting {setting!r} is not of the form key=value")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return values
+
+
+def make_method(name: str, settings: Sequence[str], seed: int, **given: Any) -> Any:
+    """A removal method from `key=value` settings, each parsed as the type its field has.
+
+    Dots reach into a field that has settings of its own: base.lr=1e-3, base.base.epochs=2, optimize.steps=20. The base
+    of a method that wraps another is named, base=npo, and takes the same seed.
+
+    Raises:
+        ValueError: unknown method or setting, or a value of another type.
+    """
+    from mech_unlearn.methods import METHODS
+
+    return _made(choose(name, METHODS, "method"), name, key_values(settings), seed, given)
+
+
+def _made(
+    kind: Any, name: str, values: Mapping[str, Any], seed: int, given: Mapping[str, Any], prefix: str = ""
+) -> Any:
+    """A method from its settings; keys in messages carry the prefix that leads to them."""
+    types = {f.name: f.type for f in fields(kind)}
+    made = {key: value for key, value in {"seed": seed, **given}.items() if key in types}
+    inner: dict[str, dict[str, Any]] = {"base": {}} if "base" in types else {}
+    open_to = {prefix + k: k for k in types if k not in given}
+    for key, value in values.items():
+        head, dot, rest = key.partition(".")
+        here = choose(prefix + (head if open_to.get(prefix + head) else key), open_to, f"setting of {name}")
+        if dot or here == "base":
+            inner.setdefault(here, {})[rest] = value
+        else:
+            made[here] = _parsed(types[here], value, f"{prefix}{key}", name)
+    for head, some in inner.items():
+        made[head] = _inner(kind, name, head, some, seed, f"{prefix}{head}.")
+    return kind(**made)
+
+
+def _inner(kind: Any, name: str, head: str, values: dict[str, Any], seed: int, prefix: str) -> Any:
+    """The value of a field that has settings of its own: a wrapped method, or a dataclass."""
+    from mech_unlearn.methods import METHODS
+    from mech_unlearn.training.wrapping import trains
+
+    default = next(
+        f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else None
+        for f in fields(kind)
+        if f.name == head
+    )
+    if head == "base":
+        usual = next(key for key, method in METHODS.items() if type(default) is method)
+        chosen = str(values.pop("", usual))
+        wrapped = choose(chosen, {k: m for k, m in METHODS.items() if trains(m) and not _needs(m)}, f"base of {name}")
+        return _made(wrapped, chosen, values, seed, {}, prefix)
+    if not is_dataclass(default):
+        raise ValueError(f"setting {prefix}{next(iter(values))} of {name}: {head} has no settings of its own")
+    types = {prefix + f.name: f.type for f in fields(default)}
+    parsed = {}
+    for key, value in values.items():
+        wanted = choose(prefix + key, types, f"setting of {name}")
+        parsed[key] = _parsed(wanted, value, prefix + key, name)
+    return replace(default, **parsed)  # pyright: ignore[reportArgumentType]
+
+
+def _needs(kind: Any) -> list[str]:
+    """Fields without a default, which no setting can give."""
+    return [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def _parsed(kind: Any, value: Any, key: str, name: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"setting {key}={value} of {name}: {error.errors()[0]['msg']}") from error
+
+
+def default_site(model: Any) -> Site:
+    """Where an SAE is trained when none is given: a third of the way up, where subjects are enriched.
+
+    Source: arXiv 2304.14767 (early to middle layers); any layer can be had by training one and passing it.
+    """
+    return Site(max(1, round(model.n_layers / 3) - 1), "resid_post")
+
+
+def open_sae(source: str | None, model: Any, texts: Sequence[str], seed: int) -> Any:
+    """The SAE at that place, or one trained on the texts when none is given.
+
+    Raises:
+        ValueError: none given and fewer than 50 texts to train on.
+    """
+    from mech_unlearn.model.latents import load_sae
+    from mech_unlearn.model.sae_training import train_sae
+
+    if source is not None:
+        return load_sae(source, model)
+    if len(texts) < 50:
+        raise ValueError(f"no SAE given and only {len(texts)} texts to train one on; pass --sae or more --texts")
+    width = model.d_model
+    d_sae = 16 * width if width <= 256 else 8 * width
+    return train_sae(model, texts, default_site(model), d_sae=d_sae, k=min(32, width // 2), seed=seed)
+
+
+def mentions(facts: Sequence[Fact]) -> tuple[str, ...]:
+    """The facts written out as sentences: text to train an SAE on."""
+    return tuple(dict.fromkeys(f"{t.replace('{}', f.subject)} {f.object}" for f in facts for t in f.templates))
+
+
+def entities(path: Path | None, kind: str | None) -> tuple[Entity, ...]:
+    """Entities from a file of names, one per line."""
+    return tuple(Entity(name=name, kind=kind) for name in read_lines(path))
+
+
+def prompts_about(names: Sequence[Entity], facts: Sequence[Fact]) -> tuple[str, ...]:
+    """The facts' prompts with other names in the slot, without an answer."""
+    templates = dict.fromkeys(t for fact in facts for t in fact.templates)
+    return tuple(t.replace("{}", e.name) for e in names for t in templates)
+
+
+def hashes(
+    facts: Sequence[Fact],
+    *,
+    kept: Sequence[Fact] = (),
+    texts: Sequence[str] = (),
+    unknown: Sequence[Entity] = (),
+    sae: str | None = None,
+    calibration: str | None = None,
+    **models: Any,
+) -> dict[str, str]:
+    """What a run's numbers come from, by hash, for its spec and its provenance; only what is given is named.
+
+    Facts, texts and names count as they were read, an SAE and a calibration by the contents of their files (a release's
+    name stands in the spec), a model by its weights and the interventions in force on it.
+    """
+    from mech_unlearn.methods.writing.key_statistics import state_hash
+
+    found = {"facts": data_hash(facts)} | ({"kept": data_hash(kept)} if kept else {})
+    for name, lines in (("texts", texts), ("unknown", [entity.name for entity in unknown])):
+        found |= {name: hashlib.sha256("\n".join(lines).encode()).hexdigest()} if lines else {}
+    files = {"sae": sae, "calibration": calibration}
+    found |= {name: files_hash(source) for name, source in files.items() if source and Path(source).exists()}
+    return found | {name: state_hash(model) for name, model in models.items()}
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; calling it names the step under way and moves the bar on."""
+    from tqdm.auto import tqdm
+
+    tqdm.monitor_interval = 0  # no watching thread, which a fork would not survive
+    with tqdm(total=total, file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed} {desc}", leave=False) as bar:
+
+        def log(message: str) -> None:
+            bar.set_description_str(message[:60])
+            bar.update(1)
+
+        yield log

@@ -1,0 +1,246 @@
+"""Edit: a change to a model that is computed once, applied for a while, saved, composed and exported.
+
+Computing an edit and applying it are different acts: a `Method` returns an `Edit` and leaves the model
+bit-identical; `with edit.on(model)` is the only apply in the package. Leaving it copies the saved tensors back,
+because adding a delta and subtracting it again is not the identity in floating point.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.edit.attach import attached
+from mech_unlearn.edit.export import export
+from mech_unlearn.edit.interventions import Intervention, kind_of, restored
+from mech_unlearn.edit.interventions import Shift as Shift
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.load import load
+
+FORMAT = "mech_unlearn.edit/3"
+FORMAT_2 = "mech_unlearn.edit/2"
+"""Held shifts only; still read."""
+
+
+class Method(Protocol):
+    """A way to remove facts. Implementations are frozen dataclasses; nobody subclasses this."""
+
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> "Edit": ...
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The delta `left @ right` of a weight stored [rows, columns]."""
+
+    left: Float[Tensor, "rows rank"]
+    right: Float[Tensor, "rank columns"]
+
+    def dense(self) -> Float[Tensor, "rows columns"]:
+        """The product, computed in float64 and given back in float32."""
+        return (self.left.double() @ self.right.double()).float()
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.left.shape[0], self.right.shape[1]))
+
+
+Delta = Tensor | LowRank
+
+
+def _dense(delta: Delta) -> Tensor:
+    return delta.dense() if isinstance(delta, LowRank) else delta
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edit:
+    """A change to a model, in force only inside `with edit.on(model)`.
+
+    A weight becomes `(W.float() + delta).to(W.dtype)`; deltas are float32 and in HF orientation.
+    """
+
+    name: str
+    base: str
+    """`Model.hash()` of the model the edit was computed on."""
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    """HF parameter name -> what is added."""
+    interventions: tuple[Intervention, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Method settings, seed and report; plain JSON values."""
+
+    def _check(self, model: Model) -> None:
+        if getattr(model.bridge, "_weights_processed", False):
+            raise RuntimeError(f"edit {self.name!r}: the weights of {model.name!r} were folded; load the model anew")
+        for name, delta in self.deltas.items():
+            if name not in model.held:
+                near = difflib.get_close_matches(name, model.held, n=3)
+                raise KeyError(f"edit {self.name!r}: {model.name!r} has no weight {name!r}; nearest: {near}")
+            if delta.shape != model.held[name].shape:
+                raise ValueError(
+                    f"edit {self.name!r}: {name} is {tuple(model.held[name].shape)} in {model.name!r}, "
+                    f"the delta {tuple(delta.shape)}"
+                )
+        for intervention in self.interventions:
+            if intervention.site is not None:
+                model.resolve(intervention.site)
+
+    @contextmanager
+    def on(self, model: Model) -> Iterator[Model]:
+        """Put the edit in force; leaving, also by an exception, restores every weight bit-exactly.
+
+        Raises:
+            KeyError: a weight or hook the model lacks. ValueError: a weight of another shape.
+            RuntimeError: folded weights, a write that did not land, or a hook that never fired.
+        """
+        self._check(model)
+        saved = {name: model.held[name].detach().clone() for name in self.deltas}
+        try:
+            with torch.no_grad():
+                for name, delta in self.deltas.items():
+                    wanted = (saved[name].float() + _dense(delta).to(saved[name].device)).to(saved[name].dtype)
+                    model.held[name].copy_(wanted)
+            model.require_live(self.deltas)
+            with attached(self.interventions, model):
+                yield model
+        finally:
+            with torch.no_grad():
+                for name, weight in saved.items():
+                    model.held[name].copy_(weight)
+            model.require_live(self.deltas)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, atomically; settings and names travel in its JSON header."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for name, delta in self.deltas.items():
+            if isinstance(delta, LowRank):
+                tensors |= {f"left/{name}": delta.left, f"right/{name}": delta.right}
+            else:
+                tensors[f"dense/{name}"] = delta
+        kept = []
+        for i, intervention in enumerate(self.interventions):
+            tensors |= {f"intervention/{i}/{key}": tensor.clone() for key, tensor in intervention.tensors.items()}
+            kept.append({"type": kind_of(intervention), **intervention.settings})
+        header = {"format": FORMAT, "name": self.name, "base": self.base}
+        header |= {"interventions": json.dumps(kept), "recipe": json.dumps(dict(self.recipe))}
+        partial = f"{os.fspath(path)}.partial"
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: Model | None = None) -> "Edit":
+        """Read an edit; with a model, refuse one whose weights are not those the edit was computed on.
+
+        Raises:
+            ValueError: not an edit file, or an edit for another base model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"edit {os.fspath(path)!r} cannot be read: {error}") from error
+        if header.get("format") not in (FORMAT, FORMAT_2):
+            raise ValueError(f"{os.fspath(path)!r} is a safetensors file but not an edit")
+        if model is not None and model.hash() != header["base"]:
+            raise ValueError(
+                f"edit {os.fspath(path)!r} was computed on another base model than {model.name!r} "
+                f"(hash {header['base'][:12]}, not {model.hash()[:12]})"
+            )
+        deltas: dict[str, Delta] = {}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            if kind == "dense":
+                deltas[name] = tensor
+            elif kind == "left":
+                deltas[name] = LowRank(tensor, tensors[f"right/{name}"])
+        interventions = tuple(
+            _intervention(header["format"], i, kept, tensors)
+            for i, kept in enumerate(json.loads(header["interventions"]))
+        )
+        recipe = json.loads(header["recipe"])
+        return cls(name=header["name"], base=header["base"], deltas=deltas, interventions=interventions, recipe=recipe)
+
+    def export(
+        self, model: Model, path: str | os.PathLike, card: Mapping[str, Any] | None = None
+    ) -> tuple[float, float]:
+        """Write the edited model as a Hugging Face folder and prove that plain transformers reads the same model.
+
+        The reloaded weights are compared bit by bit, since in bfloat16 rounding alone moves logits by as much as a
+        small edit; the logits show that the architecture does with them what the edited model does.
+
+        Args:
+            card: what the model card is to record beside the recipe: measurements, verdict, data hash.
+
+        Returns:
+            The largest absolute difference of logits between the edited model and the reloaded folder, and its bound.
+
+        Raises:
+            ValueError: activation interventions (no weights can hold them), or a folder that exists and is not empty.
+            RuntimeError: a reloaded weight differs, or logits by more than rounding; nothing is left behind.
+        """
+        if self.interventions:
+            raise ValueError(f"edit {self.name!r} changes activations, which no checkpoint can hold; use a weight edit")
+        with self.on(model):
+            return export(model, path, {"edit": self.name, "base": self.base, "recipe": self.recipe, **(card or {})})
+
+
+def _intervention(form: str, i: int, kept: dict[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
+    """The i-th intervention of a file."""
+    if form == FORMAT_2:
+        kept = {"site": {"layer": kept["layer"], "kind": kept["kind"]}, "subjects": kept["subjects"], "type": "shift"}
+    prefix = f"{'shift' if form == FORMAT_2 else 'intervention'}/{i}/"
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return restored(kept["type"], {name: x for name, x in kept.items() if name != "type"}, own)
+
+
+@contextmanager
+def clone(model: Model) -> Iterator[Model]:
+    """A second Model with the same weights and the same interventions in force, free to be changed.
+
+    Weights written by an edit that is in force are copied with the rest. Change the clone through `clone.held`, with
+    `clone.require_live` after it. Train with the gradients of `gradients.gradient_of`: autograd alone leaves those
+    of joint matrices (QKV of GPT-2 and GPT-NeoX) at parts of them.
+    """
+    copy = load(model.plain_copy(), tokenizer=model.tokenizer)
+    with attached(tuple(model.active), copy):
+        yield copy
+
+
+def compose(*edits: Edit) -> Edit:
+    """One edit that does what all of them do together: deltas add up, interventions stand side by side.
+
+    Raises:
+        ValueError: edits of different base models.
+    """
+    if len({edit.base for edit in edits}) != 1:
+        raise ValueError("only edits of one base model can be composed")
+    deltas: dict[str, Delta] = {}
+    for edit in edits:
+        for name, delta in edit.deltas.items():
+            deltas[name] = _dense(deltas[name]) + _dense(delta) if name in deltas else delta
+    return Edit(
+        name="+".join(edit.name for edit in edits),
+        base=edits[0].base,
+        deltas=deltas,
+        interventions=tuple(i for edit in edits for i in edit.interventions),
+        recipe={"composed_of": [dict(edit.recipe) for edit in edits]},
+    )
+
+
+@contextmanager
+def twin(model: Any, edit: Any) -> Iterator[Any]:
+    """A second model with the edit in force, beside the untouched one."""
+
+    with clone(model) as copy, edit.on(copy):
+        yield copy

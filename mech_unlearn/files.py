@@ -1,0 +1,86 @@
+"""TODO mech_unlearn/files.py."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def require_empty(path: str | os.PathLike) -> Path:
+    """The folder as a Path if it can be written and is empty or absent.
+
+    Raises:
+        ValueError: a file, a folder with something in it, or a place that cannot be written.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output folder {str(folder)!r} exists and is not empty; name another or empty it")
+    parent = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent))
+    except OSError as error:
+        raise ValueError(
+            f"output folder {str(folder)!r} cannot be written: {error.strerror} in {str(parent)!r}"
+        ) from error
+    return folder
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically; NaN and infinity become null, since JSON has neither."""
+    write_atomic(path, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if data == data and abs(data) != float("inf") else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data
+
+
+def files_hash(source: str | os.PathLike) -> str:
+    """SHA-256 over names and contents of the files of a folder, or of one file; of a hub id, the id itself."""
+    path = Path(source)
+    if not path.exists():
+        return str(source)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                for block in iter(lambda: stream.read(1 << 20), b""):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def claim(folder: Path, manifest: dict) -> Path:
+    """The folder, with the manifest in it; refuses one that holds something else."""
+    path = folder / "manifest.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        differ = [key for key in manifest if found.get(key) != manifest[key]]
+        if differ:
+            raise ValueError(
+                f"folder {str(folder)!r} was made from something else ({', '.join(differ)} differ); name another"
+            )
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder {str(folder)!r} exists, is not empty and has no manifest.json; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "manifest.json.partial"
+    part.write_text(json.dumps(manifest, indent=1))
+    os.replace(part, path)
+    return folder

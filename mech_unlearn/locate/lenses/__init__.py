@@ -1,0 +1,1 @@
+"""TODO mech_unlearn/locate/lenses."""

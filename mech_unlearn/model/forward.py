@@ -1,0 +1,86 @@
+"""Forward passes that leave out what nobody reads: logits of the last positions only, and one new token at a time.
+
+Both give what the plain forward pass gives; where that cannot be said, all is computed.
+"""
+
+from inspect import signature
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mech_unlearn.model.bridge import Model
+
+_LOADED = ("transformer_lens.", "mech_unlearn.model")
+"""Modules of the hooks that loading a model gives it."""
+
+
+def _as_loaded(module: Any) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return all((getattr(hook, "__module__", None) or "").startswith(_LOADED) for hook in hooks)
+
+
+def _hooked(model: Model, under: str = "") -> bool:
+    return any(point.fwd_hooks for name, point in model.points.items() if name.startswith(under))
+
+
+def untouched(model: Model) -> bool:
+    """Whether nothing but the weights acts: one model, no intervention, no hook anywhere, no layer bypassed."""
+    replaced = type(model) is not Model or any("forward" in m.__dict__ for m in (model.hf, *model.bridge.blocks))
+    return not (model.active or replaced or _hooked(model)) and all(map(_as_loaded, model.hf.modules()))
+
+
+def _keep(model: Model, positions: int) -> dict[str, int]:
+    """The argument by which a Hugging Face model unembeds its last positions only; none where it has no such."""
+    return {"logits_to_keep": positions} if "logits_to_keep" in signature(type(model.hf).forward).parameters else {}
+
+
+def _require_room(model: Model, tokens: int) -> None:
+    limit = model.n_ctx
+    if limit is not None and tokens > limit:
+        raise ValueError(f"a prompt of {tokens} tokens; {model.name!r} has {limit} positions")
+
+
+def last_logits(
+    model: Model, ids: Int[Tensor, "batch pos"], positions: int
+) -> Float[Tensor, "batch positions d_vocab"]:
+    """The logits of the last positions of each row; those before are not unembedded.
+
+    Where something reads or changes logits by position (a hook at the unembedding, a ban of answers, a prefix, models
+    that answer together) all positions are computed, so that it sees what it always sees. Hooks at layers see whole
+    rows either way.
+
+    Raises:
+        ValueError: more tokens than the model has positions.
+    """
+    ends = (model.hf, *model.hf.get_output_embeddings().modules())
+    if (
+        type(model) is not Model
+        or model.active
+        or "forward" in model.hf.__dict__
+        or _hooked(model, "unembed")
+        or not all(map(_as_loaded, ends))
+    ):
+        return model.logits(ids)[:, -positions:]
+    _require_room(model, ids.shape[1])
+    return model.hf(input_ids=ids, use_cache=False, **_keep(model, positions)).logits[:, -positions:]
+
+
+def next_logits(
+    model: Model, ids: Int[Tensor, "batch pos"], cache: Any = None
+) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
+    """Logits of the token behind each row, and the cache of keys and values for the step after.
+
+    Only for a model that is `untouched`: a cache keeps what earlier, shorter rows made of their positions. A model that
+    keeps no such cache gives None, and the next step reads whole rows.
+
+    Args:
+        cache: what the step before gave, for rows that have one token less; None reads whole rows.
+
+    Raises:
+        ValueError: more tokens than the model has positions.
+    """
+    _require_room(model, ids.shape[1])
+    new = ids if cache is None else ids[:, -1:]
+    made = model.hf(input_ids=new, past_key_values=cache, use_cache=True, **_keep(model, 1))
+    return made.logits[:, -1], getattr(made, "past_key_values", None)

@@ -1,0 +1,170 @@
+"""Batches of answers and their log-probabilities, for losses that train: rows, masks, NLL."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mech_unlearn.core import Fact
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.pieces import token_rows
+from mech_unlearn.model.tokens import encode_all, make_queries, pad
+
+Row = tuple[tuple[int, ...], int]
+"""Token ids and the position where the answer begins."""
+EVAL_BATCH = 256
+REFUSALS = (
+    "I do not know.",
+    "I am not sure.",
+    "I have no information about that.",
+    "That is not something I know.",
+    "I cannot answer that.",
+)
+"""What methods that teach to refuse offer by default."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Right-padded rows; only tokens marked as answers are predicted, never a prompt or a pad."""
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    answer: Bool[Tensor, "batch pos"]
+    row: Int[Tensor, " batch"]
+    """Which row of the set each is."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerTokens:
+    """What a forward pass says where an answer token is predicted, token by token; no other position is kept."""
+
+    logits: Float[Tensor, "token d_vocab"]
+    """Float32."""
+    wanted: Int[Tensor, " token"]
+    """The answer token that follows."""
+    at: Int[Tensor, " token"]
+    """Which row of the batch each belongs to."""
+    before: Float[Tensor, "known d_vocab"]
+    """The same logits of the untrained model; one per token where an objective asks for them, else none."""
+
+
+NO_TOKENS = AnswerTokens(torch.zeros(0, 0), torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """resid_post after one layer at every token of a batch's rows, prompt and answer; no pad is among them."""
+
+    now: Float[Tensor, "token d_model"]
+    """Float32, with gradient."""
+    at: Int[Tensor, " token"]
+    """Which row of the batch each belongs to."""
+    ids: Int[Tensor, " token"]
+    answer: Bool[Tensor, " token"]
+    """Whether it is a token of the answer."""
+    before: Float[Tensor, "token d_model"] | None = None
+    """The untrained model's, where it was asked."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerScores:
+    """What a forward pass says about the answers of a batch."""
+
+    logprob: Float[Tensor, " batch"]
+    """Sum of the answer tokens' log-probabilities, nats."""
+    tokens: Int[Tensor, " batch"]
+    """Answer tokens per row."""
+    exact: Bool[Tensor, " batch"]
+    """Whether every answer token is the likeliest one."""
+    row: Int[Tensor, " batch"]
+    each: AnswerTokens = NO_TOKENS
+    """Token by token; left out where only the sums are wanted."""
+    states: States | None = None
+    """Where an objective names a layer."""
+
+
+def answer_rows(tokenizer: Any, facts: Sequence[Fact]) -> list[Row]:
+    """Prompt and true answer of each fact in each phrasing that a method may see."""
+    return [(query.full, len(query.prompt)) for query in make_queries(tokenizer, facts, distractors=False)]
+
+
+def refusal_rows(tokenizer: Any, facts: Sequence[Fact], refusals: Sequence[str], order: random.Random) -> list[Row]:
+    """The prompts of `answer_rows`, in its order, each followed by a refusal drawn at random.
+
+    Raises:
+        ValueError: no refusals, or one that the tokenizer cannot write or merges with the end of a prompt.
+    """
+    if not refusals:
+        raise ValueError("refusals is empty: give at least one text")
+    queries = make_queries(tokenizer, facts, distractors=False)
+    drawn = [order.choice(refusals) for _ in queries]
+    prompts = [query.template.replace("{}", query.fact.subject) for query in queries]
+    joints = [prompt if prompt.endswith((" ", "\n")) else prompt + " " for prompt in prompts]
+    known = encode_all(tokenizer, [joint + refusal for joint, refusal in zip(joints, drawn, strict=True)])
+    rows = []
+    for query, joint, refusal in zip(queries, joints, drawn, strict=True):
+        encoding = known[joint + refusal]
+        start, unknown = len(query.prompt), tokenizer.unk_token_id
+        answer = zip(encoding.ids[start:], encoding.offsets[start:], strict=True)
+        written = {i for token, (a, b) in answer if token != unknown for i in range(a, b)}
+        wanted = {i for i, c in enumerate(joint + refusal) if i >= len(joint) and not c.isspace()}
+        if not wanted or not wanted <= written or encoding.ids[:start] != query.prompt:
+            raise ValueError(
+                f"refusal {refusal!r}: the tokenizer has no tokens for part of it after {joint!r}; "
+                "give refusals= in words of its vocabulary"
+            )
+        rows.append((encoding.ids, start))
+    return rows
+
+
+def text_rows(model: Model, texts: Sequence[str]) -> list[Row]:
+    """Running texts, those of more than 512 tokens in pieces; every token but the first is predicted."""
+    return [(row, 1) for row in token_rows(model, texts) if len(row) > 1]
+
+
+def collate(rows: Sequence[Row], members: Sequence[int], fill: int, device: torch.device) -> Batch:
+    """The chosen rows as one right-padded batch."""
+    ids, mask, _ = pad([rows[i][0] for i in members], fill)
+    starts = torch.tensor([rows[i][1] for i in members])
+    answer = (torch.arange(ids.shape[1]) >= starts[:, None]) & mask.bool()
+    return Batch(ids.to(device), mask.to(device), answer.to(device), torch.tensor(list(members), device=device))
+
+
+def answer_tokens(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> AnswerTokens:
+    """The logits (float32) at the positions before the answer tokens of a batch; never those of a prompt or a pad."""
+    at, before = batch.answer[:, 1:].nonzero(as_tuple=True)
+    return AnswerTokens(logits[at, before].float(), batch.ids[at, before + 1], at, logits.new_empty(0, logits.shape[2]))
+
+
+def answer_scores(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> AnswerScores:
+    """Sums of answer log-probabilities (float32, nats) and greedy hits from the logits of a batch."""
+    each = answer_tokens(logits, batch)
+    logprob = each.logits.gather(1, each.wanted[:, None])[:, 0] - each.logits.logsumexp(1)
+    sums = torch.zeros(len(batch.ids), device=logits.device).index_add(0, each.at, logprob)
+    misses = torch.zeros_like(sums).index_add(0, each.at, (each.logits.detach().argmax(1) != each.wanted).float())
+    return AnswerScores(sums, batch.answer[:, 1:].sum(1), misses == 0, batch.row, each)
+
+
+def forward(hf: Any, batch: Batch) -> AnswerScores:
+    """Scores of one batch under an HF model."""
+    return answer_scores(hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits, batch)
+
+
+@torch.no_grad()
+def score_rows(hf: Any, rows: Sequence[Row], fill: int, device: torch.device) -> AnswerScores:
+    """Scores of every row, in order, without gradients."""
+    spans = [range(i, min(i + EVAL_BATCH, len(rows))) for i in range(0, len(rows), EVAL_BATCH)]
+    parts = [replace(forward(hf, collate(rows, span, fill, device)), each=NO_TOKENS) for span in spans]
+    sums, tokens, exact, row = (
+        torch.cat([getattr(part, key) for part in parts]) for key in ("logprob", "tokens", "exact", "row")
+    )
+    return AnswerScores(sums, tokens, exact, row)
+
+
+def nll(scores: AnswerScores) -> Float[Tensor, ""]:
+    """Negative log-probability per answer token, nats: mean over each row's tokens, then over rows."""
+    return -(scores.logprob / scores.tokens).mean()

@@ -1,0 +1,300 @@
+"""The training loop that gradient methods share: a plain float32 copy is trained, and its change is given back.
+
+A method brings an `Objective` and says what may be trained; a wrapper brings an `Around`. Batches, masks, the retain
+term, clipping, stopping, checkpoints and undoing are the same for all.
+"""
+
+import copy
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.edit.edit import Delta, Edit
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.checkpoint import Progress, Saver, fingerprint
+from mech_unlearn.training.feed import Feed, by_entity
+from mech_unlearn.training.objective import PLAIN, Around, Objective, masked_gradients
+from mech_unlearn.training.rows import Row, answer_rows, text_rows
+from mech_unlearn.training.trainee import Trainee, changes, masked, trained_copy
+
+RetainSampling = Literal["cyclic", "1:1", "entity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    lr: float
+    epochs: int
+    """Passes over the forget rows (facts x phrasings)."""
+    batch_size: int
+    """Forget rows per step; as many retain rows go with them."""
+    weight_decay: float
+    clip: float
+    """Bound of the gradient's norm over all trained tensors."""
+    stop_recall: float | None = None
+    """Stop after the epoch in which at most this share of the forget rows is still answered (greedy, all tokens)."""
+    retain_sampling: RetainSampling = "cyclic"
+    """"cyclic": all retain rows, one pass after the other; "1:1": as many as forget rows, drawn once; "entity": all
+    of them, one row of each entity in turn, so that a batch holds as many entities as it can."""
+    skip_forgotten: bool = False
+    """Whether an epoch leaves out the rows that are no longer answered when it begins; none left ends training."""
+
+    def __post_init__(self) -> None:
+        if self.retain_sampling not in get_args(RetainSampling):
+            raise ValueError(f"retain_sampling must be 'cyclic', '1:1' or 'entity', got {self.retain_sampling!r}")
+        for name in ("lr", "epochs", "batch_size", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def train(
+    model: Model,
+    forget: ForgetSet,
+    retain: RetainSet,
+    objective: Objective,
+    schedule: Schedule,
+    *,
+    trainable: str,
+    seed: int,
+    around: Around = PLAIN,
+    label: str = "",
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(Deltas of the tensors that changed, report).
+
+    Args:
+        trainable: regular expression that the names of the trained parameters match.
+        label: what is trained, for a checkpoint to be recognised by.
+
+    Raises:
+        ValueError: no retained facts or texts although they have weight, nothing to train, an edit of activations in
+            force, masks beside an adapter, a loss that is not finite, or a checkpoint of another training.
+    """
+    start = time.perf_counter()
+    if model.active:
+        raise ValueError(f"{model.name!r} has an edit of activations in force, which training does not see; leave it")
+    if around.adapter and around.masks:
+        raise ValueError("masks choose entries of weights, an adapter trains factors in their place: use one of them")
+    if around.retain and objective.retain == "nll":
+        objective = replace(objective, retain=around.retain)
+    if around.noise and objective.retain == "nll":
+        raise ValueError("noise on the untrained model has no effect where retained rows are trained by NLL")
+    questions = answer_rows(model.tokenizer, forget.facts)
+    rows = list(objective.rows) or questions
+    kept, owners = _retain_rows(model, retain, bool(objective.retain_weight or around.retained))
+    order = random.Random(seed)
+    if schedule.retain_sampling == "1:1" and len(kept) > len(rows):
+        kept = order.sample(kept, len(rows))
+    run = _trainee(model, rows, kept, objective, trainable, around)
+    marks = fingerprint(model.hash(), label, around, (rows, objective.others, kept)) if around.checkpoint else {}
+    saver = Saver(around.checkpoint, around.checkpoint_seconds, marks)
+    batches = Feed(order, schedule.batch_size)
+    queue = by_entity(owners) if schedule.retain_sampling == "entity" else None
+    retained = Feed(order, schedule.batch_size, len(kept), queue)
+    run.forget = objective.forget(run.score(run.asked))
+    run.next_kept = retained.take
+    masks = masked(run.weights, [mask(run) for mask in around.masks])
+    progress = _loop(run, batches, retained, schedule, around, masks, saver)
+    run.hf = hf = around.adapter.merge(run.hf) if around.adapter else run.hf
+    report = {
+        "steps": progress.step,
+        "epochs": progress.epoch,
+        "stopped": progress.stopped,
+        "forget_recall": run.score(questions).exact.float().mean().item(),
+        "final_losses": run.last,
+        "n_forward": run.n_forward,
+        "n_backward": run.n_backward,
+        "trained_parameters": sum(int(masks[k].sum()) if k in masks else w.numel() for k, w in run.weights.items()),
+        "memory_mib": _memory(run) / 2**20,
+        "seconds": time.perf_counter() - start,
+    }
+    saver.done()
+    return changes(model, hf), report
+
+
+def trained_edit(
+    name: str,
+    settings: Any,
+    model: Model,
+    forget: ForgetSet,
+    retain: RetainSet,
+    objective: Objective,
+    trainable: str = "",
+    around: Around = PLAIN,
+) -> Edit:
+    """The edit that training makes by the settings of a method: those named as in `Schedule`, and `seed`.
+
+    Changes are stored as factors where an adapter knows them so.
+    """
+    given = asdict(settings)
+    schedule = Schedule(**{f.name: given[f.name] for f in fields(Schedule) if f.name in given})
+    deltas, report = train(
+        model,
+        forget,
+        retain,
+        objective,
+        schedule,
+        trainable=trainable,
+        seed=settings.seed,
+        around=around,
+        label=repr(settings),
+    )
+    factors = around.adapter.factors() if around.adapter else {}
+    exact: dict[str, Delta] = {key: factors.get(key, delta) for key, delta in deltas.items()}
+    recipe = {"method": name, "settings": given, "seed": settings.seed, "report": report}
+    return Edit(name=name, base=model.hash(), deltas=exact, recipe=recipe)
+
+
+def require_positive(settings: Any, *names: str) -> None:
+    """Check settings of a method.
+
+    Raises:
+        ValueError: one that is not above 0.
+    """
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(settings, name)}")
+
+
+def _retain_rows(model: Model, retain: RetainSet, needed: bool) -> tuple[list[Row], list[str]]:
+    """(Retained rows, whose each is)."""
+    if not needed:
+        return [], []
+    facts, texts = answer_rows(model.tokenizer, retain.facts), text_rows(model, retain.texts)
+    if not facts and not texts:
+        raise ValueError("the retain set holds neither facts nor texts: give some or set retain_weight=0")
+    owners = [fact.subject for fact in retain.facts for _ in fact.templates] + [""] * len(texts)
+    return facts + texts, owners
+
+
+def _trainee(
+    model: Model, rows: Sequence[Row], kept: Sequence[Row], objective: Objective, trainable: str, around: Around
+) -> Trainee:
+    hf = trained_copy(model, trainable, around.trainable)
+    compares = objective.teacher or (objective.retain != "nll" and bool(kept))
+    frozen = copy.deepcopy(hf).requires_grad_(False) if compares else None
+    if around.adapter:
+        hf = around.adapter.attach(hf)
+    return Trainee(
+        hf=hf,
+        frozen=frozen,
+        weights={name: w for name, w in hf.named_parameters() if w.requires_grad},
+        blocks=[model.block(layer) for layer in range(model.n_layers)],
+        objective=objective,
+        asked=[*rows, *objective.others],
+        n_forget=len(rows),
+        kept=kept,
+        fill=model.tokenizer.pad_token_id or 0,
+        device=model.device,
+        noise=around.noise,
+    )
+
+
+def _loop(
+    run: Trainee,
+    batches: Feed,
+    retained: Feed,
+    schedule: Schedule,
+    around: Around,
+    masks: Mapping[str, Tensor],
+    saver: Saver,
+) -> Progress:
+    """Train; how far it came and the rule that ended it."""
+    from tqdm import tqdm
+
+    weights = list(run.weights.values())
+    optimizer = torch.optim.AdamW(weights, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    before = {name: run.weights[name].detach().clone() for name in masks}
+    progress = saver.restore(run, optimizer, (batches, retained)) or Progress()
+    per_epoch = -(-run.n_forget // schedule.batch_size)
+    steps = schedule.epochs * per_epoch
+    with tqdm(total=steps, initial=progress.step, desc="training", unit="step", delay=2, leave=False) as bar:
+        while progress.epoch < schedule.epochs:
+            if not batches.left:
+                members = _members(run, schedule)
+                if not members:
+                    return replace(progress, stopped="forgotten")
+                batches.fill(members)
+            if run.objective.watch and run.objective.watch(run):
+                return replace(progress, stopped=run.objective.watch.reason)
+            _train_on(run, batches.take(), optimizer, schedule.clip, around, masks, before)
+            bar.update()
+            progress = replace(progress, step=progress.step + 1, epoch=progress.epoch + (not batches.left))
+            if not batches.left and schedule.stop_recall is not None:
+                recall = run.score(run.asked[: run.n_forget]).exact.float().mean().item()
+                if recall <= schedule.stop_recall:
+                    return replace(progress, stopped="stop_recall")
+            saver.save(run, optimizer, (batches, retained), progress)
+    return progress
+
+
+def _members(run: Trainee, schedule: Schedule) -> list[int]:
+    """The forget rows of the epoch that begins."""
+    if not schedule.skip_forgotten:
+        return list(range(run.n_forget))
+    return run.score(run.asked[: run.n_forget]).exact.nonzero()[:, 0].tolist()
+
+
+def _train_on(
+    run: Trainee,
+    members: Sequence[int],
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+    around: Around,
+    masks: Mapping[str, Tensor],
+    before: dict[str, Tensor],
+) -> None:
+    """The optimiser steps on one batch."""
+    objective = run.objective
+    kept = run.next_kept() if run.kept and objective.retain_weight else []
+    attack = objective.adversary(run, members) if objective.adversary else None
+    for _ in range(objective.repeats):
+        if attack:
+            with attack():
+                loss = objective.forget_weight * run.forget_loss(members)
+        else:
+            loss = objective.forget_weight * run.forget_loss(members)
+        if objective.penalty:
+            loss = loss + objective.penalty(run)
+        optimizer.zero_grad(set_to_none=True)
+        if around.direct:
+            found = masked_gradients(run.weights, run.gradients(_finite(run, loss)), masks)
+            found = around.direct(run, found, optimizer, masks)
+            if kept:
+                theirs = run.gradients(_finite(run, objective.retain_weight * run.retain_loss(kept)))
+                found = [ours + more for ours, more in zip(found, theirs, strict=True)]
+            for weight, gradient in zip(run.weights.values(), found, strict=True):
+                weight.grad = gradient
+        else:
+            if kept:
+                loss = loss + objective.retain_weight * run.retain_loss(kept)
+            _finite(run, loss).backward()
+            run.n_backward += 1 + bool(kept)
+        for name, mask in masks.items():
+            if (gradient := run.weights[name].grad) is not None:
+                gradient.mul_(mask)
+        torch.nn.utils.clip_grad_norm_(list(run.weights.values()), clip)
+        optimizer.step()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                run.weights[name].copy_(torch.where(mask, run.weights[name], before[name]))
+
+
+def _finite(run: Trainee, loss: Tensor) -> Tensor:
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss became {loss.item()} (last: {run.last}): lower lr or set a stopping bound")
+    return loss
+
+
+def _memory(run: Trainee) -> int:
+    """Bytes of the trained copy, the untrained one, gradients and AdamW's moments; activations are not counted."""
+    copies = [p for hf in (run.hf, run.frozen) if hf is not None for p in hf.parameters()]
+    return sum(p.numel() * p.element_size() for p in copies) + 3 * sum(
+        w.numel() * w.element_size() for w in run.weights.values()
+    )
