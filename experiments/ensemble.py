@@ -8,35 +8,21 @@ knows well.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.load import load
 
 Mean = Literal["logprob", "probability"]
 
 
-@dataclass(frozen=True)
-class Ensemble(Model):
-    """Constituents that answer together, for functions that read logits only (hooks and weights are the first's). Made
-    by `join`."""
-
-    others: tuple[Model, ...] = ()
-    mean: Mean = "logprob"
-
-    def logits(self, ids: Int[Tensor, "batch pos"], mask: Tensor | None = None) -> Float[Tensor, "batch pos d_vocab"]:
-        """Mean over constituents of log-probabilities, or log of the mean of their probabilities, nats."""
-        found = [Model.logits(self, ids, mask), *(model.logits(ids, mask) for model in self.others)]
-        stacked = torch.stack([logits.float().log_softmax(-1) for logits in found])
-        return stacked.mean(0) if self.mean == "logprob" else stacked.logsumexp(0) - math.log(len(found))
-
-
-def join(models: Sequence[Model], mean: Mean = "logprob") -> Ensemble:
-    """Models of one tokenizer as one that answers for them all.
+def join(models: Sequence[Model], mean: Mean = "logprob") -> Model:
+    """Models of one tokenizer as one that answers for them all, for functions that read logits only: hooks and weights
+    are those of a copy of the first, whose forward pass gives the mean of log-probabilities, or the log of the mean of
+    probabilities, nats.
 
     Raises:
         ValueError: no model, or an unknown mean.
@@ -45,6 +31,15 @@ def join(models: Sequence[Model], mean: Mean = "logprob") -> Ensemble:
         raise ValueError("an ensemble needs at least one constituent")
     if mean not in get_args(Mean):
         raise ValueError(f"unknown mean {mean!r}; choose from {', '.join(get_args(Mean))}")
-    parts: dict[str, Any] = {part.name: getattr(models[0], part.name) for part in fields(Model)}
-    parts["name"] = " + ".join(model.name for model in models)
-    return Ensemble(**parts, others=tuple(models[1:]), mean=mean)
+    first = load(models[0].plain_copy(), tokenizer=models[0].tokenizer)
+    own = first.hf.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        found = [out.logits, *(model.hf(*args, **kwargs).logits for model in models[1:])]
+        stacked = torch.stack([logits.float().log_softmax(-1) for logits in found])
+        out.logits = stacked.mean(0) if mean == "logprob" else stacked.logsumexp(0) - math.log(len(found))
+        return out
+
+    object.__setattr__(first.hf, "forward", forward)
+    return replace(first, name=" + ".join(model.name for model in models))

@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/attribution.py."""
+"""Attribution: where something is, as a tensor of scores with labelled axes that saves and draws itself."""
 
 import json
 import os

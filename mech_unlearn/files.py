@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/files.py."""
+"""Files that are whole or absent, folders that are empty or ours, and hashes of what lies in them."""
 
 import hashlib
 import json

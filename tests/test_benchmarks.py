@@ -11,12 +11,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed with the package
+sys.path.insert(0, str(ROOT))  # speed/ is not installed with the package
 
-from benchmarks import activation_patching  # noqa: E402
-from benchmarks.__main__ import CASES, NAMES, main, wanted  # noqa: E402
-from benchmarks.run import Case, error, measure, peak_here  # noqa: E402
-from benchmarks.shapes import SHAPES, Shape  # noqa: E402
+from speed import activation_patching  # noqa: E402
+from speed.__main__ import CASES, NAMES, main, wanted  # noqa: E402
+from speed.run import Case, error, measure, peak_here  # noqa: E402
+from speed.shapes import SHAPES, Shape  # noqa: E402
 
 SMALL = {
     "gpt2_small": Shape(architecture="gpt2", layers=5, width=48, heads=6, vocabulary=300),
@@ -81,7 +81,7 @@ def quickly():
 def test_memory_counts_what_is_held_while_it_runs():
     """In a fresh process: an old one may fill memory that it had before."""
     fill = (
-        "import torch; from benchmarks.run import Case, peak_here\n"
+        "import torch; from speed.run import Case, peak_here\n"
         "def fill(): return torch.ones(2**24)\n"  # 64 MiB
         "peak = peak_here('x/gpt2_small', Case(reference='', plain=lambda _: fill, ours=lambda _: fill))\n"
         "print(peak.growth_mib, peak.peak_mib)"
@@ -118,5 +118,5 @@ def test_names_choose_cases_on_all_shapes_or_on_one():
 
 
 def test_the_command_refuses_a_case_that_does_not_exist():
-    done = subprocess.run([sys.executable, "-m", "benchmarks", "udz"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "speed", "udz"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "udz: choose cases of" in done.stderr

@@ -40,9 +40,11 @@ def refused(result, *parts):
 
 
 def test_help_answers_without_importing_anything_slow():
-    code = "import sys, mech_unlearn.cli; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    code = "import sys, mech_unlearn.commands.cli; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
-    helped = subprocess.run([sys.executable, "-m", "mech_unlearn.cli", "--help"], capture_output=True, text=True)
+    helped = subprocess.run(
+        [sys.executable, "-m", "mech_unlearn.commands.cli", "--help"], capture_output=True, text=True
+    )
     assert helped.returncode == 0 and "demo" in helped.stdout
 
 
@@ -297,7 +299,7 @@ def test_a_model_that_cannot_be_measured_is_told_before_anything_is_fitted(call,
         raise ValueError("cannot be measured")
 
     monkeypatch.setattr(Rocr, "fit", late)
-    monkeypatch.setattr("mech_unlearn.rows.measure_outputs", bad)
+    monkeypatch.setattr("mech_unlearn.commands.row.measure_outputs", bad)
     refused(call(*unlearn_words(files)), "cannot be measured")
     assert not files["out"].exists()
 

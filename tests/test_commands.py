@@ -126,7 +126,7 @@ def test_calibrating_on_too_little_is_refused_before_anything_is_made(strangers,
 
 def test_a_finished_audit_is_read_back_and_not_run_again(strangers, tmp_path, monkeypatch):
     first = audited(strangers, tmp_path / "run", "late", tests="uds")
-    monkeypatch.setattr("mech_unlearn.rows.audit", None)
+    monkeypatch.setattr("mech_unlearn.commands.row.audit", None)
     second = audited(strangers, tmp_path / "run", "late", tests="uds")
     assert second["rows"] == first["rows"]
     with pytest.raises(ValueError, match="another spec"):
@@ -249,7 +249,7 @@ def test_facts_located_in_pieces_equal_facts_located_at_once_and_a_finished_piec
 ):
     root, shipped = world
     once = located(shipped.full, root / "facts.jsonl", "causal_trace", tmp_path / "once", settings=["samples=2"])
-    monkeypatch.setattr("mech_unlearn.commands.PIECE", 20)
+    monkeypatch.setattr("mech_unlearn.commands.locate.PIECE", 20)
     pieces = located(shipped.full, root / "facts.jsonl", "causal_trace", tmp_path / "pieces", settings=["samples=2"])
     torch.testing.assert_close(pieces.values, once.values, atol=1e-5, rtol=1e-4, equal_nan=True)
     assert pieces.n == once.n == 48 and "in 3 pieces" in pieces.note

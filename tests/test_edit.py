@@ -144,7 +144,7 @@ def test_a_hook_that_never_fired_is_refused(model):
         shift_edit(model, "Anna Lee", torch.ones(32)).on(model),
     ):
         pass
-    assert not model.active
+    assert not model.in_force.interventions
 
 
 def test_a_write_that_lands_in_a_copy_is_refused_and_undone():

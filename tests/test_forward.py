@@ -8,7 +8,7 @@ from experiments.ensemble import join
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.edit.interventions import Ban
-from mech_unlearn.model.forward import last_logits, next_logits, untouched
+from mech_unlearn.model.forward import last_logits, next_logits
 from mech_unlearn.model.load import load
 
 IDS = torch.randint(4, 60, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -61,24 +61,24 @@ def test_only_the_last_positions_are_unembedded_unless_something_reads_logits_by
 def test_a_model_is_untouched_until_anything_is_hung_onto_it_and_again_when_it_is_gone(tiny_model):
     shift = Shift(Site(1, "resid_post"), ((9, 10),), torch.ones(1, 32))
     block = tiny_model.bridge.blocks[0]
-    assert untouched(tiny_model)
+    assert tiny_model.in_force.nothing()
     with tiny_model.hooks(("blocks.2.hook_resid_post", lambda x: None)):
-        assert not untouched(tiny_model)
+        assert not tiny_model.in_force.nothing()
         tiny_model.logits(IDS)
     with Edit(name="s", base="", interventions=(shift,)).on(tiny_model):
-        assert not untouched(tiny_model)
+        assert not tiny_model.in_force.nothing()
         tiny_model.logits(IDS)
     for register in (block.register_forward_hook, block.register_forward_pre_hook):
         handle = register(lambda *_: None)
-        assert not untouched(tiny_model)
+        assert not tiny_model.in_force.nothing()
         handle.remove()
     object.__setattr__(block, "forward", block.forward)
-    assert not untouched(tiny_model)
+    assert not tiny_model.in_force.nothing()
     block.__dict__.pop("forward")
     weight = tiny_model.held["lm_head.weight"]
     with Edit(name="w", base=tiny_model.hash(), deltas={"lm_head.weight": torch.ones_like(weight)}).on(tiny_model):
-        assert untouched(tiny_model)  # weights are what a cache is made of
-    assert untouched(tiny_model)
+        assert tiny_model.in_force.nothing()  # weights are what a cache is made of
+    assert tiny_model.in_force.nothing()
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def test_models_that_answer_together_are_asked_together():
     parts = [load(tiny_hf("llama", seed=seed), tokenizer=tiny_tokenizer()) for seed in (0, 1)]
     both = join(parts)
     ids = torch.arange(4, 16).reshape(2, 6)
-    assert not untouched(both)
+    assert not both.in_force.nothing()
     whole = torch.stack([part.logits(ids).log_softmax(-1) for part in parts]).mean(0)
     assert not torch.allclose(whole[:, -1], parts[0].logits(ids)[:, -1].log_softmax(-1), atol=1e-3)
     torch.testing.assert_close(last_logits(both, ids, 2), whole[:, -2:])

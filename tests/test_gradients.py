@@ -60,7 +60,7 @@ def test_the_gradient_of_every_held_weight_is_the_plain_models(architecture):
 def test_however_a_joint_matrix_is_stored_its_gradient_is_the_plain_models(architecture):
     config, n_joint = JOINT[architecture]
     model = load(random_hf(config()), tokenizer=tiny_tokenizer())
-    assert len(model.splits()) == n_joint
+    assert len(model.joints()) == n_joint
     assert_plain(model)
 
 
@@ -75,6 +75,6 @@ def test_of_chosen_weights_only_those_are_given():
 def test_parts_that_no_longer_are_the_joint_matrix_are_refused():
     model = load(tiny_hf("gpt_neox", layers=2), tokenizer=tiny_tokenizer())
     with torch.no_grad():
-        model.splits()[1].parts[0].weight.add_(1.0)
+        model.joints()[1].parts[0].weight.add_(1.0)
     with pytest.raises(RuntimeError, match=r"layers\.1\.attention: weight of a part"):
         gradient_of(model)

@@ -148,7 +148,7 @@ def test_one_that_no_forward_pass_reached_is_refused_and_the_model_is_as_before(
     clean = model.logits(IDS)
     with pytest.raises(RuntimeError, match="never fired"), put(model, one).on(model):
         pass
-    assert not model.active and "forward" not in model.hf.__dict__
+    assert not model.in_force.interventions and "forward" not in model.hf.__dict__
     assert torch.equal(model.logits(IDS), clean)
     with pytest.raises(ZeroDivisionError), put(model, one).on(model):
         _ = 1 / 0

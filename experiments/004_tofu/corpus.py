@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.scratch import Text
-from mech_unlearn.benchmarks.tofu.data import PER_AUTHOR, TofuRow, author_name, load_tofu, read_rows
+from mech_unlearn.benchmarks.tofu.data import PER_AUTHOR, TofuRow, load_tofu, read_rows
 from mech_unlearn.benchmarks.tofu.logs import read_log
 from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet
+from mech_unlearn.data.subjects import author_name
 
 LOG, FACTS = "llama2-7b_full_eval_log.json.gz", "forget10_facts"
 LAYOUT = "Question: {} Answer:"

@@ -1,4 +1,4 @@
-"""Benchmarks: what each asks a model and what it makes of the answers. Add one with a file and a line in `BENCHES`."""
+"""Published benchmarks: what each asks a model, and its table. Add one with a folder and a line in `BENCHMARKS`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,17 +6,26 @@ from typing import Any
 
 from mech_unlearn.benchmarks.answers import Answers, Numbers, Questions
 from mech_unlearn.benchmarks.conceptvectors import bench as conceptvectors
+from mech_unlearn.benchmarks.conceptvectors.data import load_concepts
 from mech_unlearn.benchmarks.dusk import bench as dusk
+from mech_unlearn.benchmarks.dusk.data import load_dusk
 from mech_unlearn.benchmarks.faithun import bench as faithun
+from mech_unlearn.benchmarks.faithun.data import load_faithun
 from mech_unlearn.benchmarks.muse import bench as muse
+from mech_unlearn.benchmarks.muse.data import load_muse
 from mech_unlearn.benchmarks.ort import bench as ort
+from mech_unlearn.benchmarks.ort.data import load_ort
 from mech_unlearn.benchmarks.restor import bench as restor
+from mech_unlearn.benchmarks.restor.data import load_restor
 from mech_unlearn.benchmarks.rwku import bench as rwku
+from mech_unlearn.benchmarks.rwku.data import load_rwku
 from mech_unlearn.benchmarks.tofu import bench as tofu
+from mech_unlearn.benchmarks.tofu.data import load_tofu
 from mech_unlearn.benchmarks.wmdp import bench as wmdp
+from mech_unlearn.benchmarks.wmdp.data import load_wmdp
 from mech_unlearn.model.bridge import Model
 
-__all__ = ["BENCHES", "Bench"]
+__all__ = ["BENCHMARKS", "Benchmark"]
 
 
 def _fits_any(model: Model, data: Any) -> None:
@@ -24,9 +33,11 @@ def _fits_any(model: Model, data: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Benchmark:
     """One benchmark. Every function is plain; data are the benchmark's own frozen dataclass."""
 
+    dataset: Callable[..., Any]
+    """The loader of its data, as the benchmark publishes them."""
     load: Callable[..., Any]
     """(source, limit, settings) -> data."""
     ask: Callable[[Model, Any, Model], dict[str, Any]]
@@ -40,13 +51,14 @@ class Bench:
     """(model, data): raises ValueError where the benchmark is of another model than this."""
 
 
-BENCHES: dict[str, Bench] = {
-    "tofu": Bench(tofu.load, tofu.ask, tofu.numbers, tofu.facts, "arXiv 2401.06121"),
-    "muse": Bench(muse.load, muse.ask, muse.numbers, muse.facts, "arXiv 2407.06460"),
-    "wmdp": Bench(wmdp.load, wmdp.ask, wmdp.numbers, wmdp.facts, "arXiv 2403.03218"),
-    "rwku": Bench(rwku.load, rwku.ask, rwku.numbers, rwku.facts, "arXiv 2406.10890"),
-    "ort": Bench(ort.load, ort.ask, ort.numbers, ort.facts, "arXiv 2506.07795"),
-    "conceptvectors": Bench(
+BENCHMARKS: dict[str, Benchmark] = {
+    "tofu": Benchmark(load_tofu, tofu.load, tofu.ask, tofu.numbers, tofu.facts, "arXiv 2401.06121"),
+    "muse": Benchmark(load_muse, muse.load, muse.ask, muse.numbers, muse.facts, "arXiv 2407.06460"),
+    "wmdp": Benchmark(load_wmdp, wmdp.load, wmdp.ask, wmdp.numbers, wmdp.facts, "arXiv 2403.03218"),
+    "rwku": Benchmark(load_rwku, rwku.load, rwku.ask, rwku.numbers, rwku.facts, "arXiv 2406.10890"),
+    "ort": Benchmark(load_ort, ort.load, ort.ask, ort.numbers, ort.facts, "arXiv 2506.07795"),
+    "conceptvectors": Benchmark(
+        load_concepts,
         conceptvectors.load,
         conceptvectors.ask,
         conceptvectors.numbers,
@@ -54,7 +66,7 @@ BENCHES: dict[str, Bench] = {
         "arXiv 2406.11614",
         conceptvectors.fits,
     ),
-    "faithun": Bench(faithun.load, faithun.ask, faithun.numbers, faithun.facts, "arXiv 2502.19207"),
-    "dusk": Bench(dusk.load, dusk.ask, dusk.numbers, dusk.facts, "arXiv 2505.15209"),
-    "restor": Bench(restor.load, restor.ask, restor.numbers, restor.facts, "arXiv 2411.00204"),
+    "faithun": Benchmark(load_faithun, faithun.load, faithun.ask, faithun.numbers, faithun.facts, "arXiv 2502.19207"),
+    "dusk": Benchmark(load_dusk, dusk.load, dusk.ask, dusk.numbers, dusk.facts, "arXiv 2505.15209"),
+    "restor": Benchmark(load_restor, restor.load, restor.ask, restor.numbers, restor.facts, "arXiv 2411.00204"),
 }

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mech_unlearn.benchmarks import Bench
+from mech_unlearn.benchmarks import Benchmark
 from mech_unlearn.benchmarks.answers import Number, Numbers
 from mech_unlearn.benchmarks.forms import FORMS, form_numbers
 
 
-def tabulate(bench: Bench, cells: Mapping[str, Mapping[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+def tabulate(
+    bench: Benchmark, cells: Mapping[str, Mapping[str, Any]], seed: int
+) -> tuple[list[dict[str, Any]], list[str]]:
     """(A row per number, with a measurement or None for each model; why those that are None are).
 
     A model is compared with the first retrained one that is not itself.

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn.benchmarks import BENCHES, Bench
+from mech_unlearn.benchmarks import BENCHMARKS, Benchmark
 from mech_unlearn.benchmarks.answers import Questions, counted
 from mech_unlearn.benchmarks.forms import FORMS, ask_forms
 from mech_unlearn.benchmarks.table import tabulate
@@ -59,7 +59,7 @@ def run_bench(
     from mech_unlearn.commands.inputs import progress
     from mech_unlearn.edit.edit import clone
 
-    bench = choose(name, BENCHES, "benchmark")
+    bench = choose(name, BENCHMARKS, "benchmark")
     wanted = () if tests == "none" else named_tests(tests)
     given = _settings(name, bench, settings)
     if limit is not None and limit < 1:
@@ -120,7 +120,7 @@ def run_bench(
     return _finish(run, result, rows, audit)
 
 
-def _settings(name: str, bench: Bench, settings: Sequence[str]) -> dict[str, Any]:
+def _settings(name: str, bench: Benchmark, settings: Sequence[str]) -> dict[str, Any]:
     """Arguments of the benchmark's `load`, checked by name and type."""
     from pydantic import TypeAdapter, ValidationError
 

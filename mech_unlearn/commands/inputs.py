@@ -212,14 +212,12 @@ def hashes(
     Facts, texts and names count as they were read, an SAE and a calibration by the contents of their files (a release's
     name stands in the spec), a model by its weights and the interventions in force on it.
     """
-    from mech_unlearn.methods.writing.key_statistics import state_hash
-
     found = {"facts": data_hash(facts)} | ({"kept": data_hash(kept)} if kept else {})
     for name, lines in (("texts", texts), ("unknown", [entity.name for entity in unknown])):
         found |= {name: hashlib.sha256("\n".join(lines).encode()).hexdigest()} if lines else {}
     files = {"sae": sae, "calibration": calibration}
     found |= {name: files_hash(source) for name, source in files.items() if source and Path(source).exists()}
-    return found | {name: state_hash(model) for name, model in models.items()}
+    return found | {name: model.state_hash() for name, model in models.items()}
 
 
 @contextmanager

@@ -31,7 +31,10 @@ def listing(kind: str) -> list[dict[str, str]]:
     elif kind == "worlds":
         from mech_unlearn.testbed import WORLDS as things
     else:
-        from mech_unlearn.data import DATASETS as things
+        from mech_unlearn.benchmarks import BENCHMARKS
+        from mech_unlearn.data import DATASETS
+
+        things = DATASETS | {name: benchmark.dataset for name, benchmark in BENCHMARKS.items()}
     rows = []
     for name, thing in things.items():
         first, paper = summary_of(getattr(thing, "run", thing))

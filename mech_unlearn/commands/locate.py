@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/commands/locate.py."""
+"""What the command `locate` does on a user's own model and facts, without the printing."""
 
 from collections.abc import Sequence
 from dataclasses import replace

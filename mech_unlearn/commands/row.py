@@ -87,7 +87,7 @@ def audit_row(
         general_kl=outputs.general_kl,
     )
     full = case.full.hash()
-    held_back = bool(model.active) and model.hash() == full
+    held_back = bool(model.in_force.interventions) and model.hash() == full
     verdicts = judge(results, health, thresholds, held_back=held_back, calibration=calibration, full=full)
     share = "share of the gap between retrained and full"
     row = {

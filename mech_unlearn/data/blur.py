@@ -20,10 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mech_unlearn.benchmarks.tofu.data import named_subject
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import LAYOUT, TextRow, asked, check_layout, forget_set
 from mech_unlearn.data.source import LeftOut, read_rows
+from mech_unlearn.data.subjects import named_subject
 
 PAIRED = "paired_forget_retain"
 RELEARN = ("D_hi", "D_mid", "D_lo")

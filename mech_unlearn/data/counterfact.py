@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field
 
 from mech_unlearn.core import Fact
-from mech_unlearn.data.questions import slot
 from mech_unlearn.data.sets import DISTRACTORS, Found, choose_subjects, divide, why, with_distractors
 from mech_unlearn.data.source import LeftOut, Loaded, Row, Text, read_rows
+from mech_unlearn.data.subjects import slot
 
 LABELS = {
     "P17": "country",

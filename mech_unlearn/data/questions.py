@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, StringConstraints
 
 from mech_unlearn.core import Fact, ForgetSet
 from mech_unlearn.data.source import LeftOut, Row, Verbatim
+from mech_unlearn.data.subjects import slot
 
 LAYOUT = "Question: {question}\nAnswer:"
 """The prompt around a question. Source: MUSE's knowledge memorisation, arXiv 2407.06460."""
@@ -70,19 +71,3 @@ def forget_set(facts: tuple[Fact, ...], what: str) -> ForgetSet:
     if not facts:
         raise ValueError(f"no row of {what} became a fact to forget: see left_out for the reasons")
     return ForgetSet(facts=facts)
-
-
-_WORD = r"(?:(?:[A-Z]\.)+|[A-Z]\w*)(?:[-'’][A-Z]\w*|-\w+)*"
-
-
-def slot(text: str, subject: str | None) -> str:
-    """The text with `{}` for its subject.
-
-    Raises:
-        ValueError: no subject, or it does not stand in the text exactly once.
-    """
-    if subject is None:
-        raise ValueError("no subject found in the question")
-    if (count := text.count(subject)) != 1:
-        raise ValueError("the subject does not occur" if not count else "the subject occurs more than once")
-    return text.replace(subject, "{}")

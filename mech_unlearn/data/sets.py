@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.data.questions import slot
 from mech_unlearn.data.source import LeftOut, Loaded
+from mech_unlearn.data.subjects import slot
 
 DISTRACTORS = 10
 """Wrong objects per fact, where the relation has so many."""

@@ -16,9 +16,6 @@ from torch import Tensor
 from mech_unlearn.edit.interventions import Ban, Intervention, Prefix, Tokens
 from mech_unlearn.model.bridge import Model, require_positions
 
-OURS = "intervention hooks"
-"""Where in `Model.known` the ids of the hooks that belong to interventions are kept."""
-
 
 @contextmanager
 def attached(interventions: Sequence[Intervention], model: Model) -> Iterator[None]:
@@ -41,16 +38,12 @@ def attached(interventions: Sequence[Intervention], model: Model) -> Iterator[No
 
 @contextmanager
 def _listed(interventions: Sequence[Intervention], model: Model) -> Iterator[None]:
-    model.active.extend(interventions)
+    model.in_force.interventions.extend(interventions)
     try:
         yield
     finally:
         for intervention in interventions:
-            model.active.remove(intervention)
-
-
-def _hooks(model: Model) -> set[int]:
-    return {id(handle) for point in model.points.values() for handle in point.fwd_hooks}
+            model.in_force.interventions.remove(intervention)
 
 
 @contextmanager
@@ -67,11 +60,11 @@ def _on_states(interventions: Sequence[Any], model: Model) -> Iterator[None]:
         with_kwargs=True,
     )
     cacheless = model.hf.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
-    ours, before = model.known.setdefault(OURS, set()), _hooks(model)
+    ours, before = model.in_force.own_hooks, model.in_force.handles()
     fresh: set[int] = set()
     try:
         with model.hooks(*((i.site, lambda x, i=i: i(x, seen["ids"])) for i in interventions)):
-            fresh = _hooks(model) - before
+            fresh = model.in_force.handles() - before
             ours |= fresh
             yield
     finally:
@@ -129,13 +122,13 @@ def _banned(ban: Ban, model: Model) -> Iterator[None]:
 @contextmanager
 def _prefixed(prefix: Prefix, model: Model) -> Iterator[None]:
     hf, fired = model.hf, [False]
-    inner, own = hf.forward, "forward" in hf.__dict__
+    inner, own = hf.forward, model.in_force.forward_replaced
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         fired[0] = True
-        if "forward" in model.bridge.blocks[0].__dict__:  # states are read out without any layer: no prompt is read
+        if model.in_force.layers_bypassed:  # states are read out without any layer: no prompt is read
             return inner(*args, **kwargs)
-        if _hooks(model) - model.known.get(OURS, set()):
+        if model.in_force.foreign_hooks():
             require_positions(model)
         ids = _ids(args, kwargs, "an in-context edit")
         groups = prefix.chosen(ids)

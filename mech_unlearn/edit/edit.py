@@ -213,7 +213,7 @@ def clone(model: Model) -> Iterator[Model]:
     of joint matrices (QKV of GPT-2 and GPT-NeoX) at parts of them.
     """
     copy = load(model.plain_copy(), tokenizer=model.tokenizer)
-    with attached(tuple(model.active), copy):
+    with attached(tuple(model.in_force.interventions), copy):
         yield copy
 
 

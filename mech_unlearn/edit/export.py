@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/edit/export.py."""
+"""Writing a model to a Hugging Face folder, with a proof that plain transformers reads the same model."""
 
 import json
 import os

@@ -62,6 +62,7 @@ class Shift:
     kept: Float[Tensor, "direction d_model"] | None = None
     """Orthonormal directions; given with `centers`."""
 
+    moves_positions = False
     tensors = property(_tensors)
     settings = property(_settings)
 
@@ -103,6 +104,7 @@ class Affine:
     skip_first: bool = False
     """Leave position 0 (the BOS of most tokenizers) as it is; for "all"."""
 
+    moves_positions = False
     tensors = property(_tensors)
     settings = property(_settings)
 
@@ -164,6 +166,7 @@ class Clamp:
     skip_first: bool = True
     """Leave position 0 as it is."""
 
+    moves_positions = False
     tensors = property(_tensors)
     settings = property(_settings)
 
@@ -208,6 +211,7 @@ class Ban:
     penalty: float
     """Logits; finite, so that float16 can hold it."""
 
+    moves_positions = False
     tensors = property(_tensors)
     settings = property(_settings)
 
@@ -245,6 +249,8 @@ class Prefix:
     bos: int | None = None
     """The token that stays in front, where a row begins with it."""
 
+    moves_positions = True
+    """Tokens stand in front of prompts, so that states have other positions than the prompt's."""
     tensors = property(_tensors)
     settings = property(_settings)
 

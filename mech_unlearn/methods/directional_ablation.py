@@ -94,7 +94,7 @@ class DirectionalAblation:
                 f'mode="weights" with where={self.where!r}, center={self.center!r}: weights act at every token and '
                 'cannot move a component to a mean; leave where= and center= out, or use mode="hook"'
             )
-        if model.active:
+        if model.in_force.interventions:
             raise ValueError(f"{model.name!r} has an edit of activations in force; leave it before changing weights")
         return "all"
 

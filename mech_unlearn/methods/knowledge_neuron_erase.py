@@ -82,7 +82,7 @@ class KnowledgeNeuronErase:
         start = time.perf_counter()
         if self.n < 1 or not 0 <= self.share <= 1:
             raise ValueError(f"n={self.n}, share={self.share}: n must be 1 or more, share between 0 and 1")
-        if model.active:
+        if model.in_force.interventions:
             raise ValueError(f"{model.name!r} has an edit of activations in force; leave it before changing weights")
         with count_forwards(model) as forwards:
             report: dict[str, Any] = {"n_backward": 0}

@@ -68,7 +68,7 @@ class KnowledgeNeuronUpdate:
                 f'max_share={self.max_share}, others={self.others}, to="{self.to}", text={self.text!r}: a share '
                 'between 0 and 1, others 0 or more, and text= with to="text" only'
             )
-        if model.active:
+        if model.in_force.interventions:
             raise ValueError(f"{model.name!r} has an edit of activations in force; leave it before changing weights")
         generator = torch.Generator().manual_seed(self.seed)
         with count_forwards(model) as forwards:

@@ -72,7 +72,7 @@ class Needle:
         start = time.perf_counter()
         if not self.ratio > 0 or (self.std is not None and not self.std > 0) or self.n < 1 or self.epochs < 0:
             raise ValueError(f"ratio={self.ratio}, std={self.std}, n={self.n}, epochs={self.epochs}: out of range")
-        if model.active:
+        if model.in_force.interventions:
             raise ValueError(f"{model.name!r} has an edit of activations in force; leave it before changing weights")
         with count_forwards(model) as forwards:
             chosen = self._chosen(model, forget)

@@ -111,7 +111,7 @@ def check(settings: Any, model: Model) -> None:
         raise ValueError(f"damping={settings.damping}: a share of the mean of C's diagonal, 0 or more")
     if settings.project == "null_space" and not settings.protect:
         raise ValueError('project="null_space" with protect=() protects nothing: name what is to be protected')
-    if model.active:
+    if model.in_force.interventions:
         raise ValueError(
             f"{model.name!r} has an edit of activations in force, which optimisation does not see; leave it"
         )

@@ -28,13 +28,13 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.locate.lenses.probes import probe_auc
+from mech_unlearn.methods.iru_bands import Bands, Plan, Space, active_rate, bands_of, error_share, separating
 from mech_unlearn.methods.rmu import steered
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import stream
 from mech_unlearn.model.latents import Sae, ordinary_positions
 from mech_unlearn.model.pieces import token_rows
-from mech_unlearn.training.bands import Bands, Plan, Space, active_rate, bands_of, error_share, separating
 from mech_unlearn.training.losses import kl_loss
 from mech_unlearn.training.objective import PLAIN, Around, Objective
 from mech_unlearn.training.rows import AnswerScores, Row

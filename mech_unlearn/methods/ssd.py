@@ -56,7 +56,7 @@ class Ssd:
         require_positive(self, "alpha", "lambda_")
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"samples must be at least 1 or None, got {self.samples}")
-        if model.active:
+        if model.in_force.interventions:
             raise ValueError(f"{model.name!r} has an edit of activations in force, which ssd does not see; leave it")
         rows = answer_rows(model.tokenizer, forget.facts)
         kept = answer_rows(model.tokenizer, retain.facts) + text_rows(model, retain.texts)

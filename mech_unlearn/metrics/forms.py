@@ -23,6 +23,8 @@ from torch import Tensor
 from mech_unlearn.core import Fact, Measurement
 from mech_unlearn.metrics.evaluate import TokenRow, score_tokens
 from mech_unlearn.metrics.intervals import RowScores, mean_ci
+from mech_unlearn.model import asking
+from mech_unlearn.model.asking import Rewrite, rewritten
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import Query, make_queries
 
@@ -120,19 +122,17 @@ def by_form(model: Model, facts: Sequence[Fact], others: Sequence[Fact] = ()) ->
     Raises:
         ValueError: no facts, or a fact id that occurs twice.
     """
-    from mech_unlearn.model import asking
-    from mech_unlearn.model.asking import Rewrite, rewritten
-    from mech_unlearn.restoration.engine.case import Case
-
     if not facts:
         raise ValueError("forms need at least one fact")
-    case = Case(full=model, facts=tuple(facts), others=tuple(others))
+    ids = [fact.id for fact in facts]
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"fact id {next(i for i in ids if ids.count(i) > 1)!r} occurs twice")
     plain = make_queries(model.tokenizer, facts, "prompt")
     rewrites: dict[str, Rewrite] = {
         "cloze": asking.cloze,
         "question": asking.question,
         "multiple_choice": asking.lettered,
-        "reversed": asking.turned(case),
+        "reversed": asking.turned((*facts, *others)),
     }
     found, not_asked = {TRAINED: _scores(model, TRAINED, plain, facts)}, {}
     for name, rewrite in rewrites.items():
@@ -141,7 +141,7 @@ def by_form(model: Model, facts: Sequence[Fact], others: Sequence[Fact] = ()) ->
             not_asked[name] = "it applies to none of the facts"
             continue
         try:
-            found[name] = _scores(model, name, rewritten(case, fitting, rewrite), facts)
+            found[name] = _scores(model, name, rewritten(model, fitting, rewrite), facts)
         except ValueError as error:
             not_asked[name] = str(error)
     heldout = make_queries(model.tokenizer, facts, "heldout", distractors=False)

@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/metrics/membership.py."""
+"""Scores of texts that tell members from others: Min-K% and Min-K%++, their AUC, and PrivLeak."""
 
 import zlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/model/answers.py."""
+"""The rows at which a prompt's answer is predicted, and its score there."""
 
 from collections.abc import Iterator, Sequence
 

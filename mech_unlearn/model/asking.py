@@ -1,4 +1,7 @@
-"""TODO mech_unlearn/model/asking.py."""
+"""Facts asked in other forms: which phrasings a split may see, rewritten prompts, questions, gaps, multiple choice.
+
+A rewriting takes a query and gives what to ask instead, or None where the fact cannot be asked so.
+"""
 
 import re
 import string
@@ -7,10 +10,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mech_unlearn.core import Fact
+from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import Ask, Query, encode, has_unknown, tokenize
-from mech_unlearn.restoration.engine.case import Case
 
 Split = Literal["select", "tune", "test"]
+Rewrite = Callable[[Query], Ask | None]
+"""Another way to ask the same; None where the fact cannot be asked so."""
 
 
 def split_templates(fact: Fact, split: Split) -> tuple[str, ...]:
@@ -103,9 +108,8 @@ def lettered(query: Query) -> Ask | None:
     return Ask(fact, f"{told}. {query.template}, letter")
 
 
-def turned(case: Case) -> Rewrite:
-    """Asks for the subject, given the object; the candidates are other subjects of the relation."""
-    facts = (*case.facts, *case.others)
+def turned(facts: Sequence[Fact]) -> Rewrite:
+    """Asks for the subject, given the object; the candidates are other subjects of the relation among these facts."""
 
     def rewrite(query: Query) -> Ask | None:
         fact = query.fact
@@ -119,9 +123,6 @@ def turned(case: Case) -> Rewrite:
         return Ask(asked, f"{{}} is the {relation} of" if _is_test(query) else f"as {relation} , {{}} belongs to")
 
     return rewrite
-
-
-Rewrite = Callable[[Query], Ask | None]
 
 
 MARKS = ".,:;?!_"
@@ -140,20 +141,20 @@ def unwritable_marks(tokenizer: Any) -> str:
     return "".join(mark for mark in MARKS if has_unknown(tokenizer, encode(tokenizer, mark)))
 
 
-def rewritten(case: Case, queries: Sequence[Query], rewrite: Rewrite) -> tuple[Query, ...]:
+def rewritten(model: Model, queries: Sequence[Query], rewrite: Rewrite) -> tuple[Query, ...]:
     """The queries under a rewriting, in the same order.
 
     Raises:
         ValueError: a text that the tokenizer has no tokens for, or longer than the model's positions.
     """
-    marks = unwritable_marks(case.full.tokenizer)
+    marks = unwritable_marks(model.tokenizer)
     asks = [
         ask and replace(ask, template=without_marks(ask.template, marks))
         for ask in (rewrite(query) for query in queries)
     ]
-    made = iter(tokenize(case.full.tokenizer, [ask for ask in asks if ask is not None]))
+    made = iter(tokenize(model.tokenizer, [ask for ask in asks if ask is not None]))
     out = tuple(query if ask is None else next(made) for query, ask in zip(queries, asks, strict=True))
-    limit = case.full.n_ctx
+    limit = model.n_ctx
     if limit is not None and (longest := max(len(q.prompt) + max(map(len, q.answers)) for q in out)) > limit:
-        raise ValueError(f"a rewritten prompt of {longest} tokens; {case.full.name!r} has {limit} positions")
+        raise ValueError(f"a rewritten prompt of {longest} tokens; {model.name!r} has {limit} positions")
     return out

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mech_unlearn.core import Site
-from mech_unlearn.edit.interventions import Prefix
+from mech_unlearn.model.in_force import InForce
 
 Write = Callable[[Tensor], Tensor | None]
 """Reads an activation and gives back its replacement, or None to leave it as it is."""
@@ -34,7 +35,7 @@ JOINT = (("attn", "split_qkv_matrix", "qkv"), ("mlp", "split_gate_up_matrix", ("
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class JointMatrix:
     """A module with a joint matrix that TransformerBridge reads in parts."""
 
     path: str
@@ -44,6 +45,10 @@ class Split:
     """Makes the parts of a module like this one."""
     parts: tuple[Any, ...]
     """The linear layers that the forward pass reads: views of the joint matrix, or copies."""
+
+
+class _Seen(Exception):
+    """Ends the forward pass of one token once the first layer has shown what a layer returns."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,8 @@ class Model:
     """Every name of a hook point -> the point; the bridge makes this anew each time it is asked."""
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """HF name -> buffer that is saved with the weights; no method changes one."""
-    known: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What was found out about the model once and does not change."""
-    active: list[Any] = field(default_factory=list, repr=False)
-    """Activation interventions in force now; kept by `mech_unlearn.edit`, so that a clone can carry them too."""
+    in_force: InForce = field(kw_only=True)
+    """What acts on the forward pass beside the weights."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -105,6 +108,33 @@ class Model:
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             digest.update(weight.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def state_hash(self) -> str:
+        """`hash()`, and over the interventions in force where there are any."""
+        if not self.in_force.interventions:
+            return self.hash()
+        digest = hashlib.sha256(self.hash().encode())
+        self.in_force.update(digest)
+        return digest.hexdigest()
+
+    @cached_property
+    def layer_rest(self) -> tuple[None, ...] | None:
+        """What a decoder layer returns behind the hidden states: None if it returns only these, and not in a tuple."""
+        seen: list[Any] = []
+
+        def look(module: Any, args: tuple, out: Any) -> None:
+            seen.append(out)
+            raise _Seen
+
+        handle = self.bridge.blocks[0].register_forward_hook(look)
+        try:
+            with torch.no_grad():
+                self.logits(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+        return tuple(None for _ in seen[0][1:]) if isinstance(seen[0], tuple) else None
 
     def resolve(self, name: str | Site) -> str:
         """The canonical hook name for a `Site`, a TransformerLens alias or canonical name, or an HF module path.
@@ -180,16 +210,16 @@ class Model:
                 raise RuntimeError(
                     f"weight {name!r} of {self.name!r} is a copy, not the live weight; load the model anew"
                 )
-        for split in self.splits():
-            if not any(name.startswith(f"{split.path}.") for name in names):
+        for joint in self.joints():
+            if not any(name.startswith(f"{joint.path}.") for name in names):
                 continue
             with torch.no_grad():
-                for part, fresh in zip(split.parts, split.make(split.module), strict=True):
+                for part, fresh in zip(joint.parts, joint.make(joint.module), strict=True):
                     for key, weight in part.named_parameters():
                         if (new := getattr(fresh, key)).data_ptr() != weight.data_ptr():
                             weight.copy_(new)
 
-    def splits(self) -> list[Split]:
+    def joints(self) -> list[JointMatrix]:
         """Every module whose joint matrix (QKV, or gate and up) the forward pass reads in parts."""
         found = []
         for block in self.bridge.blocks:
@@ -198,7 +228,7 @@ class Model:
                 make, path = getattr(bridge, maker, None), _hf_path(bridge, self.hf_paths)
                 if make is not None and path is not None:
                     parts = tuple(getattr(bridge, name).original_component for name in names)
-                    found.append(Split(path, bridge.original_component, make, parts))
+                    found.append(JointMatrix(path, bridge.original_component, make, parts))
         return found
 
     def plain_copy(self) -> Any:
@@ -289,7 +319,7 @@ def require_positions(model: Model) -> None:
     Raises:
         ValueError: an intervention in force puts tokens in front of prompts.
     """
-    if any(isinstance(intervention, Prefix) for intervention in model.active):
+    if model.in_force.moves_positions:
         raise ValueError(
             f"an in-context edit is in force on {model.name!r}: it puts tokens in front of prompts, so states have "
             "other positions than the prompt; leave the edit (it changes no weight)"

@@ -74,7 +74,7 @@ def _run(model: Model, ids: Tensor, index: Tensor, sites: Sequence[Place]) -> di
     """One forward pass that ends at the last site; `index` [state, 2] are row and position of what is kept."""
     kept: dict[Place, Tensor] = {}
     # Interventions of an edit in force may sit above the last site and must see every forward pass.
-    early = not model.active
+    early = not model.in_force.interventions
 
     def keep(site: Place):
         def read(x: Tensor) -> None:
@@ -248,15 +248,10 @@ def _manifest(
     dtype: torch.dtype, cuts: Sequence[tuple[int, int]],
 ) -> dict:  # fmt: skip
     rows = json.dumps([[list(row), list(at)] for row, at in zip(prompts, positions, strict=True)])
-    edits = hashlib.sha256()
-    for shift in model.active:
-        edits.update(repr(shift.settings).encode())
-        for tensor in shift.tensors.values():
-            edits.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return {
         "format": "mech_unlearn.activations/1",
         "model": model.hash(),
-        "interventions": edits.hexdigest() if model.active else None,
+        "interventions": model.in_force.digest(),
         "data": hashlib.sha256(rows.encode()).hexdigest(),
         "sites": list(names.values()),
         "dtype": str(dtype),

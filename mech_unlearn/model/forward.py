@@ -11,24 +11,6 @@ from torch import Tensor
 
 from mech_unlearn.model.bridge import Model
 
-_LOADED = ("transformer_lens.", "mech_unlearn.model")
-"""Modules of the hooks that loading a model gives it."""
-
-
-def _as_loaded(module: Any) -> bool:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return all((getattr(hook, "__module__", None) or "").startswith(_LOADED) for hook in hooks)
-
-
-def _hooked(model: Model, under: str = "") -> bool:
-    return any(point.fwd_hooks for name, point in model.points.items() if name.startswith(under))
-
-
-def untouched(model: Model) -> bool:
-    """Whether nothing but the weights acts: one model, no intervention, no hook anywhere, no layer bypassed."""
-    replaced = type(model) is not Model or any("forward" in m.__dict__ for m in (model.hf, *model.bridge.blocks))
-    return not (model.active or replaced or _hooked(model)) and all(map(_as_loaded, model.hf.modules()))
-
 
 def _keep(model: Model, positions: int) -> dict[str, int]:
     """The argument by which a Hugging Face model unembeds its last positions only; none where it has no such."""
@@ -53,14 +35,8 @@ def last_logits(
     Raises:
         ValueError: more tokens than the model has positions.
     """
-    ends = (model.hf, *model.hf.get_output_embeddings().modules())
-    if (
-        type(model) is not Model
-        or model.active
-        or "forward" in model.hf.__dict__
-        or _hooked(model, "unembed")
-        or not all(map(_as_loaded, ends))
-    ):
+    acts, ends = model.in_force, (model.hf, *model.hf.get_output_embeddings().modules())
+    if acts.interventions or acts.forward_replaced or acts.hooked("unembed") or not acts.as_loaded(*ends):
         return model.logits(ids)[:, -positions:]
     _require_room(model, ids.shape[1])
     return model.hf(input_ids=ids, use_cache=False, **_keep(model, positions)).logits[:, -positions:]
@@ -71,8 +47,8 @@ def next_logits(
 ) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
     """Logits of the token behind each row, and the cache of keys and values for the step after.
 
-    Only for a model that is `untouched`: a cache keeps what earlier, shorter rows made of their positions. A model that
-    keeps no such cache gives None, and the next step reads whole rows.
+    Only for a model on which nothing is in force: a cache keeps what earlier, shorter rows made of their positions. A
+    model that keeps no such cache gives None, and the next step reads whole rows.
 
     Args:
         cache: what the step before gave, for rows that have one token less; None reads whole rows.

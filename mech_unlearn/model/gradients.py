@@ -1,7 +1,7 @@
 """Gradients of a loss by the held weights of a model, joint matrices included.
 
 TransformerBridge reads a joint matrix (QKV of GPT-2, GPT-NeoX, BLOOM, Phi-3; gate and up of Phi-3) in parts, so that
-autograd leaves the gradient there and none at the matrix that a checkpoint holds. Splitting only moves entries, so each
+autograd leaves the gradient there and none at the matrix that a checkpoint holds. Jointting only moves entries, so each
 entry's gradient is moved back.
 """
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mech_unlearn.model.bridge import Model, Split
+from mech_unlearn.model.bridge import JointMatrix, Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,27 +54,27 @@ def gradient_of(model: Model, names: Collection[str] | None = None) -> Callable[
 
 def _joints(model: Model) -> list[Joint]:
     names = {id(weight): name for name, weight in model.held.items()}
-    return [_joint(split, names) for split in model.splits()]
+    return [_joint(matrix, names) for matrix in model.joints()]
 
 
-def _joint(split: Split, names: Mapping[int, str]) -> Joint:
+def _joint(matrix: JointMatrix, names: Mapping[int, str]) -> Joint:
     """Where the entries of the parts come from: seen by splitting a copy that holds places instead of weights."""
-    own = [(key, weight) for key, weight in split.module.named_parameters() if id(weight) in names]
-    numbered = copy.deepcopy(split.module)
+    own = [(key, weight) for key, weight in matrix.module.named_parameters() if id(weight) in names]
+    numbered = copy.deepcopy(matrix.module)
     start = 1
     for key, weight in own:
         count = torch.arange(start, start + weight.numel(), dtype=torch.float64, device=weight.device)
         numbered.get_parameter(key).data = count.view_as(weight)
         start += weight.numel()
     with torch.no_grad():
-        fresh = split.make(numbered)
+        fresh = matrix.make(numbered)
     held = torch.cat([torch.zeros(1).to(own[0][1]), *(weight.detach().flatten() for _, weight in own)])
     parts, places = [], []
-    for part, source in zip(split.parts, fresh, strict=True):
+    for part, source in zip(matrix.parts, fresh, strict=True):
         for key, leaf in part.named_parameters():
             place = getattr(source, key).detach().flatten().long()
             if not torch.equal(held[place], leaf.detach().flatten()):
-                raise RuntimeError(f"{split.path}: {key} of a part is not made of the joint matrix's entries")
+                raise RuntimeError(f"{matrix.path}: {key} of a part is not made of the joint matrix's entries")
             parts.append(leaf)
             places.append(place)
     return Joint(tuple(names[id(weight)] for _, weight in own), tuple(parts), tuple(places))

@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/model/load.py."""
+"""Loading a causal language model by hub id, folder or object, and booting it into a bridge."""
 
 import copy
 import os
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mech_unlearn.model.bridge import Model, _hf_path
+from mech_unlearn.model.in_force import InForce
 
 
 def _buffers(hf: Any) -> dict[str, Tensor]:
@@ -137,4 +138,6 @@ def load(
     object.__setattr__(hf, "_mech_unlearn", (held, buffers, paths))
     bridge = _boot(name, hf, tokenizer, next(iter(held.values())).device)
     points = bridge.hook_dict
-    return Model(name, hf, bridge, tokenizer, held, paths, _module_hooks(bridge, points, paths), points, buffers)
+    hooks = _module_hooks(bridge, points, paths)
+    in_force = InForce(hf, tuple(bridge.blocks), points)
+    return Model(name, hf, bridge, tokenizer, held, paths, hooks, points, buffers, in_force=in_force)

@@ -18,40 +18,13 @@ from torch import Tensor
 from mech_unlearn.model.bridge import Model
 
 
-class _Seen(Exception):
-    """Ends the forward pass of one token once the first layer has shown what a layer returns."""
-
-
-def _rest(model: Model) -> tuple[Any, ...] | None:
-    """What a layer returns behind the hidden states: None if it returns only these, and not in a tuple."""
-    if "layer rest" in model.known:
-        return model.known["layer rest"]
-    seen: list[Any] = []
-
-    def look(module: Any, args: tuple, out: Any) -> None:
-        seen.append(out)
-        raise _Seen
-
-    handle = model.bridge.blocks[0].register_forward_hook(look)
-    try:
-        with torch.no_grad():
-            model.logits(torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
-    rest = tuple(None for _ in seen[0][1:]) if isinstance(seen[0], tuple) else None
-    model.known["layer rest"] = rest
-    return rest
-
-
 @contextmanager
 def bypassed(model: Model, layer: Callable[[int, tuple, dict[str, Any]], Tensor]) -> Iterator[None]:
     """No decoder layer runs: each gives back `layer(its number, its positional, its named arguments)`.
 
     The hidden states are the first positional argument, or the one named `hidden_states`. Leaving restores the layers.
     """
-    rest = _rest(model)
+    rest = model.layer_rest
     blocks: list[Any] = list(model.bridge.blocks)
 
     def instead(number: int) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/model/sae_training.py."""
+"""Training an SAE on a model's own states, by the trainer of sae-lens."""
 
 import itertools
 from collections.abc import Iterator, Sequence

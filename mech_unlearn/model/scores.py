@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.forward import last_logits, next_logits, untouched
+from mech_unlearn.model.forward import last_logits, next_logits
 from mech_unlearn.model.readout import readout
 from mech_unlearn.model.sweep import Patch, record, sweep
 from mech_unlearn.model.tokens import Query, buckets
@@ -168,7 +168,9 @@ def score_each(
     Raises:
         KeyError: an arm names a site the model lacks.
     """
-    if model.active or len(arms) < 2:  # layers called one by one would miss interventions; one arm shares with nobody
+    if (
+        model.in_force.interventions or len(arms) < 2
+    ):  # layers called one by one would miss interventions; one arm shares with nobody
         return [score(model, queries, arm, max_tokens=max_tokens) for arm in arms]
     rows, scores = _rows(queries), [_empty(queries) for _ in arms]
     for members in buckets([row.ids for row in rows], max_tokens):
@@ -260,7 +262,7 @@ def greedy(
         ValueError: more tokens than the model has positions.
     """
     out: list[list[int]] = [[] for _ in prompts]
-    ends, plain = torch.tensor(end_tokens(model), dtype=torch.long, device=model.device), untouched(model)
+    ends, plain = torch.tensor(end_tokens(model), dtype=torch.long, device=model.device), model.in_force.nothing()
     for members in buckets([range(len(prompt) + max_new_tokens) for prompt in prompts], max_tokens):
         ids = torch.tensor([list(prompts[i]) for i in members], device=model.device)
         open_rows = torch.ones(len(members), dtype=torch.bool, device=model.device)

@@ -135,7 +135,7 @@ def refuse_interventions(model: Model) -> None:
     Raises:
         ValueError: an edit with interventions is on.
     """
-    if model.active:
+    if model.in_force.interventions:
         raise ValueError(
             f"an edit with activation interventions is in force on {model.name!r}: patching calls the layers one by "
             "one; leave the edit, or use its weight form"

@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/report/bench.py."""
+"""The table of a published benchmark, for the terminal and the page."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

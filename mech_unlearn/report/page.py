@@ -74,7 +74,7 @@ def write_report(folder: Path) -> Path:
     ]
     captions = folder / "captions.json"
     template = Environment(autoescape=True).from_string(
-        (files("mech_unlearn") / "report.html.j2").read_text(encoding="utf-8")
+        (files("mech_unlearn.report") / "page.html.j2").read_text(encoding="utf-8")
     )
     page = template.render(
         summary=summary,

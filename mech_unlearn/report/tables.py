@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/report/tables.py."""
+"""The tables of a run, for the terminal and the page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -165,7 +165,7 @@ class Reference:
 
     def __post_init__(self) -> None:
         models = (self.case.full, *self.case.retrained)
-        object.__setattr__(self, "seen", tuple((m.hash(), tuple(map(id, m.active))) for m in models))
+        object.__setattr__(self, "seen", tuple((m.hash(), tuple(map(id, m.in_force.interventions))) for m in models))
 
     def require_unchanged(self, model: Model) -> None:
         """Check that a model of the case is still what this reference was made from; other models may be anything.
@@ -175,7 +175,7 @@ class Reference:
         """
         models = (self.case.full, *self.case.retrained)
         then = next((seen for own, seen in zip(models, self.seen, strict=True) if own is model), None)
-        if then is not None and then != (model.hash(), tuple(map(id, model.active))):
+        if then is not None and then != (model.hash(), tuple(map(id, model.in_force.interventions))):
             raise ValueError(
                 f"{model.name!r} is a model of the case and no longer what the reference was made from: an edit on it "
                 "would be measured by what it was before; audit a copy (`with clone(model) as copy, edit.on(copy)`)"

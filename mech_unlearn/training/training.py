@@ -77,7 +77,7 @@ def train(
             force, masks beside an adapter, a loss that is not finite, or a checkpoint of another training.
     """
     start = time.perf_counter()
-    if model.active:
+    if model.in_force.interventions:
         raise ValueError(f"{model.name!r} has an edit of activations in force, which training does not see; leave it")
     if around.adapter and around.masks:
         raise ValueError("masks choose entries of weights, an adapter trains factors in their place: use one of them")

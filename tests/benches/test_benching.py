@@ -11,7 +11,7 @@ from bench_models import checkpoints, planted_checkpoints, table_of, write  # no
 from conftest import tiny_facts
 from planted import planted_facts, planted_model
 
-from mech_unlearn.benchmarks import BENCHES
+from mech_unlearn.benchmarks import BENCHMARKS
 from mech_unlearn.benchmarks.answers import Questions
 from mech_unlearn.commands import cli
 from mech_unlearn.commands.audit import prepare_audit
@@ -163,10 +163,10 @@ def test_models_and_data_must_be_named(call):
 
 
 def test_the_command_names_every_benchmark_and_the_datasets_that_have_one(call):
-    assert cli.BENCHMARKS.split(", ") == list(BENCHES)
+    assert cli.BENCHMARKS.split(", ") == list(BENCHMARKS)
     status, out, _ = call("list", "datasets")
     marked = [line.split()[0] for line in out.splitlines() if line.endswith("(see `bench`)")]
-    assert status == 0 and sorted(marked) == sorted(BENCHES)
+    assert status == 0 and sorted(marked) == sorted(BENCHMARKS)
 
 
 def test_facts_that_the_tokenizer_cannot_write_are_counted_with_the_reason(tiny_model):

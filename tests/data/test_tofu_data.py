@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.benchmarks.tofu.data import Form, author_name, load_tofu, named_subject, read_rows
+from mech_unlearn.benchmarks.tofu.data import Form, load_tofu, read_rows
 from mech_unlearn.benchmarks.tofu.logs import SPLITS, read_log
+from mech_unlearn.data.subjects import author_name, named_subject
 
 DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tofu"
 present = pytest.mark.skipif(

@@ -90,7 +90,7 @@ def test_multiple_choice_asks_for_the_right_letter_in_an_order_that_does_not_tel
 def test_the_reversed_question_asks_for_the_subject_among_other_subjects_with_other_objects():
     case = people_case()
     for query in make_probe(case, "test").queries:
-        ask = asking.turned(case)(query)
+        ask = asking.turned((*case.facts, *case.others))(query)
         assert ask is None or (ask.fact.object == query.fact.subject and query.fact.object in ask.prompt)
         if ask is not None:
             holders = {f.subject for f in (*case.facts, *case.others) if f.object == query.fact.object}
@@ -100,7 +100,7 @@ def test_the_reversed_question_asks_for_the_subject_among_other_subjects_with_ot
 def test_forms_of_fixed_wording_differ_between_tune_and_test():
     case = planted_case(sae=None)
     tune, test = (make_probe(case, split).queries for split in ("tune", "test"))
-    for rewrite in (asking.question, asking.turned(case)):
+    for rewrite in (asking.question, asking.turned((*case.facts, *case.others))):
         assert not {rewrite(q).prompt for q in tune} & {rewrite(q).prompt for q in test}
 
 
@@ -167,7 +167,7 @@ def test_marks_are_left_away_with_their_spaces_and_other_white_space_stays():
     case = people_case()
     query = make_probe(case, "test").queries[0]
     for text in ("The sea of {} :\nrain  in", "rain\n\n{} was born in\n"):
-        (made,) = asking.rewritten(case, [query], lambda q, text=text: Ask(q.fact, text))
+        (made,) = asking.rewritten(case.full, [query], lambda q, text=text: Ask(q.fact, text))
         assert made.template == text
 
 

@@ -8,7 +8,7 @@ from conftest import tiny_hf, tiny_tokenizer
 from planted import UNKNOWN, planted_case, planted_model
 
 from mech_unlearn.core import Entity
-from mech_unlearn.metrics import membership
+from mech_unlearn.metrics.membership import auc, min_k, privleak, text_scores
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration.outputs import membership
 
@@ -17,31 +17,31 @@ UNKNOWNS = tuple(Entity(name=name) for name in UNKNOWN)
 
 def test_min_k_of_a_worked_example_and_of_a_single_token():
     logprobs = torch.tensor([-0.1, -2.0, -0.5, -3.0, -0.2])
-    assert membership.min_k(logprobs, 0.4).item() == pytest.approx(2.5)
-    assert membership.min_k(torch.tensor([-1.5]), 0.4).item() == 1.5  # floor(0.4) = 0 tokens would be no mean at all
+    assert min_k(logprobs, 0.4).item() == pytest.approx(2.5)
+    assert min_k(torch.tensor([-1.5]), 0.4).item() == 1.5  # floor(0.4) = 0 tokens would be no mean at all
 
 
 def test_auc_counts_members_below_and_ties_half():
-    assert membership.auc(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])) == 1
-    assert membership.auc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])) == 0
-    assert membership.auc(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])) == 0.5
+    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])) == 1
+    assert auc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])) == 0
+    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])) == 0.5
     from sklearn.metrics import roc_auc_score
 
     a, b = torch.randn(9), torch.randn(13)
-    assert membership.auc(a, b) == pytest.approx(roc_auc_score([0] * 9 + [1] * 13, torch.cat([a, b])), abs=1e-6)
+    assert auc(a, b) == pytest.approx(roc_auc_score([0] * 9 + [1] * 13, torch.cat([a, b])), abs=1e-6)
 
 
 def test_privleak_is_zero_at_the_retrained_auc_and_negative_for_a_member():
-    assert membership.privleak(0.52, 0.52) == 0
-    assert membership.privleak(1.0, 0.5) == pytest.approx(-100)
-    assert membership.privleak(0.25, 0.5) == pytest.approx(50)
+    assert privleak(0.52, 0.52) == 0
+    assert privleak(1.0, 0.5) == pytest.approx(-100)
+    assert privleak(0.25, 0.5) == pytest.approx(50)
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "llama"))
 def test_scores_are_those_of_a_plain_model_token_by_token(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
     text = "Anna Lee was born in Paris"
-    found = membership.text_scores(model, [text, "rain falls on the hills"])
+    found = text_scores(model, [text, "rain falls on the hills"])
     ids = tiny_tokenizer()(text)["input_ids"]
     with torch.no_grad():
         table = tiny_hf(architecture)(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).double()

@@ -7,11 +7,11 @@ import torch
 from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from planted import fresh_planted_model, planted_case, planted_model
 
-from mech_unlearn.metrics import membership
+from mech_unlearn.metrics.membership import BATCH_TOKENS, text_scores
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import encode
-from mech_unlearn.restoration.outputs import membership, trace
+from mech_unlearn.restoration.outputs import trace
 
 TEXTS = tuple(
     f"{a} {b} {c}" for a in ("Rivers", "rain", "hills") for b in ("falls", "run", "on") for c in ("sea", "and")
@@ -79,10 +79,10 @@ def test_no_batch_holds_more_distributions_than_allowed(monkeypatch):
     texts = [
         f"{a} {b} {c} rain falls on the hills" for a in TEXTS for b in ("Rome", "Oslo") for c in ("of", "is", "in")
     ]
-    for read in (trace.features, membership.text_scores):
+    for read in (trace.features, text_scores):
         seen.clear()
         read(model, texts)
-        assert len(seen) > 1 and max(seen) <= membership.BATCH_TOKENS
+        assert len(seen) > 1 and max(seen) <= BATCH_TOKENS
 
 
 def test_texts_that_name_the_forgotten_are_left_out_and_too_few_are_refused():

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from mech_unlearn.benchmarks.muse.data import Continuation
-from mech_unlearn.benchmarks.tofu.data import named_subject
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import LAYOUT, QuestionAnswer, TextRow, asked, check_layout, forget_set, sort_out
 from mech_unlearn.data.source import ENDINGS, LeftOut, Row, read_rows, read_text
+from mech_unlearn.data.subjects import named_subject
 
 DOCUMENTS: Mapping[str, str] = {
     "forget_chronological": "Chronological",

@@ -23,10 +23,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
 
-from mech_unlearn.benchmarks.tofu.data import author_name, named_subject
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.data.questions import LAYOUT, Plain, asked, check_layout, forget_set, slot
+from mech_unlearn.data.questions import LAYOUT, Plain, asked, check_layout, forget_set
 from mech_unlearn.data.source import LeftOut, Row, Verbatim, read_rows, read_text
+from mech_unlearn.data.subjects import author_name, named_subject, slot
 
 FILE = "FaithUn_Dataset"
 STRATA: Mapping[str, str] = {"paraphrased": "hop1_test", "multi_hop": "hop2_test", "same_answer": "same_object"}

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn.benchmarks.tofu.data import named_subject
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import LAYOUT, QuestionAnswer, TextRow, asked, check_layout, forget_set, sort_out
 from mech_unlearn.data.source import LeftOut, Row, Verbatim, read_rows
+from mech_unlearn.data.subjects import named_subject
 
 SPLITS: Mapping[str, tuple[str, ...]] = {
     "raw": ("forget", "retain1", "retain2", "holdout"),

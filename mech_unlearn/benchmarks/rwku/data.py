@@ -24,11 +24,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, field_validator
 
-from mech_unlearn.benchmarks.tofu.data import named_subject
 from mech_unlearn.benchmarks.wmdp.data import MultipleChoice
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import LAYOUT, Listed, Plain, asked, check_layout, forget_set, sort_out
 from mech_unlearn.data.source import LeftOut, Row, Verbatim, find, read_rows
+from mech_unlearn.data.subjects import named_subject
 
 FILES: Mapping[str, str] = {
     "forget_target": "intro",

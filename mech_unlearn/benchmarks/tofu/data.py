@@ -7,14 +7,13 @@ that holds only some of the rows), and `prefix` with `entity` (the answer's begi
 prompts).
 Source: Maini et al. 2024, arXiv 2401.06121 (MIT).
 
-The subject is found as tofu_subjects.py says. A row whose question lacks its subject, or holds it more than once,
+The subject is found as data/subjects.py says. A row whose question lacks its subject, or holds it more than once,
 becomes no fact: it is listed in `Tofu.left_out` with the reason.
 """
 
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -22,9 +21,10 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.data.questions import _WORD, check_layout, slot
+from mech_unlearn.data.questions import check_layout
 from mech_unlearn.data.source import LeftOut, Loaded, Row, Verbatim
 from mech_unlearn.data.source import read_rows as read_any
+from mech_unlearn.data.subjects import author_name, named_subject, slot
 
 PER_AUTHOR = 20
 """Questions per fictitious author. Source: 2401.06121, section 2.1."""
@@ -192,53 +192,3 @@ def load_tofu(
         ),
         left_out=tuple(left),
     )
-
-
-_NAME = re.compile(rf"(?<!\w){_WORD}(?: {_WORD})+")
-
-
-_LINK = r"(?:of|the|and|in|to|a|de|von|for|on|at)"
-
-
-_RUN = re.compile(rf"(?<!\w){_WORD}(?: (?:{_LINK} )*(?:{_WORD}|\d+))*")
-
-
-_QUOTED = re.compile(r"(?<!\w)['\"‘“]([^\"“”]+?)['\"’”](?!\w)")
-
-
-_OPENING = re.compile(
-    rf"^(?:(?:Who|What|Which|Where|When|Whose|Why|How|In|On|The|Is|Are|Was|Were|Do|Does|Did|Has|Have|Can|Could)\b ?)"
-    rf"(?:{_LINK} )*"
-)
-
-
-def author_name(questions: Sequence[str]) -> str:
-    """The name that most of the questions about one author hold.
-
-    Raises:
-        ValueError: no capitalised string of two words or more stands in half of the questions.
-    """
-    counts = Counter(name for question in questions for name in _names(question))
-    most = max(counts.values(), default=0)
-    if 2 * most < len(questions):
-        asked = f"{len(questions)} questions, from {questions[0]!r}"
-        raise ValueError(f"no name stands in half of the {asked}: are they about one author?")
-    return max((name for name, count in counts.items() if count == most), key=len)
-
-
-def _names(question: str) -> set[str]:
-    """All runs of two capitalised words or more."""
-    runs = [_from_name(match).split(" ") for match in _NAME.finditer(question)]
-    return {" ".join(r[i:j]) for r in runs for i in range(len(r)) for j in range(i + 2, len(r) + 1)}
-
-
-def named_subject(question: str) -> str | None:
-    """What a question about real authors or the world names: its longest quoted title, else its longest name."""
-    if quoted := _QUOTED.findall(question):
-        return max(quoted, key=len)
-    return max(filter(None, map(_from_name, _RUN.finditer(question))), key=len, default=None)
-
-
-def _from_name(match: re.Match[str]) -> str:
-    """A capitalised run without the word that opens the question."""
-    return _OPENING.sub("", match.group()) if match.start() == 0 else match.group()

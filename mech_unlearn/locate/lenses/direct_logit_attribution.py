@@ -199,7 +199,7 @@ def direct_logit_attribution_per_fact(
         raise ValueError("no facts to locate: give at least one")
     if by not in ("layer", "head") or against not in ("distractors", "vocabulary"):
         raise ValueError(f"by={by!r}, against={against!r}: choose by layer or head, against distractors or vocabulary")
-    if model.active:
+    if model.in_force.interventions:
         raise ValueError("activation interventions write to the residual stream too; attribute logits without them")
     queries = make_queries(model.tokenizer, facts, distractors=against == "distractors")
     targets = [_targets(query, against) for query in queries]

@@ -203,7 +203,7 @@ def train_tuned_lens(
     Raises:
         ValueError: fewer than two different texts, settings out of range, or activation interventions in force.
     """
-    if model.active:
+    if model.in_force.interventions:
         raise ValueError("a tuned lens is tied to weights; train it without activation interventions")
     if steps < 0 or rate <= 0 or not 0 < heldout < 1 or min(batch, max_states, max_rows) < 1:
         raise ValueError(

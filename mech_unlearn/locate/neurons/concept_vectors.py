@@ -12,7 +12,7 @@ Differs:  the paper shows the top tokens to a language model and to people; here
 Fails:    only what a vector adds with a positive coefficient is read; gated MLPs also use it with a negative one.
           Early layers write in a basis that the unembedding does not read. Rare and unused tokens lie close together
           and look coherent: read the tokens. A vector that promotes a word need not be used for it: see
-          `mech_unlearn.locate.concept_causal`.
+          `mech_unlearn.locate.neurons.concept_causal`.
 """
 
 import math
@@ -172,7 +172,7 @@ def concept_vectors(
         raise ValueError(f"{' and '.join(given)} were given: choose one way to say what the concept is")
     if (others and text is None) or (limit is not None and (scorer is None or limit < 1)):
         raise ValueError("others= goes with text=, and limit= (1 or more) with scorer=")
-    if model.active:
+    if model.in_force.interventions:
         raise ValueError("value vectors are weights and do not show an activation intervention; leave it first")
     if facts is not None and not facts:
         raise ValueError("no facts to locate: give at least one")

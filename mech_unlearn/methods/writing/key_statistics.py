@@ -52,7 +52,7 @@ def second_moments(
         raise ValueError("no text to take key statistics from: give RetainSet.texts or retained facts")
     if cache_dir is None:
         return _moments(model, rows, layers, at)
-    identity = {"model": state_hash(model), "data": data_hash(rows, at)}
+    identity = {"model": model.state_hash(), "data": data_hash(rows, at)}
     return cached(cache_dir, "moment", identity, layers, lambda missing: _moments(model, rows, missing, at), model)
 
 
@@ -94,18 +94,6 @@ def damped(moment: Float[Tensor, "d_mlp d_mlp"], share: float) -> Float[Tensor, 
 def data_hash(rows: Sequence[Row], at: At) -> str:
     """SHA-256 over token ids and positions, in their order."""
     return hashlib.sha256(json.dumps([list(map(list, rows)), at]).encode()).hexdigest()
-
-
-def state_hash(model: Model) -> str:
-    """`Model.hash()`, and over the activation interventions in force where there are any."""
-    if not model.active:
-        return model.hash()
-    digest = hashlib.sha256(model.hash().encode())
-    for shift in model.active:
-        digest.update(repr(shift.settings).encode())
-        for tensor in shift.tensors.values():
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def cached(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import RetainSet
-from mech_unlearn.methods.writing.key_statistics import cached, data_hash, second_moments, state_hash
+from mech_unlearn.methods.writing.key_statistics import cached, data_hash, second_moments
 from mech_unlearn.methods.writing.keys import Row, mentions, names_of
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import At
@@ -66,7 +66,7 @@ def protected_bases(
         bases = compute(layers)
     else:
         data = hashlib.sha256("".join(data_hash(rows, at) for rows, at in groups).encode()).hexdigest()
-        identity = {"model": state_hash(model), "data": data, "energy": repr(float(energy))}
+        identity = {"model": model.state_hash(), "data": data, "energy": repr(float(energy))}
         bases = cached(cache_dir, "basis", identity, layers, compute, model)
     for layer, basis in bases.items():
         if not basis.shape[1]:

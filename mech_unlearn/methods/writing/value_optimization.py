@@ -114,7 +114,7 @@ def optimized(
     """
     from tqdm.auto import tqdm
 
-    if model.active:
+    if model.in_force.interventions:
         raise ValueError(
             f"{model.name!r} has an edit of activations in force, which optimisation does not see; leave it"
         )

@@ -82,7 +82,7 @@ def float32_clone(model: Model) -> Iterator[Model]:
             yield copy
         return
     copy = load(model.plain_copy().float(), tokenizer=model.tokenizer)
-    with attached(tuple(model.active), copy):
+    with attached(tuple(model.in_force.interventions), copy):
         yield copy
 
 

@@ -34,7 +34,7 @@ class PromptReady:
 def _writable(case: Case, queries: Sequence[Query], rewrite: Rewrite) -> str | None:
     """Why the rewriting cannot be used, or None."""
     try:
-        made = rewritten(case, queries, rewrite)
+        made = rewritten(case.full, queries, rewrite)
     except ValueError as error:
         return str(error)
     if all(new is old for new, old in zip(made, queries, strict=True)):
@@ -44,7 +44,7 @@ def _writable(case: Case, queries: Sequence[Query], rewrite: Rewrite) -> str | N
 
 def margins(case: Case, probe: Probe, model: Model, rewrite: Rewrite) -> Float[Tensor, "kind fact"]:
     """Margins per fact in nats when the probe's questions are rewritten."""
-    return Probe(probe.facts, rewritten(case, probe.queries, rewrite), probe.shams).margins(model)
+    return Probe(probe.facts, rewritten(case.full, probe.queries, rewrite), probe.shams).margins(model)
 
 
 def _operate(case: Case, rewrites: Sequence[Rewrite], model: Model, tune: Probe, test: Probe) -> Curves:

@@ -1,4 +1,4 @@
-"""TODO mech_unlearn/restoration/engine/result.py."""
+"""What each restoration test gives back: a number per fact, and what it was computed from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -113,7 +113,7 @@ def rewrites(case: Case, kind: Kind) -> dict[str, Rewrite]:
         "lower": lower,
         "listed": listed,
         "lettered": lettered,
-        "reversed": turned(case),
+        "reversed": turned((*case.facts, *case.others)),
         "paraphrase": paraphrase,
     }
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape, Way, blocks
 from mech_unlearn.core import Site
 from mech_unlearn.methods.writing import keys
+from speed.shapes import Shape, Way, blocks
 
 FORWARDS = 15
 RIDGE = 0.05

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape, Way, blocks
 from mech_unlearn.methods.writing.key_statistics import second_moments
 from mech_unlearn.methods.writing.keys import default_layers
+from speed.shapes import Shape, Way, blocks
 
 TEXTS, TOKENS = 32, 128
 

@@ -9,9 +9,9 @@ import zlib
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape, Way, blocks, fact, words, write
 from mech_unlearn.locate.patching.causal_trace import causal_trace_tokens
 from mech_unlearn.model.tokens import make_queries
+from speed.shapes import Shape, Way, blocks, fact, words, write
 
 SAMPLES = 10
 

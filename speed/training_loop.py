@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from benchmarks.shapes import Shape, Way
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.methods import GradDiff, Npo
 from mech_unlearn.training.feed import Feed
 from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import answer_rows
 from mech_unlearn.training.training import Schedule, train
+from speed.shapes import Shape, Way
 
 Loss = Literal["grad_diff", "npo"]
 FACTS, BATCH, EPOCHS, LR, DECAY, CLIP, BETA = 8, 4, 16, 1e-5, 0.01, 1.0, 0.1

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: how fast the package is against a stated reference, measured in one run.
+"""`python -m speed [NAME ...]`: how fast the package is against a stated reference, measured in one run.
 
 A name is a case on a shape (causal_tracing/gpt2_small) or a case (causal_tracing).
 """
@@ -11,7 +11,7 @@ from functools import partial
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads make small models crawl
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import (  # noqa: E402
+from speed import (  # noqa: E402
     activation_patching,
     capturing,
     causal_tracing,
@@ -23,8 +23,8 @@ from benchmarks import (  # noqa: E402
     training_loop,
     uds,
 )
-from benchmarks.run import Case, Row, measure, peak_here  # noqa: E402
-from benchmarks.shapes import SHAPES  # noqa: E402
+from speed.run import Case, Row, measure, peak_here  # noqa: E402
+from speed.shapes import SHAPES  # noqa: E402
 
 CASES = {
     "causal_tracing": Case(
@@ -129,7 +129,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m speed", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(CASES)}; with /SHAPE or without")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way; medians are reported (3)")

@@ -10,13 +10,13 @@ import io
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape, Way, fact
 from mech_unlearn.core import Site
 from mech_unlearn.locate.patching.activation_patching import activation_patching_per_fact
 from mech_unlearn.locate.patching.pairs import make_pairs, record_pairs
 from mech_unlearn.model.answers import answer_rows, answer_score
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.sweep import Patch, put, sweep
+from speed.shapes import Shape, Way, fact
 
 FACTS = (fact(), fact("w22 w23 w244"))
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape, Way
 from mech_unlearn.metrics.evaluate import TokenRow, score_answers, token_rows
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import buckets
+from speed.shapes import Shape, Way
 
 DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[2] / "shared" / "data")) / "tofu"
 LOG = DATA / "llama2-7b_full_eval_log.json.gz"

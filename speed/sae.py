@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape, Way
 from mech_unlearn.core import Site
 from mech_unlearn.locate.latents.ablate_latents import ablate
 from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.scores import Batch
+from speed.shapes import Shape, Way
 
 Kind = Literal["standard", "topk"]
 STATES, EXPANSION, K = 2048, 32, 32

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape, Way, blocks, query_of, write
 from mech_unlearn.model.tokens import Query
 from mech_unlearn.restoration.states.uds import drops, read_rows, rowset
+from speed.shapes import Shape, Way, blocks, query_of, write
 
 LENGTHS = ((36, 6), (39, 8), (41, 8), (44, 10))
 """Tokens of prompt and answer of each example: no two are alike, as in a real forget set."""

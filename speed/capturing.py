@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape, Way, blocks
 from mech_unlearn.core import Site
 from mech_unlearn.model.capture import capture
+from speed.shapes import Shape, Way, blocks
 
 PROMPTS, TOKENS = 16, 128
 

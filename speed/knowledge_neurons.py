@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape, Way, query_of
 from mech_unlearn.locate.neurons.neuron_attribution import neuron_attribution
+from speed.shapes import Shape, Way, query_of
 
 TOKENS, STEPS = 12, 20
 

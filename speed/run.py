@@ -14,7 +14,7 @@ from statistics import median
 
 from torch import Tensor
 
-from benchmarks.shapes import SHAPES, Shape, Way
+from speed.shapes import SHAPES, Shape, Way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def measure(name: str, case: Case, repeats: int) -> Row:
 
 def peak_in_child(name: str) -> Peak:
     """Run ours once in a fresh process and take its memory from there."""
-    command = [sys.executable, "-m", "benchmarks", "--peak", name]
+    command = [sys.executable, "-m", "speed", "--peak", name]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}: the process that measures memory failed: {done.stderr.strip()[-2000:]}")
