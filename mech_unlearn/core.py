@@ -17,6 +17,12 @@ SiteKind = Literal[
 """`q`, `k`, `v` and `z` have an axis of heads: [row, pos, head, d_head]; `k` and `v` have key-value heads."""
 Label = Literal["deleted", "suppressed", "intact", "collapsed", "undetermined"]
 LABELS: tuple[str, ...] = get_args(Label)
+WORTH: Mapping[str, str] = {
+    "calibrated": "error rates measured on single-block suppressors, with retrained models given; for the calibration "
+    "that ships, on the biographies world only. Two blocks at once pass for a deletion there.",
+    "provisional": "thresholds, no error rate.",
+}
+"""What a verdict of each kind is worth, for pages and model cards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,3 +230,8 @@ def fact_to_json(fact: Fact) -> dict[str, Any]:
     row = {name: getattr(fact, name) for name in _FIELDS}
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
     return {key: value for key, value in row.items() if value not in (None, [])} | dict(fact.extra)
+
+
+def worth() -> str:
+    """What verdicts are worth, in one paragraph."""
+    return "What a verdict is worth: " + " ".join(f"{kind}: {what}" for kind, what in WORTH.items())

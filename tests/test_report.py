@@ -2,10 +2,18 @@
 
 import json
 
-from mech_unlearn.core import LABELS
-from mech_unlearn.report.page import verdict_cell, write_report
-from mech_unlearn.report.tables import COLUMNS, FORM_NAMES, cell_text, form_lines, form_table, print_table, table
-from mech_unlearn.verdict.claims import WORTH
+from mech_unlearn.core import LABELS, WORTH
+from mech_unlearn.report.page import write_report
+from mech_unlearn.report.tables import (
+    COLUMNS,
+    FORM_NAMES,
+    cell_text,
+    form_lines,
+    form_table,
+    print_table,
+    table,
+    verdict_cell,
+)
 
 
 def number(value, **more):

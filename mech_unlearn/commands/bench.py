@@ -22,8 +22,7 @@ from mech_unlearn.commands.inputs import choose, hashes, key_values, open_model
 from mech_unlearn.core import LABELS, Fact
 from mech_unlearn.files import write_json
 from mech_unlearn.metrics.intervals import mean_ci
-from mech_unlearn.report.page import NO_VERDICT
-from mech_unlearn.report.tables import COLUMNS
+from mech_unlearn.report.tables import COLUMNS, NO_VERDICT
 from mech_unlearn.run import Run, open_run, provenance
 
 

@@ -1,8 +1,8 @@
 """Whom a question is about, where the data do not say.
 
 In TOFU twenty rows in a row are about one fictitious author, whose name is the capitalised string of two words or more
-that most of their questions hold. The subject of a question about a real author or the world is its longest quoted title,
-else its longest capitalised name.
+that most of their questions hold. The subject of a question about a real author or the world is its longest quoted
+title, else its longest capitalised name.
 """
 
 import re

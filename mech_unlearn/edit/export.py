@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mech_unlearn.core import worth
 from mech_unlearn.files import require_empty
 from mech_unlearn.model.bridge import Model
 
@@ -49,8 +50,6 @@ def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> tu
 
 def _card(name: str, facts: Mapping[str, Any]) -> str:
     from importlib.metadata import version
-
-    from mech_unlearn.verdict.claims import worth
 
     packages = ("mech_unlearn", "torch", "transformers", "transformer-lens", "sae-lens")
     facts = {**facts, "versions": {p: version(p) for p in packages}}

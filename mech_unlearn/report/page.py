@@ -8,30 +8,12 @@ from typing import Any
 
 import yaml
 
-from mech_unlearn.core import LABELS
+from mech_unlearn.core import WORTH
 from mech_unlearn.files import write_atomic
-from mech_unlearn.report.tables import corrected_text, form_table, table, verdict_text
-
-NO_VERDICT = "lost in the outputs, no verdict"
-IN_SAMPLE = "† in-sample: the calibration was measured on these people (groups of facts), in this full model."
+from mech_unlearn.report.tables import IN_SAMPLE, corrected_text, form_table, table
 
 WITHOUT_PAGE = {"locate": "locate.json and figures/", "unlearn": "unlearn.json"}
 """Command -> where its result stands, of those whose run directories hold no table."""
-
-
-def verdict_cell(row: Mapping[str, Any]) -> str:
-    """The labels of a row with their shares; what was lost without retrained models to compare with stands as having no
-    verdict, and a dagger marks a calibration that was measured on the same groups of facts. Rows of older runs have
-    neither."""
-    unsaid = row.get("no_verdict") or 0.0
-    if not row["verdicts"] or not unsaid:
-        text = verdict_text(row["verdicts"])
-    else:
-        others = {label: row["verdicts"][label] for label in LABELS}
-        others["undetermined"] -= unsaid
-        said = verdict_text(others)
-        text = f"{NO_VERDICT} {unsaid:.0%}" + ("" if said == "–" else f"; {said}")
-    return f"{text} †" if row.get("in_sample") else text
 
 
 def _kinds(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -60,7 +42,6 @@ def write_report(folder: Path) -> Path:
     from jinja2 import Environment
 
     from mech_unlearn.report.bench import sections
-    from mech_unlearn.verdict.claims import WORTH
 
     for name in ("summary.json", "provenance.json", "verdicts.json", "spec.yaml"):
         if not (folder / name).is_file():

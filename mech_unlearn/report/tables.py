@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mech_unlearn.core import LABELS
-from mech_unlearn.report.page import IN_SAMPLE, verdict_cell
 
+NO_VERDICT = "lost in the outputs, no verdict"
+IN_SAMPLE = "† in-sample: the calibration was measured on these people (groups of facts), in this full model."
 FORM_NAMES = {
     "prompt": "main phrasing",
     "cloze": "cloze",
@@ -77,6 +78,21 @@ def verdict_text(shares: Mapping[str, float] | None) -> str:
         return "–"
     given = sorted(((shares[label] or 0.0, label) for label in LABELS), reverse=True)
     return ", ".join(f"{label} {share:.0%}" for share, label in given if share >= 0.005) or "–"
+
+
+def verdict_cell(row: Mapping[str, Any]) -> str:
+    """The labels of a row with their shares; what was lost without retrained models to compare with stands as having no
+    verdict, and a dagger marks a calibration that was measured on the same groups of facts. Rows of older runs have
+    neither."""
+    unsaid = row.get("no_verdict") or 0.0
+    if not row["verdicts"] or not unsaid:
+        text = verdict_text(row["verdicts"])
+    else:
+        others = {label: row["verdicts"][label] for label in LABELS}
+        others["undetermined"] -= unsaid
+        said = verdict_text(others)
+        text = f"{NO_VERDICT} {unsaid:.0%}" + ("" if said == "–" else f"; {said}")
+    return f"{text} †" if row.get("in_sample") else text
 
 
 def corrected_text(corrected: Mapping[str, Any] | None) -> str:

@@ -17,17 +17,6 @@ NULLS = ("suppressed", "intact", "collapsed")
 EXPLAINED = 0.05
 """Shares are corrected only where the corrected ones give every label's share back to this."""
 BOOTSTRAP = 2000
-WORTH: Mapping[str, str] = {
-    "calibrated": "error rates measured on single-block suppressors, with retrained models given; for the calibration "
-    "that ships, on the biographies world only. Two blocks at once pass for a deletion there.",
-    "provisional": "thresholds, no error rate.",
-}
-"""What a verdict of each kind is worth, for pages and model cards."""
-
-
-def worth() -> str:
-    """What verdicts are worth, in one paragraph."""
-    return "What a verdict is worth: " + " ".join(f"{kind}: {what}" for kind, what in WORTH.items())
 
 
 def discoveries(

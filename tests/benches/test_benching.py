@@ -17,8 +17,7 @@ from mech_unlearn.commands import cli
 from mech_unlearn.commands.audit import prepare_audit
 from mech_unlearn.commands.bench import askable, restorable, restoration
 from mech_unlearn.core import LABELS, RetainSet
-from mech_unlearn.report.page import NO_VERDICT
-from mech_unlearn.report.tables import COLUMNS
+from mech_unlearn.report.tables import COLUMNS, NO_VERDICT
 
 
 def probe(level, subject, query, answer="Port Vell", kind="cloze"):
