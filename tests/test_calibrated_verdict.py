@@ -10,9 +10,11 @@ from test_verdict import FACTS, output, result
 from mech_unlearn.core import Measurement
 from mech_unlearn.testbed import open_world
 from mech_unlearn.verdict.calibration import SHIPPED, load, save, shipped
-from mech_unlearn.verdict.features import FEATURES, RECOVERY
+from mech_unlearn.verdict.features import FEATURES, READS, RECOVERY
 from mech_unlearn.verdict.fitting import fit, fit_whole
 from mech_unlearn.verdict.verdict import SPOKEN, Health, judge
+
+TESTS = tuple(READS.values())
 
 NAN = float("nan")
 
@@ -34,7 +36,7 @@ def results(kappa=(0.0, 0.0), recall=(0.0, 0.0), testable=(1.0, 1.0), **recovera
     """Results of every test that a calibration reads; those not named find nothing."""
     made = {"output": output(kappa, recall, testable)}
     made["output"].columns["heldout_margin"] = torch.tensor(kappa)  # score_retrained is 0 and score_full 1
-    return made | {name: result(name, recoverabilities.get(name, (0.0, 0.0))) for name in RECOVERY}
+    return made | {name: result(name, recoverabilities.get(name, (0.0, 0.0))) for name in TESTS}
 
 
 def test_the_only_truth_that_is_left_is_the_verdict_and_the_sentence_says_what_was_ruled_out(calibration):
@@ -66,7 +68,7 @@ def test_between_the_known_truths_nothing_is_decided(calibration):
 
 
 def test_what_is_unlike_every_model_of_the_pool_is_said_to_be_so_instead_of_guessed(calibration):
-    odd = results((-9.0, -9.0), **dict.fromkeys(RECOVERY, (9.0, 9.0)))
+    odd = results((-9.0, -9.0), **dict.fromkeys(TESTS, (9.0, 9.0)))
     for verdict in judge(odd, healthy(), calibration=calibration):
         assert verdict.label == "undetermined" and "unlike_pool" in verdict.flags and "unlike" in verdict.sentence
 
@@ -100,7 +102,7 @@ def test_where_no_test_spoke_nothing_is_deleted(calibration):
 
 def test_behind_an_intervention_nothing_is_deleted_by_calibration_either(calibration):
     assert [v.label for v in judge(results(), healthy(), held_back=True, calibration=calibration)] == ["suppressed"] * 2
-    odd = results((9.0, 9.0), (1.0, 1.0), **dict.fromkeys(RECOVERY, (9.0, 9.0)))  # the outputs still give it
+    odd = results((9.0, 9.0), (1.0, 1.0), **dict.fromkeys(TESTS, (9.0, 9.0)))  # the outputs still give it
     verdicts = judge(odd, healthy(), held_back=True, calibration=calibration)
     assert [v.label for v in verdicts] == ["undetermined"] * 2
 
@@ -127,30 +129,30 @@ def reading(calibration, *left_out):
 
 def cited(verdict):
     """The recoverabilities that a verdict names, in its list or in its sentence."""
-    return {name for name in RECOVERY if name in verdict.tests or SPOKEN[name] in verdict.sentence}
+    return {name for name in TESTS if name in verdict.tests or SPOKEN[name] in verdict.sentence}
 
 
-@pytest.mark.parametrize("left_out", [(), *((name,) for name in RECOVERY), ("uds", "probe"), RECOVERY[1:]])
+@pytest.mark.parametrize("left_out", [(), *((name,) for name in RECOVERY), ("uds_recovered", "probe"), RECOVERY[1:]])
 def test_a_verdict_cites_only_tests_that_its_calibration_reads_however_much_the_others_found(calibration, left_out):
     made, rng = reading(calibration, *left_out), torch.Generator().manual_seed(0)
     seen = set()
-    cases = [{name: (1.0, 1.0)} for name in RECOVERY] + [dict.fromkeys(RECOVERY, (v, v)) for v in (0.0, 0.5, 1.0)]
-    cases += [dict(zip(RECOVERY, torch.rand(len(RECOVERY), 2, generator=rng).tolist())) for _ in range(20)]
+    cases = [{name: (1.0, 1.0)} for name in TESTS] + [dict.fromkeys(TESTS, (v, v)) for v in (0.0, 0.5, 1.0)]
+    cases += [dict(zip(TESTS, torch.rand(len(RECOVERY), 2, generator=rng).tolist())) for _ in range(20)]
     for found in cases:
         for kappa in (0.0, 1.0):
             for verdict in judge(results((kappa,) * 2, (kappa,) * 2, **found), healthy(), calibration=made):
                 seen |= cited(verdict)
-                assert not cited(verdict) & set(left_out), verdict
+                assert not cited(verdict) & {READS[name] for name in left_out}, verdict
                 assert verdict.scores.keys() == {"output", *RECOVERY}  # what was measured is still there
-    assert seen == set(RECOVERY) - set(left_out)  # and each that it reads is cited somewhere
+    assert seen == set(TESTS) - {READS[name] for name in left_out}  # and each that it reads is cited somewhere
 
 
 def test_the_calibration_that_ships_never_cites_what_it_does_not_read():
     made = load(SHIPPED / "biographies.json")
-    assert made.left_out == ("uds", "probe")
-    for name in RECOVERY:
+    assert made.left_out == ("uds_recovered", "probe")
+    for name in TESTS:
         for verdict in judge(results(**{name: (0.9, 0.9)}), healthy(), calibration=made):
-            assert not cited(verdict) & set(made.left_out)
+            assert not cited(verdict) & {READS[left] for left in made.left_out}
 
 
 def test_a_verdict_on_people_and_a_model_that_the_calibration_was_measured_on_is_marked_and_else_the_same():

@@ -9,7 +9,7 @@ from mech_unlearn.verdict.calibration import ALPHA, TRUTHS, conformal_p, load, s
 from mech_unlearn.verdict.features import FEATURES, RECOVERY, Pool, matrix, summarised
 from mech_unlearn.verdict.fitting import FOLDS, SEES, _against, fit, require_enough
 
-SIDES = {"suppressed/late": "uds", "suppressed/early": "sae", "suppressed/path": "uds_subject"}
+SIDES = {"suppressed/late": "uds_recovered", "suppressed/early": "sae", "suppressed/path": "uds_subject_recovered"}
 
 
 def simulated(groups=60, facts=4, seed=0, shift=1.0):
@@ -22,7 +22,9 @@ def simulated(groups=60, facts=4, seed=0, shift=1.0):
             for variant in ("a", "b"):
                 center = dict.fromkeys(FEATURES, 0.0)
                 if name == "intact":
-                    center |= dict.fromkeys(("output", "heldout", "uds", "uds_subject", "logit_lens", "probe"), 1.0)
+                    center |= dict.fromkeys(
+                        ("output", "heldout", "uds_recovered", "uds_subject_recovered", "logit_lens", "probe"), 1.0
+                    )
                 if name == "collapsed":
                     center |= {"neighbor_loss": 1.0, "general_kl": 4.0}
                 if name in SIDES:
@@ -58,10 +60,10 @@ def fitted(pool):
 def test_features_cut_health_to_its_bounds_and_add_the_strongest_that_spoke_and_its_mean_over_the_group():
     spread = dict.fromkeys(RECOVERY, 0.1) | {"sae": 0.0}
     rows = [
-        {"output": 0.3, "uds": 0.4, "sae": 0.3, "probe": None, "neighbor_loss": 0.05, "general_kl": 9.0},
+        {"output": 0.3, "uds_recovered": 0.4, "sae": 0.3, "probe": None, "neighbor_loss": 0.05, "general_kl": 9.0},
         {"output": 0.3, "neighbor_loss": None, "general_kl": 1.0},
     ]
-    rows += [{"uds": 0.2}, {"probe": 0.9}]
+    rows += [{"uds_recovered": 0.2}, {"probe": 0.9}]
     x = matrix(rows, ["a", "a", "a", "b"], spread)
     named = [dict(zip(FEATURES, row)) for row in x]
     assert named[0]["strongest"] == pytest.approx(4.0)  # that of sae, over the least spread, is 3
@@ -158,7 +160,7 @@ def test_a_fact_unlike_the_whole_pool_is_told_apart_from_its_own(pool, fitted):
 
 def test_a_missing_feature_is_no_error_and_a_feature_nobody_measured_says_nothing(pool):
     x = pool.x.copy()
-    x[::7, FEATURES.index("uds")] = np.nan
+    x[::7, FEATURES.index("uds_recovered")] = np.nan
     x[:, FEATURES.index("probe")] = np.nan
     holes = Pool(x, pool.kind, pool.family, pool.cluster, pool.group, pool.base, pool.spread)
     made = fit(holes, *parts(pool)[:2])
@@ -201,7 +203,7 @@ def test_the_penalty_is_chosen_also_where_a_fold_of_groups_lacks_a_truth(pool):
 def test_a_row_on_which_no_test_of_a_direction_spoke_is_never_called_deleted(pool, fitted):
     new = pool.where((np.array(pool.truth) == "deleted") & np.isin(np.array(pool.group), parts(pool)[2]))
     assert "deleted" in fitted.judge(new.x).labels
-    for pair in (("uds", "uds_subject"), ("writeback", "sae")):
+    for pair in (("uds_recovered", "uds_subject_recovered"), ("writeback", "sae")):
         x = new.x.copy()
         x[:, [FEATURES.index(name) for name in pair]] = np.nan
         assert "deleted" not in fitted.judge(x).labels and fitted.judge(x).blind.all()

@@ -137,7 +137,7 @@ def test_what_the_outputs_lost_gets_no_verdict_without_retrained_models_whatever
     assert gone.sentence.startswith("Lost in the outputs (") and "no verdict: without retrained models" in gone.sentence
     assert kept.label == "intact" and "no_retrained" not in kept.flags
     assert all("retrained and full" not in v.sentence and "retrained to full" not in v.sentence for v in (gone, kept))
-    assert gone.scores["uds"] == (None if found != found else pytest.approx(found))  # scores are still given
+    assert gone.scores["uds_recovered"] == (None if found != found else pytest.approx(found))  # scores are still given
     assert lost_without_verdict([gone, kept]) == 0.5 and shares([gone, kept])["undetermined"] == 0.5
     with_models = judge(graded("A", {"output": lost, **tests}))
     assert all("no_retrained" not in v.flags for v in with_models) and lost_without_verdict(with_models) == 0

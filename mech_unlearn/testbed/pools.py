@@ -36,7 +36,7 @@ from mech_unlearn.testbed.published import published
 from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import nll
 from mech_unlearn.training.training import Schedule, train
-from mech_unlearn.verdict.features import RECOVERY, Pool, matrix, measurements
+from mech_unlearn.verdict.features import FEATURES, RECOVERY, Pool, matrix, measurements
 
 JUDGED = ("suppressed", "deleted")
 """Pools that verdicts have to tell apart."""
@@ -222,6 +222,7 @@ def _same_models(root: Path, materials: Materials, full: Model) -> None:
         "retain": hashlib.sha256(repr((kept.neighbors, kept.texts, kept.unknown)).encode()).hexdigest(),
         "dtype": materials.dtype,
         "tests": list(TESTS),
+        "features": list(FEATURES),
     }
     path = root / "pools.json"
     if path.exists() and (theirs := json.loads(path.read_text(encoding="utf-8"))) != mine:

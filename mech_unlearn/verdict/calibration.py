@@ -147,7 +147,7 @@ class Calibration:
         no test patched its states, or none tried to bring it back inside."""
         p, unlike = self.p_values(x), self.unlike(x)
         spoke = {name: ~np.isnan(x[:, FEATURES.index(name)]) for name in RECOVERY}
-        blind = ~(spoke["uds"] | spoke["uds_subject"]) | ~(spoke["writeback"] | spoke["sae"])
+        blind = ~(spoke["uds_recovered"] | spoke["uds_subject_recovered"]) | ~(spoke["writeback"] | spoke["sae"])
         left = verdict_sets(p, alpha)
         labels: list[Label] = [
             "undetermined" if unlike[i] or (blind[i] and only == ("deleted",)) else label_of(only)
@@ -213,7 +213,7 @@ def label_of(left: Sequence[Label]) -> Label:
     return left[0] if len(left) == 1 else "undetermined"
 
 
-SHIPPED = Path(__file__).parent / "testbed" / "calibrations"
+SHIPPED = Path(__file__).parent / "calibrations"
 
 
 def shipped(full: str) -> Calibration | None:
@@ -233,7 +233,7 @@ def save(calibration: Calibration, path: str | os.PathLike) -> None:
     from mech_unlearn.files import write_json
 
     write_json(Path(path), {
-        "format": "mech_unlearn.calibration/2",
+        "format": "mech_unlearn.calibration/3",
         "features": list(calibration.features),
         "scaler": {key: np.asarray(value).tolist() for key, value in vars(calibration.scaler).items()},
         "kinds": list(calibration.kinds),
@@ -255,7 +255,7 @@ def load(path: str | os.PathLike) -> Calibration:
         ValueError: not a calibration, or one of other features.
     """
     data = json.loads(Path(path).read_text(encoding="utf-8"))
-    if data.get("format") != "mech_unlearn.calibration/2" or tuple(data["features"]) != FEATURES:
+    if data.get("format") != "mech_unlearn.calibration/3" or tuple(data["features"]) != FEATURES:
         raise ValueError(f"{os.fspath(path)!r} is no calibration of the features {', '.join(FEATURES)}; make it anew")
     scaler = {key: np.array([np.inf if v is None else v for v in values]) for key, values in data["scaler"].items()}
     return Calibration(

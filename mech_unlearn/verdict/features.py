@@ -8,7 +8,14 @@ from jaxtyping import Bool, Float
 
 from mech_unlearn.restoration.engine.result import Result
 
-RECOVERY = ("uds", "uds_subject", "writeback", "sae", "logit_lens", "probe")
+READS: Mapping[str, str] = {
+    "uds_recovered": "uds",
+    "uds_subject_recovered": "uds_subject",
+    **{name: name for name in ("writeback", "sae", "logit_lens", "probe")},
+}
+"""Feature -> the restoration test whose recoverability it is: 0 as in a model that never knew, 1 as in the full one.
+UDS itself runs the other way and keeps its name in tables."""
+RECOVERY = tuple(READS)
 """Features that say how much of the fact is still there; each is blind somewhere, so their maximum is one more."""
 FEATURES = ("output", "heldout", *RECOVERY, "strongest", "group", "neighbor_loss", "general_kl")
 """What a fact is judged by: kappa of the margin on seen and held-out phrasings (0 = retrained, 1 = full),
@@ -115,7 +122,7 @@ def measurements(
     gap = output.score_full - base
     heldout = output.columns.get("heldout_margin")
     columns = {"output": output.kappa, "heldout": None if heldout is None else (heldout - base) / gap}
-    columns |= {name: results[name].recoverability if name in results else None for name in RECOVERY}
+    columns |= {name: results[test].recoverability if test in results else None for name, test in READS.items()}
     rows = []
     for i in range(len(output.facts)):
         values = {name: None if column is None else column[i].item() for name, column in columns.items()}

@@ -16,7 +16,7 @@ LEAST_GROUPS = 27
 """With fewer groups of facts, a calibration that leaves one part out to be measured on has less than 19 to calibrate
 on: no p-value reaches `ALPHA`."""
 SEES: Mapping[str, tuple[str, ...]] = {
-    "uds": ("late",), "uds_subject": ("late", "path"), "logit_lens": ("late",), "probe": ("late",),
+    "uds_recovered": ("late",), "uds_subject_recovered": ("late", "path"), "logit_lens": ("late",), "probe": ("late",),
     "writeback": ("early",), "sae": ("early",),
 }  # fmt: skip
 """Recoverability -> where a block sits that it can see: reading states out shows what is blocked behind them, writing

@@ -32,15 +32,16 @@ from torch import Tensor
 from mech_unlearn.core import LABELS, Fact, Label, Measurement, Verdict
 from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.verdict.calibration import Calibration
-from mech_unlearn.verdict.features import RECOVERY as CALIBRATED_RECOVERY
-from mech_unlearn.verdict.features import matrix, measurements
+from mech_unlearn.verdict.features import READS, matrix, measurements
 
-RECOVERY = ("uds", "uds_subject", "writeback", "sae", "relearn", "int8", "int4")
+BRINGING_BACK = ("uds", "uds_subject", "writeback", "sae", "relearn", "int8", "int4")
 """Tests whose recoverability can show that a fact is still there."""
 INSIDE = ("writeback", "sae", "relearn", "int8", "int4")
 """Those that bring it back in the model itself."""
-CALIBRATED = ("output", *CALIBRATED_RECOVERY)
+CALIBRATED = ("output", *READS.values())
 """The tests that a calibrated verdict reads."""
+_SCORE = {test: name for name, test in READS.items()}
+"""Test -> the name of its score in a verdict, where that is not the test's own."""
 SPOKEN = {
     "output": "the outputs",
     "uds": "patching its answer states into the full model",
@@ -191,17 +192,15 @@ def _by_calibration(calibration: Calibration, results: Mapping[str, Result], hea
     rows = measurements(results, health.lost, float("inf") if drift != drift else drift)
     testable = output.columns["testable"].bool().tolist()
     # What cannot be tested is no evidence about the facts of its group either.
-    read = [
-        row if ok else {**row, **dict.fromkeys(CALIBRATED_RECOVERY)} for row, ok in zip(rows, testable, strict=True)
-    ]
+    read = [row if ok else {**row, **dict.fromkeys(READS)} for row, ok in zip(rows, testable, strict=True)]
     groups = [fact.group or fact.subject for fact in output.facts]
     said = calibration.judge(matrix(read, groups, calibration.spread, calibration.left_out))
     verdicts = []
     for i, (fact, row) in enumerate(zip(output.facts, rows, strict=True)):
         values, left = {truth: float(p[i]) for truth, p in said.p.items()}, said.left[i]
         flags = tuple(dict.fromkeys(flag for name in results for flag in results[name].flags_of(i)))
-        measured = {name: value for name in CALIBRATED_RECOVERY if (value := row[name]) is not None}
-        spoke = {name: value for name, value in measured.items() if name not in calibration.left_out}
+        measured = {name: value for name in READS if (value := row[name]) is not None}
+        spoke = {READS[name]: value for name, value in measured.items() if name not in calibration.left_out}
         outputs = _outputs(output, i)
         if "not_testable" in flags:
             label, tests, sentence = "undetermined", ("output",), NOT_TESTABLE
@@ -218,7 +217,7 @@ def _by_calibration(calibration: Calibration, results: Mapping[str, Result], hea
             flags = (*flags, "novel")
         scores = {
             "output": _number(output.kappa[i].item()),
-            **{name: measured.get(name) for name in CALIBRATED_RECOVERY},
+            **{name: measured.get(name) for name in READS},
         }
         verdicts.append(
             Verdict(
@@ -263,7 +262,7 @@ def _only_held_back(verdict: Verdict, lost: bool) -> Verdict:
 
 def evidence(results: Mapping[str, Result], thresholds: Thresholds) -> dict[str, Float[Tensor, " fact"]]:
     """Test -> recoverability beyond what the test says of retrained models, in [0, 1]; NaN where it did not speak."""
-    speaking = [name for name in RECOVERY if name in results]
+    speaking = [name for name in BRINGING_BACK if name in results]
     testable = results["output"].columns["testable"].bool()
     out = {}
     for name in speaking:
@@ -304,7 +303,7 @@ def _judge(
         label=label,
         sentence=sentence,
         tests=tests,
-        scores={"output": _number(output.kappa[i].item()), **scores},
+        scores={"output": _number(output.kappa[i].item()), **{_SCORE.get(test, test): x for test, x in scores.items()}},
         p_values=p_values,
         grade=output.grade if spoke else "C",
         flags=(*flags, *(("health_fail",) if broken else ()), *(("no_retrained",) if unsaid else ())),

@@ -130,13 +130,13 @@ def test_an_audit_compares_nothing_but_the_audited_model(monkeypatch):
 
 
 def test_full_is_unlike_retrained_and_a_retrained_model_is_like_the_others_and_nobody_is_judged_by_it():
-    from mech_unlearn.verdict.verdict import RECOVERY
+    from mech_unlearn.verdict.verdict import BRINGING_BACK
 
     case = planted_case(sae=None)
     ready = similarity.prepare(case)
     full = similarity.audit(case, ready, case.full, "full")
     assert (full.score_raw == 0).all() and (full.recoverability == 1).all()
-    assert (full.curves["drift_distance"] == 0).all() and "similarity" not in RECOVERY
+    assert (full.curves["drift_distance"] == 0).all() and "similarity" not in BRINGING_BACK
     late = similarity.audit(case, ready, planted_model("late"), "late")
     assert torch.equal(late.curves["cka_UR"][:3], late.curves["cka_FR"][:3])  # the block is in the last layer
     retrained = similarity.audit(case, ready, case.retrained[0], "R")
