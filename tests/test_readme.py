@@ -14,11 +14,3 @@ def test_the_python_example_runs_and_shows_what_it_says(capsys):
     before, after = (float(part.split()[0]) for part in before_after.split("->"))
     assert before > 0.9 > 0.3 > after
     assert float(neighbors.split()[1]) > 0.9
-
-
-def test_every_file_of_the_map_exists():
-    (house,) = re.findall(r"## The house\n\n```\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    names = re.findall(r"\b[a-z_]+\.py\b", house)
-    assert len(names) > 12
-    for name in names:
-        assert (README.parent / "mech_unlearn" / name).is_file(), name
