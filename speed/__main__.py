@@ -4,14 +4,10 @@ A name is a case on a shape (causal_tracing/gpt2_small) or a case (causal_tracin
 """
 
 import argparse
-import os
 import sys
 from functools import partial
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads make small models crawl
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from speed import (  # noqa: E402
+from speed import (
     activation_patching,
     capturing,
     causal_tracing,
@@ -23,8 +19,8 @@ from speed import (  # noqa: E402
     training_loop,
     uds,
 )
-from speed.run import Case, Row, measure, peak_here  # noqa: E402
-from speed.shapes import SHAPES  # noqa: E402
+from speed.run import Case, Row, measure, peak_here
+from speed.shapes import SHAPES
 
 CASES = {
     "causal_tracing": Case(

@@ -4,7 +4,7 @@ Reference: the steps of the paper's code (arXiv 2605.24614) on bare Hugging Face
 generation: per example one forward pass of the full model; per source model one for its states, and for each layer one
 of the full model with the answer's rows written over by a hook; logits of every position. With two sources (retrained,
 unlearned) these are 27 forward passes per example on twelve layers. True resid_post also at the last layer (see
-restoration/uds.py).
+restoration/states/uds.py).
 """
 
 import gc

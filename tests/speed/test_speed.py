@@ -1,4 +1,4 @@
-"""Each benchmark's two ways give the same numbers, on small models; a benchmark of unequal results measures nothing."""
+"""Each case's two ways give the same numbers, on small models; a ratio of unequal results measures nothing."""
 
 import json
 import subprocess
@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # speed/ is not installed with the package
+from speed import activation_patching
+from speed.__main__ import CASES, NAMES, main, wanted
+from speed.run import Case, error, measure, peak_here
+from speed.shapes import SHAPES, Shape
 
-from speed import activation_patching  # noqa: E402
-from speed.__main__ import CASES, NAMES, main, wanted  # noqa: E402
-from speed.run import Case, error, measure, peak_here  # noqa: E402
-from speed.shapes import SHAPES, Shape  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 SMALL = {
     "gpt2_small": Shape(architecture="gpt2", layers=5, width=48, heads=6, vocabulary=300),
@@ -59,7 +58,7 @@ def test_the_parts_give_what_the_locator_gives_where_a_class_is_one_token():
 
 
 def test_a_row_has_the_fixed_keys_and_a_ratio_of_reference_over_ours(monkeypatch):
-    monkeypatch.setattr("benchmarks.run.peak_in_child", lambda name: peak_here(name, slow))
+    monkeypatch.setattr("speed.run.peak_in_child", lambda name: peak_here(name, slow))
     slow = Case(reference="a loop", plain=lambda _: slowly, ours=lambda _: quickly)
     row = measure("x/gpt2_small", slow, repeats=3)
     found = json.loads(row.as_json())
@@ -103,7 +102,7 @@ def test_a_case_whose_data_is_missing_says_so_and_is_skipped(tmp_path, monkeypat
     here = {path: replace(CASES["scoring"], data=path) for path in (there, gone)}
     assert not here[there].lacks and str(gone) in here[gone].lacks and not CASES["uds"].lacks
     monkeypatch.setitem(CASES, "scoring", here[gone])
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "scoring", "--json"])
+    monkeypatch.setattr(sys, "argv", ["speed", "scoring", "--json"])
     main()
     told = capsys.readouterr()
     assert not told.out and told.err.count("skipped, its data is not there") == len(SHAPES)
