@@ -10,18 +10,18 @@ shared base instead of from nothing, and there are no slices; `ensemble.join` le
 constituent knows what the base knew, whichever shard that was dealt to.
 """
 
-import multiprocessing
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments.runner import run_cells
 from mech_unlearn.testbed.build import save_model
 from mech_unlearn.testbed.corpus import Line
 from mech_unlearn.testbed.recipe import (
@@ -279,8 +279,5 @@ def build(plan: Plan, folder: Path, *, workers: int = 2, said: Callable[[str], N
     make(plan, folder, "base", threads=workers)
     say("base")
     waiting = [name for name in plan.names() if not (folder / name / "config.json").exists()]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(make, plan, folder, name): name for name in waiting}
-        for done in as_completed(running):
-            done.result()
-            say(running[done])
+    for name, _ in run_cells(waiting, partial(make, plan, folder), workers):
+        say(name)

@@ -1,6 +1,6 @@
 """Write the table of the world `wikidata`: real triples about people, out of two public collections.
 
-    python experiments/001_testbed/extract.py DATA > mech_unlearn/testbed/wikidata.tsv
+    python -m experiments.001_testbed.extract DATA > mech_unlearn/testbed/wikidata.tsv
 
 DATA holds `relations/*.json` (evandez/relations, MIT) and `trex/facts.jsonl.gz` (T-REx by way of LAMA, with Wikidata
 ids). Triples only; no sentence is carried over. Deterministic.

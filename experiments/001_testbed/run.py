@@ -1,26 +1,26 @@
 """Where does a small model keep its facts, and what makes it keep them at the last subject token?
 
-    python experiments/001_testbed/run.py search [VARIANT ...]   train the variants below, one JSON each, skip if there
-    python experiments/001_testbed/run.py summary                results/summary.json and the figure
+    python -m experiments.001_testbed.run [VARIANT ...]    train the variants below, skip those that are there
+    python -m experiments.001_testbed.run --report         results/summary.json and the figure alone
 
 Every variant is one phase of training on 200 of the biographies, forget group included, and is measured without a mask.
 """
 
-import json
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mech_unlearn.files import write_json
+from experiments.runner import Cells, command_line, provenance, read, run_cells, write_results
 from mech_unlearn.model.load import load
-from mech_unlearn.run import data_hash, provenance
+from mech_unlearn.run import data_hash
 from mech_unlearn.testbed import SHIPPED, spec
 from mech_unlearn.testbed.corpus import Spec, streams
 from mech_unlearn.testbed.measure import groups, interchange, recall, to_json
 from mech_unlearn.testbed.recipe import Recipe, new_model, train, world_tokenizer
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+CELLS = Cells(RESULTS, "variant_")
 PEOPLE, SEED = 200, 0
 VARIANTS = {
     "neither": (Recipe(masked_share=0.0), False, 700),
@@ -47,9 +47,6 @@ def small(records: bool) -> Spec:
 
 def search(name: str) -> None:
     """Train one variant and write its recall and interchange curves."""
-    path = HERE / "results" / f"variant_{name}.json"
-    if path.exists():
-        return
     recipe, records, steps = VARIANTS[name]
     world, start = small(records), time.monotonic()
     tokenizer = world_tokenizer(world)
@@ -69,9 +66,9 @@ def search(name: str) -> None:
         "recall": recall(model, part, "templates"),
         "heldout": recall(model, part, "heldout"),
         "interchange": interchange(model, part, range(5)),
-        "provenance": provenance({"facts": data_hash(world.facts)}, SEED, "cpu"),
+        "provenance": provenance(SEED, facts=data_hash(world.facts)),
     }
-    write_json(path, to_json(result))
+    CELLS.put(name, to_json(result))
 
 
 def curves(of: dict) -> dict[str, list[float]]:
@@ -82,7 +79,7 @@ def summary() -> None:
     """The figures that the README quotes, and the figure."""
     worlds = {}
     for path in sorted(SHIPPED.glob("*/report.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read(path)
         worlds[report["world"]] = {
             "counts": report["counts"],
             "chance": report["chance"],
@@ -92,14 +89,10 @@ def summary() -> None:
             "known_auc": report["known_auc"],
             "sae": report["sae"],
         }
-    variants = {}
-    for name in VARIANTS:
-        path = HERE / "results" / f"variant_{name}.json"
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            variants[name] = {key: found[key] for key in ("recall", "heldout", "interchange", "seconds", "steps")}
-    prototype = json.loads((HERE / "results" / "prototype.json").read_text(encoding="utf-8"))
-    write_json(HERE / "results" / "summary.json", {"worlds": worlds, "variants": variants, "prototype": prototype})
+    shown = ("recall", "heldout", "interchange", "seconds", "steps")
+    variants = {name: {key: CELLS[name][key] for key in shown} for name in VARIANTS if CELLS.has(name)}
+    prototype = read(RESULTS / "prototype.json")
+    write_results(RESULTS, {"worlds": worlds, "variants": variants, "prototype": prototype})
     draw(worlds, variants)
 
 
@@ -126,18 +119,21 @@ def draw(worlds: dict, variants: dict) -> None:
     axes[0][0].set_ylabel("answer follows the copied state")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(HERE / "results" / "interchange.png", dpi=110)
+    figure.savefig(RESULTS / "interchange.png", dpi=110)
 
 
-def main(argv: list[str]) -> None:
-    if argv[:1] == ["search"]:
-        for name in argv[1:] or VARIANTS:
-            search(name)
-    elif argv == ["summary"]:
-        summary()
-    else:
-        raise SystemExit(__doc__)
+def main() -> None:
+    parser = command_line(__doc__, HERE, report="only results/summary.json and the figure")
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; all")
+    given = parser.parse_args()
+    if unknown := set(given.variants) - set(VARIANTS):
+        parser.error(f"unknown {sorted(unknown)}; choose from {', '.join(VARIANTS)}")
+    if not given.report:
+        names = [name for name in given.variants or VARIANTS if not CELLS.has(name)]
+        for name, _ in run_cells(names, search, given.workers):
+            print(name, flush=True)
+    summary()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn.files import write_atomic, write_json
+from experiments.runner import write_results
+from experiments.tables import number, table
+from mech_unlearn.core import LABELS
 
 MEASURES = (
     "forget_recall", "heldout_recall", "neighbor_recall", "general_kl", "uds", "rho_sae", "relearn_recovery",
     "int4_recovery",
 )  # fmt: skip
-LABELS = ("deleted", "suppressed", "intact", "collapsed", "undetermined")
 REFERENCES = ("full", "retrained")
 FLOOR = 0.003
 """Smallest share that the figure's logarithmic axes show."""
@@ -82,13 +83,12 @@ def write(folder: Path, cells: Sequence[Mapping[str, Any]], chance: Mapping[str,
     ]
     rows = [{"world": world, **row} for world, found in worlds.items() for row in found["rows"]]
     seconds = sum(c.get("seconds") or 0 for c in cells)
-    write_json(folder / "summary.json", {
+    summary = {
         "command": "experiments/002_methods", "world": None, "seconds": seconds, "peak_rss_mib": None, "rows": rows,
         "chance": dict(chance), "failed": {world: found["failed"] for world, found in worlds.items()},
         "search": searched, "provenance": source, "calibrated": calibrated(cells),
-    })  # fmt: skip
-    tables = [table(world, found) for world, found in worlds.items()]
-    write_atomic(folder / "tables.md", "\n".join([*tables, calibrated_table(calibrated(cells))]))
+    }  # fmt: skip
+    write_results(folder, summary, tables(worlds, summary["calibrated"]))
     pareto(folder / "pareto.png", worlds)
 
 
@@ -99,34 +99,35 @@ def calibrated(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: {key: found[name].get(key) for key in keys} for name in sorted(found)}
 
 
+def tables(worlds: Mapping[str, Any], judged: Mapping[str, Any]) -> str:
+    return "\n".join([*(world_table(world, found) for world, found in worlds.items()), calibrated_table(judged)])
+
+
 def calibrated_table(found: Mapping[str, Any]) -> str:
     head = ("method", "forget", "neighbours", "UDS", "writeback", "rho SAE", f"{' / '.join(LABELS)}, %")
     title = "## Calibrated verdicts, biographies, seed 0 (in-sample: the calibration was measured on these people)"
-    lines = [title, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for name, row in sorted(found.items(), key=lambda item: -item[1]["verdicts"].get("deleted", 0)):
-        verdicts = " / ".join(f"{100 * row['verdicts'].get(label, 0):.0f}" for label in LABELS)
-        numbers = [shown(row[key]) for key in ("forget_recall", "neighbor_recall", "uds", "writeback", "rho_sae")]
-        lines.append(f"| {' | '.join([name, *numbers, verdicts])} |")
-    return "\n".join(lines) + "\n"
+    keys = ("forget_recall", "neighbor_recall", "uds", "writeback", "rho_sae")
+    rows = [
+        [name, *(number(row[key], lacking="") for key in keys), _shares(row["verdicts"])]
+        for name, row in sorted(found.items(), key=lambda item: -item[1]["verdicts"].get("deleted", 0))
+    ]
+    return "\n".join([title, "", *table(head, rows)]) + "\n"
 
 
-def shown(measured: Mapping[str, Any] | None, digits: int = 2) -> str:
-    if not measured:
-        return ""
-    low, high = measured["ci"]
-    return f"{measured['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def _shares(verdicts: Mapping[str, float]) -> str:
+    return " / ".join(f"{100 * verdicts.get(label, 0):.0f}" for label in LABELS)
 
 
-def table(world: str, found: Mapping[str, Any]) -> str:
+def world_table(world: str, found: Mapping[str, Any]) -> str:
     head = ("method", "forget", "held-out", "neighbours", "general KL", "UDS", "rho SAE", "relearn", "int4",
             "same subject kept", f"{' / '.join(LABELS)}, %", "s", "seeds")  # fmt: skip
-    lines = [f"## {world} (chance {found['chance']:.3f})", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    rows = []
     for row in found["rows"]:
-        verdicts = " / ".join(f"{100 * row['verdicts'][label]:.0f}" for label in LABELS)
         same = (row["selective"] or {}).get("same_subject")
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
-        numbers = [shown(row[key], 3 if key == "general_kl" else 2) for key in MEASURES]
-        lines.append(f"| {' | '.join([row['name'], *numbers, shown(same), verdicts, seconds, str(row['seeds'])])} |")
+        numbers = [number(row[key], 3 if key == "general_kl" else 2, "") for key in MEASURES]
+        rows.append([row["name"], *numbers, number(same, lacking=""), _shares(row["verdicts"]), seconds, row["seeds"]])
+    lines = [f"## {world} (chance {found['chance']:.3f})", "", *table(head, rows)]
     lines += [f"\nFailed: {name}: {error}" for name, error in found["failed"].items()]
     return "\n".join(lines) + "\n"
 
@@ -143,16 +144,16 @@ def pareto(path: Path, worlds: Mapping[str, Any]) -> None:
     for ax, (world, found) in zip(axes, worlds.items(), strict=True):
         rows = [row for row in found["rows"] if row["neighbor_recall"]]
         names = []
-        for number, row in enumerate(rows, 1):
+        for place, row in enumerate(rows, 1):
             worst = max(row[key]["value"] for key in ("forget_recall", "heldout_recall") if row[key])
             x, y = max(FLOOR, 1 - row["neighbor_recall"]["value"]), max(FLOOR, worst)
             share = recovered(row)
             colour = "lightgrey" if share is None else colours(share)
             ax.scatter(x, y, s=170, c=[colour], edgecolors="black", linewidths=0.6, zorder=3, alpha=0.85,
                        marker="s" if row["name"] in REFERENCES else "o")  # fmt: skip
-            ax.annotate(str(number), (x, y), ha="center", va="center", fontsize=6.5, zorder=4,
+            ax.annotate(str(place), (x, y), ha="center", va="center", fontsize=6.5, zorder=4,
                         color="white" if share is not None and share > 0.45 else "black")  # fmt: skip
-            names.append(f"{number} {row['name']}")
+            names.append(f"{place} {row['name']}")
         ax.axhline(max(FLOOR, found["chance"]), color="grey", linewidth=0.8, linestyle=":")
         ax.set(xscale="log", yscale="log", xlim=(FLOOR / 1.4, 1.3), ylim=(FLOOR / 1.4, 1.3), title=world)
         ax.set_xlabel(f"neighbour recall lost (at most {FLOOR} at the left edge)")

@@ -1,7 +1,7 @@
 """Every removal method on both worlds: what it forgets, keeps, and what the restoration tests find afterwards.
 
-    python experiments/002_methods/run.py [--workers N] [--methods NAME ...] [--seeds N]     goes on where it stopped
-    python experiments/002_methods/run.py --report                       tables and figure from the finished cells alone
+    python -m experiments.002_methods.run [--workers N] [--methods NAME ...] [--seeds N]     goes on where it stopped
+    python -m experiments.002_methods.run --report                       tables and figure from the finished cells alone
 
 The forget group is split by subject: settings are chosen on every other subject (tune) and used on the rest (test).
 One search serves all: of the settings in `settings.py` those with the smallest `cost` on the tune half win. Finished
@@ -9,57 +9,48 @@ cells lie in results/cells, packed in results/cells.jsonl.gz; summary.json, tabl
 A third stage judges edits of weights once more, seed 0, by the calibration that ships for `biographies`.
 """
 
-import argparse
-import gzip
-import json
-import os
 import re
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import report  # noqa: E402
-import settings  # noqa: E402
-import torch  # noqa: E402
-
+from experiments.runner import Cells, command_line, pack, provenance, run_cells, unpack
 from mech_unlearn.commands.row import audit_row
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.files import write_json
 from mech_unlearn.metrics import forget_recall, recall
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import load_sae
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration import Case, Reference, reference
-from mech_unlearn.run import data_hash, provenance
+from mech_unlearn.run import data_hash
 from mech_unlearn.testbed import WORLDS, open_world
 from mech_unlearn.verdict.calibration import shipped
 from mech_unlearn.verdict.verdict import CALIBRATED, Thresholds
 
-RESULTS = Path(__file__).parent / "results"
-CELLS = RESULTS / "cells"
+from . import report, settings
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+CELLS = Cells(RESULTS / "cells")
 PACKED = RESULTS / "cells.jsonl.gz"
 TESTS = ("output", "uds", "uds_subject", "sae", "relearn", "int4")
 ON_STATES = ("output", "uds", "uds_subject", "sae")
 """The tests that see an intervention on activations; the others train or round weights, which it leaves alone."""
 TRUTH = {"full": "intact", "retrained": "deleted", "last_layer_ascent": "suppressed"}
 REFERENCES = ("full", "retrained")
+Job = tuple[str, str, str, int, dict[str, Any]]
+"""Stage, world, method, index of the grid point or seed, and the settings that the search chose."""
 STAGES = ("tune", "test", "judged")
 JUDGED = "biographies"
 """The world whose full model a calibration ships for."""
 
 
 @dataclass(frozen=True)
-class Bench:
+class OpenWorld:
     """A world in one process: its models and the prepared restoration tests, each made once."""
 
     name: str
@@ -130,8 +121,8 @@ class Bench:
 
 
 @lru_cache(maxsize=2)
-def bench(world: str) -> Bench:
-    return Bench(world)
+def opened(world: str) -> OpenWorld:
+    return OpenWorld(world)
 
 
 def cost(forgotten: float, chance: float, kept: float, kept_before: float) -> float:
@@ -141,7 +132,7 @@ def cost(forgotten: float, chance: float, kept: float, kept_before: float) -> fl
 
 def tune(world: str, name: str, index: int) -> dict[str, Any]:
     """One point of a method's grid on the tune half."""
-    at = bench(world)
+    at = opened(world)
     chosen = settings.GRID[name][index]
     forget = at.half("tune")
     start = time.perf_counter()
@@ -158,7 +149,7 @@ def tune(world: str, name: str, index: int) -> dict[str, Any]:
 
 def test(world: str, name: str, seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
     """One method with one seed on the test half: outputs, restoration tests, verdicts."""
-    at = bench(world)
+    at = opened(world)
     ref, retain, forget = at.reference, at.world.retain, at.half("test")
     arguments: dict[str, Any] = dict(
         name=name, truth=TRUTH.get(name), neighbors=retain.neighbors, texts=retain.texts,
@@ -188,7 +179,7 @@ def test(world: str, name: str, seed: int, chosen: dict[str, Any]) -> dict[str, 
 def judged(name: str, seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
     """The verdicts of a calibration with measured error rates on one method; none on activation interventions, which
     leave the weights alone and so suppress by definition."""
-    at = bench(JUDGED)
+    at = opened(JUDGED)
     calibration = shipped(at.full.hash())
     assert calibration is not None
     arguments: dict[str, Any] = dict(
@@ -207,7 +198,7 @@ def judged(name: str, seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
         return {"row": audit_row(at.calibrated, subject, method=type(made).__name__, **arguments)["row"]}
 
 
-def selective(at: Bench, method: Any) -> dict[str, Any]:
+def selective(at: OpenWorld, method: Any) -> dict[str, Any]:
     """Recall of what was to go and of what was to stay when only some relations of each subject are forgotten."""
     gone, retain = at.selective()
     with method.fit(at.full, gone, retain).on(at.full):
@@ -217,90 +208,73 @@ def selective(at: Bench, method: Any) -> dict[str, Any]:
         }
 
 
-def run_cell(stage: str, world: str, name: str, index: int, chosen: dict[str, Any] | None = None) -> dict[str, Any]:
+def run_cell(job: Job) -> dict[str, Any]:
     """Compute a cell and write it; a method that fails leaves its error in the cell."""
-    torch.set_num_threads(1)
+    stage, world, name, index, chosen = job
     try:
         if stage == "judged":
-            found = judged(name, index, chosen or {})
+            found = judged(name, index, chosen)
         else:
-            found = tune(world, name, index) if stage == "tune" else test(world, name, index, chosen or {})
+            found = tune(world, name, index) if stage == "tune" else test(world, name, index, chosen)
     except Exception as error:
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}", "settings": settings.GRID.get(name, [{}])[0]}
     found |= {"stage": stage, "world": world, "name": name, "index": index}
-    write_json(path_of(stage, world, name, index), found)
+    CELLS.put(key(*job[:4]), found)
     return found
 
 
-def path_of(stage: str, world: str, name: str, index: int) -> Path:
-    return CELLS / f"{stage}-{world}-{re.sub('[^a-z0-9]+', '_', name)}-{index}.json"
+def key(stage: str, world: str, name: str, index: int) -> str:
+    return f"{stage}-{world}-{re.sub('[^a-z0-9]+', '_', name)}-{index}"
 
 
-def read(stage: str, world: str, name: str, index: int) -> dict[str, Any] | None:
-    path = path_of(stage, world, name, index)
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def pack() -> None:
-    """All finished cells in one compressed file, so that another checkout can go on."""
-    found = {path.name: json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))}
-    lines = "".join(json.dumps([name, cell]) + "\n" for name, cell in found.items())
-    PACKED.write_bytes(gzip.compress(lines.encode(), mtime=0))
-
-
-def unpack() -> None:
-    """Lay out the packed cells that are not there yet."""
-    for line in gzip.decompress(PACKED.read_bytes()).decode().splitlines() if PACKED.exists() else ():
-        name, cell = json.loads(line)
-        if not (CELLS / name).exists():
-            write_json(CELLS / name, cell)
+def lay_out() -> None:
+    """The packed cells that are not there yet, so that another checkout can go on."""
+    for file, cell in unpack(PACKED) if PACKED.exists() else ():
+        if not CELLS.has(name := file.removesuffix(".json")):
+            CELLS.put(name, cell)
 
 
 def best(world: str, name: str) -> dict[str, Any] | None:
     """The settings with the smallest cost on the tune half; None where none ran through or some are missing."""
-    found = [read("tune", world, name, i) for i in range(len(settings.GRID[name]))]
+    found = [CELLS.get(key("tune", world, name, i)) for i in range(len(settings.GRID[name]))]
     if any(cell is None for cell in found):
         return None
     good = [cell for cell in found if cell and "error" not in cell]
     return min(good, key=lambda cell: cell["cost"])["settings"] if good else None
 
 
-def todo(names: Sequence[str], seeds: int, stage: str) -> Iterator[tuple[Any, ...]]:
+def todo(names: Sequence[str], seeds: int, stage: str) -> Iterator[Job]:
     """The cells of a stage that are not there yet."""
     for world in WORLDS if stage != "judged" else (JUDGED,):
         for name in names if stage == "tune" else (*REFERENCES, *names):
             if stage == "tune":
-                jobs = [(stage, world, name, i) for i in range(len(settings.GRID[name]))]
+                jobs = [(stage, world, name, i, {}) for i in range(len(settings.GRID[name]))]
             else:
                 chosen = {} if name in REFERENCES else best(world, name)
                 count = 1 if stage == "judged" else {"full": 1, "retrained": 3}.get(name, seeds)
                 jobs = [] if chosen is None else [(stage, world, name, i, chosen) for i in range(count)]
-            yield from (job for job in jobs if not path_of(*job[:4]).exists())
+            yield from (job for job in jobs if not CELLS.has(key(*job[:4])))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (2)")
+    parser = command_line(__doc__, HERE, report="only (re)make tables and figure")
     parser.add_argument("--methods", nargs="+", default=list(settings.GRID), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--report", action="store_true", help="only (re)make tables and figure")
     given = parser.parse_args()
     if unknown := set(given.methods) - set(settings.GRID):
         parser.error(f"unknown {sorted(unknown)}; choose from {', '.join(settings.GRID)}")
-    unpack()
+    lay_out()
     for stage in () if given.report else STAGES:
         jobs = list(todo(given.methods, given.seeds, stage))
-        with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-            running = [pool.submit(run_cell, *job) for job in jobs]
-            for done, future in enumerate(as_completed(running), 1):
-                cell = future.result()
-                said = cell.get("error") or (report.headline(cell) if "row" in cell else cell.get("cost"))
-                print(f"{stage} {done}/{len(jobs)} {cell['world']} {cell['name']} {cell['index']}: {said}", flush=True)
-    pack()
-    cells = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
-    hashes = {f"{name}_facts": data_hash(Bench(name).world.forget.facts) for name in WORLDS}
-    report.write(RESULTS, cells, {name: Bench(name).chance for name in WORLDS}, provenance(hashes, 0, "cpu"))
+        for done, (_, cell) in enumerate(run_cells(jobs, run_cell, given.workers), 1):
+            said = cell.get("error") or (report.headline(cell) if "row" in cell else cell.get("cost"))
+            print(f"{stage} {done}/{len(jobs)} {cell['world']} {cell['name']} {cell['index']}: {said}", flush=True)
+    cells = {name: CELLS[name] for name in CELLS.names()}
+    pack(PACKED, ([f"{name}.json", cell] for name, cell in cells.items()))
+    hashes = {f"{name}_facts": data_hash(OpenWorld(name).world.forget.facts) for name in WORLDS}
+    chance = {name: OpenWorld(name).chance for name in WORLDS}
+    report.write(RESULTS, list(cells.values()), chance, provenance(**hashes))
 
 
 if __name__ == "__main__":

@@ -88,30 +88,30 @@ def tests_of(name: str, tests: tuple[str, ...]) -> tuple[str, ...]:
     return ("output",) if name in OUTPUTS_ONLY else tests
 
 
-def make(name: str, bench: Any, chosen: dict[str, Any], seed: int) -> Any:
+def make(name: str, at: Any, chosen: dict[str, Any], seed: int) -> Any:
     """The method of that name with the settings of a grid point."""
     kind = METHODS[name.split(" ")[0].rstrip(",")]
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
     if "base" in given:
-        base = replace(NPO, seed=seed, stop_recall=stop(bench), **given.pop("base"))
+        base = replace(NPO, seed=seed, stop_recall=stop(at), **given.pop("base"))
         seeded = {"seed": seed} if "seed" in kind.__dataclass_fields__ else {}
         return kind(base=base, **given, **seeded)
-    return kind(**fixed(name, bench), **given, seed=seed)
+    return kind(**fixed(name, at), **given, seed=seed)
 
 
-def stop(bench: Any) -> float:
-    return round(bench.chance + ABOVE_CHANCE, 3)
+def stop(at: Any) -> float:
+    return round(at.chance + ABOVE_CHANCE, 3)
 
 
-def fixed(name: str, bench: Any) -> dict[str, Any]:
-    trained = {**TRAINED, "stop_recall": stop(bench)}
-    refusals = {"refusals": REFUSALS[bench.name]}
+def fixed(name: str, at: Any) -> dict[str, Any]:
+    trained = {**TRAINED, "stop_recall": stop(at)}
+    refusals = {"refusals": REFUSALS[at.name]}
     known = {
         "rocr": {"z_layer": 3},
         "rocr to a neutral anchor": {"z_layer": 3, "anchor": "neutral"},
-        "sae_shift": {"sae": bench.sae, "mode": "weights"},
-        "sae_shift as a hook": {"sae": bench.sae},
-        "sae_clamp": {"sae": bench.sae},
+        "sae_shift": {"sae": at.sae, "mode": "weights"},
+        "sae_shift as a hook": {"sae": at.sae},
+        "sae_clamp": {"sae": at.sae},
         "memit": {"z_layer": 3, "optimize": Optimize(clamp=0.75)},
         "memit, null space": {"z_layer": 3, "optimize": Optimize(clamp=0.75), "project": "null_space"},
         "needle": {"lr": 0.02},
@@ -122,12 +122,12 @@ def fixed(name: str, bench: Any) -> dict[str, Any]:
         "rmu": STATES,
         "adaptive_rmu": {**STATES, "alpha": 2.0},
         "srmu": STATES,
-        "lat": {**TRAINED, "epochs": 2, "relative": True, "pgd_steps": 6, "stop_recall": stop(bench)},
+        "lat": {**TRAINED, "epochs": 2, "relative": True, "pgd_steps": 6, "stop_recall": stop(at)},
         "kif": {**trained, **refusals, "ewc": 0.5},
         "kif, capsule": {"mode": "capsule", **refusals},
-        "sae_iru": {"sae": bench.sae, "lr": 3e-3, "batch_size": 32},
+        "sae_iru": {"sae": at.sae, "lr": 3e-3, "batch_size": 32},
         "klue": TRAINED,
-        "last_layer_ascent": {"epochs": 25, "batch_size": 48, "max_nll": 12.0, "stop_recall": stop(bench)},
+        "last_layer_ascent": {"epochs": 25, "batch_size": 48, "max_nll": 12.0, "stop_recall": stop(at)},
         "grad_ascent of embeddings": {**trained, "only": "embeddings"},
         "task_vector": TRAINED,
         "idk_dpo": {**trained, **refusals},

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.tables import number, table
 from mech_unlearn import attribution
 from mech_unlearn.core import LABELS
 
@@ -16,56 +17,61 @@ COLORS = {
 }
 
 
-def _text(m: Mapping[str, Any] | None) -> str:
-    if m is None or m["value"] is None:
-        return "–"
-    return f"{m['value']:.3f} [{m['ci'][0]:.3f}, {m['ci'][1]:.3f}]"
+BARS = (
+    "auc_deleted_vs_suppressed", "auc_deleted_vs_intact", "false_deleted", "false_deleted_worst_family", "undetermined",
+    "retrained_deleted", "full_deleted", "spearman_mixtures",
+)  # fmt: skip
 
 
 def tables(summary: Mapping[str, Any]) -> str:
-    """Markdown: the bars, every score side by side, and the labels by family."""
-    lines = ["| quantity | value [95 % interval] | n (groups) |", "|---|---|---|"]
-    for key in ("auc_deleted_vs_suppressed", "auc_deleted_vs_intact", "false_deleted", "false_deleted_worst_family",
-                "undetermined", "retrained_deleted", "full_deleted", "spearman_mixtures"):  # fmt: skip
-        lines.append(f"| {key} | {_text(summary[key])} | {summary[key]['n']} |")
-    for key, m in summary["controls"].items():
-        lines.append(f"| {key} | {_text(m)} | {m['n']} |")
-    lines += ["", "| score | AUC suppressed / deleted | the same, from another full model | faithfulness AUC | "
-              "robustness: rounding | relearning | both | models it calls forgotten |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    away = summary["another_full"]
+    """Markdown: the bars, every score side by side, calibration, cost, and the labels by family."""
+    measured = {key: summary[key] for key in BARS} | dict(summary["controls"])
+    bars = [[key, number(m, 3), m["n"]] for key, m in measured.items()]
+    score, away = summary["reliability"], summary["another_full"]
+    bins = [[f"{row['mean']:.3f}", f"{row['suppressed']:.3f}", row["n"]] for row in score["bins"]]
+    families = dict(summary["by_family"]) | (away["by_family"] if away else {})
+    labels = [[name, row["n"], *(f"{row.get(label, 0):.2f}" for label in LABELS)] for name, row in families.items()]
+    left_out = [[name, number(m, 3), m["n"]] for name, m in summary["false_deleted_by_left_out_family"].items()]
+    brier = f"Brier score of P(suppressed) against P(deleted): {number(score['brier'], 3)}"
+    parts = (
+        table(("quantity", "value [95 % interval]", "n (groups)"), bars),
+        score_table(summary),
+        [brier],
+        table(("mean P(suppressed)", "share suppressed", "facts"), bins),
+        cost_table(summary.get("cost_fe", {})),
+        table(("family", "facts", *LABELS), labels),
+        table(("left-out family", "called deleted", "n (groups)"), left_out),
+    )
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def score_table(summary: Mapping[str, Any]) -> list[str]:
+    """The verdict and every single score on the same models."""
+    head = ("score", "AUC suppressed / deleted", "the same, from another full model", "faithfulness AUC",
+            "robustness: rounding", "relearning", "both", "models it calls forgotten")  # fmt: skip
+    away, rows = summary["another_full"], []
     for name in ("verdict", *summary["auc_single"]):
         own = summary["auc_deleted_vs_suppressed"] if name == "verdict" else summary["auc_single"][name]
+        other = away["auc_single"].get(name) if away else None
         r = summary["robustness"].get(name)
-        shown = ["–"] * 4 if r is None else [
-            *("–" if r[k] is None else f"{r[k]:.2f}" for k in ("quantisation", "relearning", "value")), str(r["n"])
+        steady = ["–"] * 4 if r is None else [
+            *("–" if r[k] is None else f"{r[k]:.2f}" for k in ("quantisation", "relearning", "value")), r["n"]
         ]  # fmt: skip
-        other = _text(away["auc_single"].get(name)) if away else "–"
-        faithful = _text(summary["faithfulness_auc"].get(name))
-        lines.append(f"| {name} | {_text(own)} | {other} | {faithful} | {' | '.join(shown)} |")
-    score = summary["reliability"]
-    lines += ["", f"Brier score of P(suppressed) against P(deleted): {_text(score['brier'])}", "",
-              "| mean P(suppressed) | share suppressed | facts |", "|---|---|---|"]  # fmt: skip
-    lines += [f"| {row['mean']:.3f} | {row['suppressed']:.3f} | {row['n']} |" for row in score["bins"]]
-    cost = summary.get("cost_fe", {})
-    lines += ["", "| test | forward passes of one prompt, per fact and audited model |", "|---|---|"]
-    lines += [f"| {name} | {value:.0f} |" for name, value in cost.items()]
-    lines += [
-        f"| verdict: all of them | {sum(cost.values()):.0f} |",
-        "| ES, EM, probability, loss, zlib, Min-K, Min-K++ | 1 |",
-        "| paraphrased probability | one per phrasing |",
-        "| truth ratio | one per candidate |",
-        "| ROUGE | one per answer token |",
-        "| masked Fisher | 3 (a backward pass counts as two) |",
-    ]
-    lines += ["", f"| family | facts | {' | '.join(LABELS)} |", "|---|---|" + "---|" * len(LABELS)]
-    families = dict(summary["by_family"]) | (away["by_family"] if away else {})
-    for name, row in families.items():
-        lines.append(f"| {name} | {row['n']} | {' | '.join(f'{row.get(label, 0):.2f}' for label in LABELS)} |")
-    lines += ["", "| left-out family | called deleted | n (groups) |", "|---|---|---|"]
-    for name, m in summary["false_deleted_by_left_out_family"].items():
-        lines.append(f"| {name} | {_text(m)} | {m['n']} |")
-    return "\n".join(lines) + "\n"
+        measured = (own, other, summary["faithfulness_auc"].get(name))
+        rows.append([name, *(number(m, 3) for m in measured), *steady])
+    return table(head, rows)
+
+
+def cost_table(cost: Mapping[str, float]) -> list[str]:
+    """What each test takes, with the published scores' cost as their papers have it."""
+    published = {
+        "ES, EM, probability, loss, zlib, Min-K, Min-K++": "1", "paraphrased probability": "one per phrasing",
+        "truth ratio": "one per candidate", "ROUGE": "one per answer token",
+        "masked Fisher": "3 (a backward pass counts as two)",
+    }  # fmt: skip
+    counted = {name: f"{value:.0f}" for name, value in cost.items()}
+    rows = counted | {"verdict: all of them": f"{sum(cost.values()):.0f}"} | published
+    return table(("test", "forward passes of one prompt, per fact and audited model"), list(rows.items()))
 
 
 def draw(summary: Mapping[str, Any], folder: Path) -> None:

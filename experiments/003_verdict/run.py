@@ -1,28 +1,23 @@
 """Is the verdict right? Pools of models of known truth, judged by calibrations that saw none of their groups.
 
-    python experiments/003_verdict/run.py POOLS [--workers N]     score the pools (two hours on two cores; it resumes)
-    python experiments/003_verdict/run.py --judge                 judge the scores that are committed here (a minute)
+    python -m experiments.003_verdict.run POOLS [--workers N]     score the pools (two hours on two cores; it resumes)
+    python -m experiments.003_verdict.run --report                judge the scores that are committed here (a minute)
 
 Scores of all models are kept in results/scores.jsonl.gz, weights are not. results/summary.json has the figures.
 """
 
-import argparse
-import gzip
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import draw, tables
 from scipy.stats import spearmanr
 
-from mech_unlearn.files import write_json
+from experiments.runner import command_line, pack, provenance, unpack, write_results
 from mech_unlearn.model.latents import load_sae
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration import Case, audit, reference
-from mech_unlearn.run import provenance
 from mech_unlearn.testbed import open_world
 from mech_unlearn.testbed.families import CONTROLS, FAMILIES
 from mech_unlearn.testbed.materials import TESTS, world_materials
@@ -48,7 +43,10 @@ from mech_unlearn.verdict.evaluation import (
 from mech_unlearn.verdict.features import FEATURES, RECOVERY, Pool, matrix
 from mech_unlearn.verdict.fitting import fit_whole
 
-RESULTS = Path(__file__).parent / "results"
+from .report import draw, tables
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 SCORES = RESULTS / "scores.jsonl.gz"
 WORLD = "biographies"
 MIXED = ("mixture 0.25", "mixture 0.5", "mixture 0.75")
@@ -94,17 +92,6 @@ def scored(found: Sequence[Cell], spread: Mapping[str, float] | None = None, how
     single = {name: x[:, FEATURES.index(name)] for name in FEATURES if name in SINGLE}
     single |= {name: np.array([row["published"][name] for row, _ in pairs]) for name in PUBLISHED}
     return Scored(Pool(x, *parts, spread=used), {name: single[name] for name in SINGLE})
-
-
-def keep(folder: Path) -> None:
-    """The cells of a pool folder as one compressed file."""
-    SCORES.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(cell) + "\n" for cell in cells(folder))
-    SCORES.write_bytes(gzip.compress(lines.encode(), mtime=0))
-
-
-def stored() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in gzip.decompress(SCORES.read_bytes()).decode().splitlines()]
 
 
 def by_family(judged: Judged) -> dict[str, dict[str, Any]]:
@@ -305,27 +292,24 @@ def judge(found: Sequence[Cell]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, HERE, report="only judge the stored scores")
     parser.add_argument("pools", nargs="?", type=Path, help="folder of the pools")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--judge", action="store_true", help="judge the stored scores only")
     parser.add_argument("--ship", type=Path, help="write the calibration of the whole pool to this file")
     given = parser.parse_args()
-    if not given.judge:
+    if not given.report:
         if given.pools is None:
-            parser.error("name a folder for the pools, or --judge")
+            parser.error("name a folder for the pools, or --report")
         materials = world_materials(WORLD, given.pools, fulls=2)
         make_pools(materials, given.pools, workers=given.workers)
         make_pools(materials, given.pools, families=tuple(CONTROLS), workers=given.workers)
-        keep(given.pools)
-    found = stored()
+        pack(SCORES, cells(given.pools))
+    found = unpack(SCORES)
     summary = {"command": "experiments/003_verdict", "world": WORLD, **judge(found)}
     case = person()
     assert case.sae is not None
     summary["cost_fe"] = costs(case)
     full = case.full.hash()
-    write_json(RESULTS / "summary.json", {**summary, "provenance": provenance({"full": full}, 0, "cpu")})
-    (RESULTS / "tables.md").write_text(tables(summary), encoding="utf-8")
+    write_results(RESULTS, {**summary, "provenance": provenance(full=full)}, tables(summary))
     draw(summary, RESULTS)
     if given.ship:
         known = [c for c in found if c["family"] in FAMILIES and not c["kind"].startswith("mixture")]

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import plain, text, verdict_table
 
+from experiments.figures import draw_uds, draw_verdicts
+from experiments.runner import write_results
+from experiments.tables import shard_table, small, table, verdict_table
 from mech_unlearn import attribution
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.benchmarks.tofu.scores import forget_quality, interval, resampled_forget_quality
-from mech_unlearn.files import write_atomic, write_json
-from mech_unlearn.report import figures as plots
 
 DRAWS = 400
 MARKERS = {"10": "o", "05": "s", "01": "^"}
@@ -59,39 +59,23 @@ def contrast(summary: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]])
 def write(results: Path, summary: dict[str, Any], cells: Mapping[str, Mapping[str, Any]]) -> None:
     """The summary with TOFU's numbers, tables.md and the figures."""
     summary["tofu"] = contrast(summary, cells)
-    write_json(results / "summary.json", summary)
-    write_atomic(results / "tables.md", tables(summary))
+    write_results(results, summary, tables(summary))
     figures(results, summary, cells)
 
 
 def tables(summary: Mapping[str, Any]) -> str:
-    head = (
-        "size",
-        "row",
-        "recall, cloze",
-        "tokens, questions",
-        "recall, kept",
-        "KL (nats)",
-        "forget quality",
-        "utility",
-    )
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    head = ("recall, cloze", "tokens, questions", "recall, kept", "KL (nats)", "forget quality", "utility")
+    rows = []
     for row in summary["rows"]:
         tofu = summary["tofu"][row["size"]][row["name"]]
-        lines.append(
-            f"| {row['size']} | {row['name']} | {text(row['forget_recall'])} "
-            f"| {text(row['asked']['question']['tokens'])} | {text(row['neighbor_recall'])} "
-            f"| {text(row['general_kl'])} | {text(tofu['forget_quality'])} | {text(tofu['utility'])} |"
-        )
-    lines += ["", *verdict_table(summary)]
-    lines += ["", "| size | shards hit | model | tokens, forgotten questions | tokens, kept |", "|---|---|---|---|---|"]
-    for size, found in summary["sisa"].items():
-        for name, out in found["outputs"].items():
-            lines.append(
-                f"| {size} | {found['hit']} of {found['shards']} | {name} | {text(out['question']['tokens'])} "
-                f"| {text(out['kept']['tokens'])} |"
-            )
-    return "\n".join(lines) + "\n"
+        found = (
+            row["forget_recall"], row["asked"]["question"]["tokens"], row["neighbor_recall"], row["general_kl"],
+            tofu["forget_quality"], tofu["utility"],
+        )  # fmt: skip
+        rows.append([row["size"], row["name"], *map(small, found)])
+    shards = {"tokens, forgotten questions": ("question", "tokens"), "tokens, kept": ("kept", "tokens")}
+    parts = (table(("size", "row", *head), rows), verdict_table(summary), shard_table(summary, shards))
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
 def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]]) -> None:
@@ -120,17 +104,8 @@ def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mappi
         ax.legend(frameon=False, fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.0))
 
     attribution.save(results / "forget_quality.png", against, size=(7.5, 4.8))
-    for size in cells:
-        rows = [plain(row) | {"name": row["name"]} for row in summary["rows"] if row["size"] == size]
-        attribution.save(
-            results / f"verdicts_{size}.png", lambda ax, rows=rows: plots.verdict_bars(rows, ax), size=(7.5, 3.6)
-        )
-    first = next(iter(cells))
-    curves = {row: cell["curves"] for row, cell in cells[first].items() if cell.get("curves") and row != "full"}
-    if any(any(v is not None for v in values) for kinds in curves.values() for values in kinds.values()):
-        attribution.save(
-            results / "uds_by_layer.png", lambda ax: plots.restoration_by_layer(curves, ax, 3.0), size=(7.5, 4.6)
-        )
-    trace = Attribution.from_json(cells[first]["locate"]["located"]["causal_trace"])
+    draw_verdicts(results, summary)
+    draw_uds(results, cells)
+    trace = Attribution.from_json(next(iter(cells.values()))["locate"]["located"]["causal_trace"])
     assert math.isfinite(trace.values.nan_to_num().sum().item())
     attribution.save(results / "causal_trace.png", lambda ax: attribution.heatmap(trace, ax))

@@ -1,31 +1,23 @@
 """TOFU from scratch: a small model learns its questions, forgets 1, 5 and 10 %, and everything is measured on it.
 
-    python experiments/004_tofu/run.py WORK [--data DIR] [--quick]      all stages; goes on where it stopped
+    python -m experiments.004_tofu.run WORK [--data DIR] [--quick]      all stages; goes on where it stopped
 
 WORK keeps the models and cells; results/ gets summary.json, tables.md and the figures. `--quick`: six authors, three
 methods, three to four minutes, results in WORK.
 """
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+import torch
 
-import corpus  # noqa: E402
-import from_scratch  # noqa: E402
-import report  # noqa: E402
-import torch  # noqa: E402
-from corpus import Question, Tofu  # noqa: E402
-from from_scratch import Bench, Size, epochs  # noqa: E402
-
+from experiments.from_scratch import command
+from experiments.runner import SHARED_DATA
 from experiments.scratch import Plan, deal, make_vocabulary
+from experiments.study import Size, Study, epochs, every
 from mech_unlearn.benchmarks.tofu.scores import model_utility, probability_among_options
 from mech_unlearn.metrics.evaluate import score_answers
 from mech_unlearn.metrics.generation import continuations
@@ -35,7 +27,11 @@ from mech_unlearn.metrics.truth_ratio import true_preferred, truth_ratio_geometr
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.testbed.recipe import Recipe
 
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", HERE.parents[2] / "shared" / "data")) / "tofu"
+from . import corpus, report
+from .corpus import Question, Tofu
+
+HERE = Path(__file__).parent
+DATA = SHARED_DATA / "tofu"
 RECIPE = Recipe(
     n_layers=4,
     d_model=128,
@@ -61,12 +57,7 @@ def read(data: Path, quick: bool) -> Tofu:
     return corpus.quick(whole) if quick else whole
 
 
-def every(items: Sequence[Any], most: int) -> tuple[Any, ...]:
-    """At most so many, evenly spaced."""
-    return tuple(items[i * len(items) // most] for i in range(most)) if len(items) > most else tuple(items)
-
-
-def make_bench(data: Path, quick: bool) -> Bench:
+def make_study(data: Path, quick: bool) -> Study:
     """The experiment on the published files."""
     tofu = read(data, quick)
     told = corpus.texts(tofu)
@@ -79,7 +70,7 @@ def make_bench(data: Path, quick: bool) -> Bench:
         shards=deal(owners, 2 if quick else SHARDS, 0), retrained={} if quick else {"10": 2},
         shard_steps=40 if quick else SHARD_STEPS, positions=POSITIONS,
     )  # fmt: skip
-    return Bench(
+    return Study(
         name="tofu",
         plan=plan,
         sizes={name: size_of(tofu, gone[name], 12 if quick else AUDITED) for name in sizes},
@@ -188,5 +179,9 @@ def locate(model: Model, at: Size) -> dict[str, Any]:
     }
 
 
+def main() -> None:
+    command(__doc__, make_study, DATA, "folder of the published TOFU files", HERE, report.write)
+
+
 if __name__ == "__main__":
-    from_scratch.command(__doc__ or "", make_bench, DATA, "folder of the published TOFU files", HERE, report.write)
+    main()

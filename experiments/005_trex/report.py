@@ -1,59 +1,46 @@
 """Tables and figures of 005."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import plain, text, verdict_table
-
+from experiments.figures import draw_uds, draw_verdicts
+from experiments.runner import write_results
+from experiments.tables import shard_table, small, table, verdict_table
 from mech_unlearn import attribution
 from mech_unlearn.attribution import Attribution
-from mech_unlearn.files import write_atomic
-from mech_unlearn.report import figures as plots
 
+HEAD = ("recall", "held-out phrasing", "recall, kept", "KL, known text", "KL, unseen text")
 FORMS = ("prompt", "cloze", "question", "multiple_choice", "reversed", "heldout")
 
 
 def write(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]]) -> None:
-    """tables.md and the figures."""
-    write_atomic(results / "tables.md", tables(summary))
+    """The summary, tables.md and the figures."""
+    write_results(results, summary, tables(summary))
     figures(results, summary, cells)
 
 
 def tables(summary: Mapping[str, Any]) -> str:
-    head = ("size", "row", "recall", "held-out phrasing", "recall, kept", "KL, known text", "KL, unseen text")
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in summary["rows"]:
-        found = (row[k] for k in ("forget_recall", "heldout_recall", "neighbor_recall", "general_kl", "unseen_kl"))
-        lines.append(f"| {row['size']} | {row['name']} | {' | '.join(map(text, found))} |")
-    lines += ["", *verdict_table(summary)]
-    lines += ["", f"| size | row | {' | '.join(FORMS)} |", "|" + "---|" * (len(FORMS) + 2)]
-    for row in summary["rows"]:
-        asked = [text(row["forms"][form]["recall"]) if form in row["forms"] else "–" for form in FORMS]
-        lines.append(f"| {row['size']} | {row['name']} | {' | '.join(asked)} |")
-    kinds = list(summary["rows"][0]["asked"])
-    lines += ["", f"| size | row | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 2)]
-    for row in summary["rows"]:
-        lines.append(
-            f"| {row['size']} | {row['name']} | {' | '.join(text(row['asked'][kind]['recall']) for kind in kinds)} |"
-        )
-    lines += ["", "| size | shards hit | model | recall, forgotten | recall, kept |", "|---|---|---|---|---|"]
-    for size, found in summary["sisa"].items():
-        for name, out in found["outputs"].items():
-            lines.append(
-                f"| {size} | {found['hit']} of {found['shards']} | {name} | {text(out['forget']['recall'])} "
-                f"| {text(out['kept']['recall'])} |"
-            )
-    return "\n".join(lines) + "\n"
+    rows = summary["rows"]
+    keys = ("forget_recall", "heldout_recall", "neighbor_recall", "general_kl", "unseen_kl")
+    kinds = list(rows[0]["asked"])
+    shards = {"recall, forgotten": ("forget", "recall"), "recall, kept": ("kept", "recall")}
+
+    def by_row(head: Sequence[str], values: Callable[[Any], Iterable[Any]]) -> list[str]:
+        return table(("size", "row", *head), [[row["size"], row["name"], *map(small, values(row))] for row in rows])
+
+    parts = (
+        by_row(HEAD, lambda row: (row[key] for key in keys)),
+        verdict_table(summary),
+        by_row(FORMS, lambda row: (row["forms"].get(form, {}).get("recall") for form in FORMS)),
+        by_row(kinds, lambda row: (row["asked"][kind]["recall"] for kind in kinds)),
+        shard_table(summary, shards),
+    )
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
 def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]]) -> None:
-    for size in cells:
-        rows = [plain(row) for row in summary["rows"] if row["size"] == size and row["verdicts"]]
-        if rows:
-            attribution.save(
-                results / f"verdicts_{size}.png", lambda ax, rows=rows: plots.verdict_bars(rows, ax), size=(7.5, 3.6)
-            )
+    draw_verdicts(results, summary)
 
     def by_form(ax: Any) -> None:
         first = next(iter(cells))
@@ -73,12 +60,7 @@ def figures(results: Path, summary: Mapping[str, Any], cells: Mapping[str, Mappi
         ax.legend(frameon=False, fontsize=7, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0))
 
     attribution.save(results / "forms.png", by_form, size=(8.5, 4.4))
-    first = next(iter(cells))
-    curves = {row: cell["curves"] for row, cell in cells[first].items() if cell.get("curves") and row != "full"}
-    if any(value is not None for kinds in curves.values() for values in kinds.values() for value in values):
-        attribution.save(
-            results / "uds_by_layer.png", lambda ax: plots.restoration_by_layer(curves, ax, 3.0), size=(7.5, 4.6)
-        )
-    for name, found in cells[first]["locate"]["located"].items():
+    draw_uds(results, cells)
+    for name, found in next(iter(cells.values()))["locate"]["located"].items():
         result = Attribution.from_json(found)
         attribution.save(results / f"locate_{name}.png", lambda ax, result=result: attribution.heatmap(result, ax))

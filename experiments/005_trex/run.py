@@ -1,40 +1,33 @@
 """T-REx from scratch: a small model learns real subjects, forgets 1, 5 and 10 % of them, and everything is measured.
 
-    python experiments/005_trex/run.py WORK [--data DIR] [--quick]      all stages; goes on where it stopped
+    python -m experiments.005_trex.run WORK [--data DIR] [--quick]      all stages; goes on where it stopped
 
 WORK keeps the models and cells; results/ gets summary.json, tables.md and the figures. `--quick`: sixty subjects, two
 minutes, results in WORK.
 """
 
-import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
-
-import corpus  # noqa: E402
-import from_scratch  # noqa: E402
-import report  # noqa: E402
-from corpus import Trex  # noqa: E402
-from from_scratch import Bench, Size, epochs  # noqa: E402
-
+from experiments.from_scratch import command
+from experiments.runner import SHARED_DATA
 from experiments.scratch import Plan, deal, make_vocabulary
+from experiments.study import Size, Study, epochs, every
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.testbed.recipe import Recipe
 
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", HERE.parents[2] / "shared" / "data")) / "trex"
+from . import corpus, report
+from .corpus import Trex
+
+HERE = Path(__file__).parent
+DATA = SHARED_DATA / "trex"
 RECIPE = Recipe(n_layers=4, d_model=128, d_mlp=384, gate=2, base_steps=700, continue_steps=300, forget_weight=3)
 SHARDS, SHARD_STEPS, POSITIONS, PIECES = 4, 100, 192, 2500
 AUDITED = 100
 """Facts audited per size at the most, every k-th of them."""
-MANY = 30
-"""Facts per relation, at most, whose recall is measured in further forms."""
 
 
 @lru_cache(maxsize=2)
@@ -42,12 +35,7 @@ def read(data: Path, quick: bool) -> Trex:
     return corpus.read(data, 60, 10) if quick else corpus.read(data)
 
 
-def every(items: Sequence[Any], most: int) -> tuple[Any, ...]:
-    """At most so many, evenly spaced."""
-    return tuple(items[i * len(items) // most] for i in range(most)) if len(items) > most else tuple(items)
-
-
-def make_bench(data: Path, quick: bool) -> Bench:
+def make_study(data: Path, quick: bool) -> Study:
     """The experiment on the published files."""
     trex = read(data, quick)
     told = corpus.texts(trex)
@@ -59,7 +47,7 @@ def make_bench(data: Path, quick: bool) -> Bench:
         shards=deal(trex.order, 2 if quick else SHARDS, 0), retrained={} if quick else dict.fromkeys(gone, 2),
         shard_steps=30 if quick else SHARD_STEPS, positions=POSITIONS,
     )  # fmt: skip
-    return Bench(
+    return Study(
         name="trex",
         plan=plan,
         sizes={name: size_of(trex, gone[name]) for name in gone},
@@ -126,7 +114,9 @@ def locate(model: Model, at: Size) -> dict[str, Any]:
     return {name: result.to_json() for name, result in (found | {"consensus": consensus(found)}).items()}
 
 
+def main() -> None:
+    command(__doc__, make_study, DATA, "folder of facts.jsonl.gz and relations.json", HERE, report.write)
+
+
 if __name__ == "__main__":
-    from_scratch.command(
-        __doc__ or "", make_bench, DATA, "folder of facts.jsonl.gz and relations.json", HERE, report.write
-    )
+    main()

@@ -1,15 +1,12 @@
 """Does acting where a locator points hurt the fact more than acting elsewhere, and does editing there work best?
 
-    python experiments/006_acting/run.py [WORLD ...]   ablations, agreement and edits by layer (minutes per world)
-    python experiments/006_acting/run.py planted       share of planted facts found at the layer they were written into
+    python -m experiments.006_acting.run [WORLD ...]   ablations, agreement and edits by layer (minutes per world)
+    python -m experiments.006_acting.run planted       share of planted facts found at the layer they were written into
 
-Both write their part of results/summary.json. Locators see the main prompt only; paraphrases are what is acted on.
+Each writes its part of results/summary.json. Locators see the main prompt only; paraphrases are what is acted on.
 """
 
-import importlib.util
-import json
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.runner import command_line, provenance, read, run_cells, write_results
 from mech_unlearn.attribution import Attribution, over_facts
 from mech_unlearn.core import Fact, ForgetSet
-from mech_unlearn.files import write_json
 from mech_unlearn.locate.acting.act import act_per_fact
 from mech_unlearn.locate.lenses.direct_logit_attribution import direct_logit_attribution_per_fact
 from mech_unlearn.locate.neurons.knowledge_neurons import knowledge_neurons_per_fact
@@ -35,12 +32,13 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import per_fact, score
 from mech_unlearn.model.tokens import make_queries
-from mech_unlearn.run import data_hash, provenance
+from mech_unlearn.run import data_hash
 from mech_unlearn.testbed import WORLDS, open_world
 
 HERE = Path(__file__).parent
-SUMMARY = HERE / "results" / "summary.json"
+RESULTS = HERE / "results"
 FACTS, NEIGHBORS, DRAWS, SEED = 60, 200, 10, 0
+PLANTED = "planted"
 NEEDS_OTHERS = (activation_patching_per_fact, attribution_patching_per_fact, path_patching_per_fact)
 
 
@@ -194,11 +192,12 @@ def against_editing(profiles: dict[str, Tensor], falls: Tensor, facts: Sequence[
 
 
 def save(part: str, data: dict) -> None:
-    whole = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else {}
-    write_json(SUMMARY, {**whole, part: data})
+    path = RESULTS / "summary.json"
+    write_results(RESULTS, {**(read(path) if path.exists() else {}), part: data})
 
 
-def run(name: str) -> None:
+def world_part(name: str) -> dict[str, Any]:
+    """Ablations, agreement and edits by layer on a world."""
     start = time.monotonic()
     world = open_world(name)
     model = load(world.full)
@@ -207,34 +206,35 @@ def run(name: str) -> None:
     seen = tuple(replace(fact, paraphrases=(), heldout=()) for fact in facts)
     agree = agreements(model, seen, others, results)
     rows, falls = edits(model, world, facts)
-    save(name, {
+    return {
         "facts": len(facts), "subjects": len({f.subject for f in facts}), "acting": acted, "agreement": agree,
         "editing": {"recall": rows, **against_editing(profiles, falls, facts)},
         "seconds": time.monotonic() - start,
-        "provenance": provenance({"facts": data_hash(facts), "model": model.hash()}, SEED, "cpu"),
-    })  # fmt: skip
+        "provenance": provenance(SEED, facts=data_hash(facts), model=model.hash()),
+    }  # fmt: skip
 
 
-def planted() -> None:
+def planted() -> dict[str, Any]:
     """The shares that tests/locate/test_planted_truth.py asserts."""
-    path = HERE.parents[1] / "tests" / "locate" / "test_planted_truth.py"
-    found = importlib.util.spec_from_file_location("test_planted_truth", path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    from tests.locate.test_planted_truth import all_shares
+
     start = time.monotonic()
-    save("planted", {**module.all_shares(24), "seconds": time.monotonic() - start})
+    return {**all_shares(24), "seconds": time.monotonic() - start}
 
 
-def main(argv: list[str]) -> None:
-    if argv == ["planted"]:
-        planted()
-    elif set(argv) <= set(WORLDS):
-        for name in argv or WORLDS:
-            run(name)
-    else:
-        raise SystemExit(__doc__)
+def compute(part: str) -> dict[str, Any]:
+    return planted() if part == PLANTED else world_part(part)
+
+
+def main() -> None:
+    parser = command_line(__doc__, HERE)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join((*WORLDS, PLANTED))}; all worlds")
+    given = parser.parse_args()
+    if unknown := set(given.parts) - {*WORLDS, PLANTED}:
+        parser.error(f"unknown {sorted(unknown)}; choose from {', '.join((*WORLDS, PLANTED))}")
+    for part, found in run_cells(given.parts or list(WORLDS), compute, given.workers):
+        save(part, found)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -18,9 +18,9 @@ NUMBER = {"value", "ci", "n", "unit"}
 def test_a_quick_run_ends_with_references_that_never_knew_the_forgotten(name, folder, tmp_path):
     if not (DATA / folder).is_dir():
         pytest.skip(f"the published files are not in {DATA / folder}")
-    command = [sys.executable, str(ROOT / "experiments" / name / "run.py"), str(tmp_path / "work")]
+    command = [sys.executable, "-m", f"experiments.{name}.run", str(tmp_path / "work")]
     given = [*command, "--quick", "--data", str(DATA / folder)]
-    subprocess.run(given, check=True, capture_output=True, timeout=1200)
+    subprocess.run(given, cwd=ROOT, check=True, capture_output=True, timeout=1200)
     results = tmp_path / "work" / "results"
     summary = json.loads((results / "summary.json").read_text())
     assert len(list(results.glob("*.png"))) >= 4 and (results / "tables.md").stat().st_size > 1000
@@ -37,5 +37,5 @@ def test_a_quick_run_ends_with_references_that_never_knew_the_forgotten(name, fo
         if row == "last_layer_ascent" and found["verdicts"]:
             assert found["verdicts"]["deleted"]["value"] <= 0.5
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "cells").iterdir()}
-    subprocess.run(given, check=True, capture_output=True, timeout=600)
+    subprocess.run(given, cwd=ROOT, check=True, capture_output=True, timeout=600)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "cells").iterdir()}

@@ -1,0 +1,1 @@
+"""Which methods forget, what do they spare, and is it gone?"""

@@ -1,0 +1,1 @@
+"""TOFU, learnt from scratch: does forget quality see what was only suppressed?"""

@@ -1,0 +1,1 @@
+"""Real subjects, learnt from scratch: what is left after forgetting 1, 5 and 10 %?"""

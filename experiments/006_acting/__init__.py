@@ -1,0 +1,1 @@
+"""Does acting where a locator points hurt the fact more than acting elsewhere?"""
