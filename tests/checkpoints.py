@@ -2,10 +2,7 @@
 
 import json
 
-import pytest
 import torch
-from conftest import tiny_tokenizer
-from planted import FORGOTTEN, NAMES, OBJECTS, object_of, planted_hf
 
 SEEDS = {"full": 0, "unlearned": 1, "retrained": 2, "retrained_2": 3}
 
@@ -54,31 +51,6 @@ def random_hf(seed, layers=4):
         return t.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """Folders of four random models of one shape: name -> path."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    for name, seed in SEEDS.items():
-        random_hf(seed).save_pretrained(root / name)
-        byte_tokenizer().save_pretrained(root / name)
-    return {name: root / name for name in SEEDS}
-
-
-@pytest.fixture
-def bench(call, checkpoints):
-    """Run `bench NAME` on the full, unlearned and first retrained checkpoint: its JSON summary."""
-
-    def run(name, data, out, *more, tests="none", retrained=("retrained",)):
-        words = ["bench", name, "--data", data, "--out", out, "--tests", tests, "--json"]
-        words += ["--full", checkpoints["full"], "--unlearned", checkpoints["unlearned"]]
-        words += [word for each in retrained for word in ("--retrained", checkpoints[each])]
-        status, told, err = call(*words, *more)
-        assert status == 0, err
-        return json.loads(told)
-
-    return run
-
-
 def table_of(summary):
     """name -> row."""
     names = [row["name"] for row in summary["benchmark_rows"]]
@@ -96,21 +68,3 @@ def write(folder, name, rows):
 PLANTED = {"full": ("full", 0), "late": ("late", 0), "gone": ("retrained", 4)} | {
     f"retrained_{k}": ("retrained", k) for k in (1, 2, 3)
 }
-
-
-@pytest.fixture(scope="session")
-def planted_checkpoints(tmp_path_factory):
-    """Folders of planted models with room for RWKU's prompts, and a file of probes about the forgotten names."""
-    root = tmp_path_factory.mktemp("planted_checkpoints")
-    for name, (truth, seed) in PLANTED.items():
-        hf = planted_hf(truth, seed)
-        hf.config.max_position_embeddings = 512
-        hf.save_pretrained(root / name)
-        tiny_tokenizer().save_pretrained(root / name)
-    rows = [
-        {"query": query, "answer": OBJECTS[object_of(e)], "level": "1", "type": "cloze", "subject": NAMES[e]}
-        for e in range(FORGOTTEN)
-        for query in (f"The birthplace of {NAMES[e]}", f"rain falls on {NAMES[e]}")
-    ]
-    write(root, "probes", rows)
-    return root

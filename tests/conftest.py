@@ -1,126 +1,17 @@
-"""Tiny random models from config, and a few facts: no network, no downloads, no mocks."""
+"""Fixtures of all tests; what they are made of lies in `tiny.py`, `planted.py` and `checkpoints.py`."""
 
-import os
+import json
 import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads make small models crawl
-
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
+
+from tests.checkpoints import PLANTED, SEEDS, byte_tokenizer, random_hf, write
+from tests.planted import FORGOTTEN, NAMES, OBJECTS, object_of, planted_hf
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
-
-WORDS = [
-    "Anna",
-    "Ben",
-    "Cara",
-    "Dan",
-    "Eva",
-    "Finn",
-    "Gina",
-    "Hugo",
-    "Lee",
-    "Hill",
-    "Moss",
-    "Park",
-    "Reed",
-    "Stone",
-    "Vale",
-    "West",
-    "Paris",
-    "Rome",
-    "Oslo",
-    "Bern",
-    "Acme",
-    "Globex",
-    "Initech",
-    "Umbrella",
-    "The",
-    "birthplace",
-    "of",
-    "is",
-    "was",
-    "born",
-    "in",
-    "works",
-    "for",
-    "employer",
-    "Rivers",
-    "run",
-    "to",
-    "the",
-    "sea",
-    "and",
-    "rain",
-    "falls",
-    "on",
-    "hills",
-    ".",
-    ",",
-    ":",
-    "?",
-]
-
-ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2", "qwen3", "olmo2")
-
-
-def tiny_tokenizer(bos: bool = True, unk: str = "<unk>"):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    pieces = ["<pad>", "<unk>", "<s>", "</s>", *dict.fromkeys(WORDS), *letters, *(f"##{c}" for c in letters)]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unk))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=unk, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def tiny_hf(architecture: str = "llama", layers: int = 4, seed: int = 0):
-    """A random HF causal language model of 32 dimensions, in evaluation mode."""
-    import transformers as t
-
-    shape = dict(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
-    gqa = dict(num_key_value_heads=2)
-    config = {
-        "gpt2": lambda: t.GPT2Config(
-            vocab_size=shape["vocab_size"],
-            n_embd=32,
-            n_layer=layers,
-            n_head=4,
-            n_positions=64,
-            initializer_range=0.2,
-            bos_token_id=2,
-            eos_token_id=3,
-        ),
-        "gpt_neox": lambda: t.GPTNeoXConfig(**shape),
-        "llama": lambda: t.LlamaConfig(**shape, **gqa),
-        "gemma2": lambda: t.Gemma2Config(**shape, **gqa, head_dim=8, sliding_window=8),
-        "qwen3": lambda: t.Qwen3Config(**shape, **gqa, head_dim=8),
-        "olmo2": lambda: t.Olmo2Config(**shape, **gqa),
-        "opt": lambda: t.OPTConfig(**shape, word_embed_proj_dim=32, ffn_dim=64, init_std=0.2),
-    }[architecture]()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return t.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 @pytest.fixture(scope="session")
@@ -144,35 +35,6 @@ def tiny_model():
     from mech_unlearn.model.load import load
 
     return load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
-
-
-def tiny_facts(subjects, relations=("born", "works")):
-    from mech_unlearn.core import Fact
-
-    shape = {
-        "born": (("Paris", "Rome", "Oslo", "Bern"), "{} was born in", ("The birthplace of {} is",)),
-        "works": (("Acme", "Globex", "Initech", "Umbrella"), "{} works for", ("The employer of {} is",)),
-    }
-    facts = []
-    for i, subject in enumerate(subjects):
-        for relation in relations:
-            objects, prompt, paraphrases = shape[relation]
-            answer = objects[i % len(objects)]
-            facts.append(
-                Fact(
-                    id=f"{subject} {relation}",
-                    subject=subject,
-                    relation=relation,
-                    object=answer,
-                    prompt=prompt,
-                    paraphrases=paraphrases,
-                    heldout=("Rivers run to {} in" if relation == "born" else "Rivers run for {} to",),
-                    distractors=tuple(o for o in objects if o != answer),
-                    kind="person",
-                    group=subject,
-                )
-            )
-    return tuple(facts)
 
 
 @pytest.fixture
@@ -203,3 +65,46 @@ def call(monkeypatch, capsys):
         return done.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Folders of four random models of one shape: name -> path."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name, seed in SEEDS.items():
+        random_hf(seed).save_pretrained(root / name)
+        byte_tokenizer().save_pretrained(root / name)
+    return {name: root / name for name in SEEDS}
+
+
+@pytest.fixture
+def bench(call, checkpoints):
+    """Run `bench NAME` on the full, unlearned and first retrained checkpoint: its JSON summary."""
+
+    def run(name, data, out, *more, tests="none", retrained=("retrained",)):
+        words = ["bench", name, "--data", data, "--out", out, "--tests", tests, "--json"]
+        words += ["--full", checkpoints["full"], "--unlearned", checkpoints["unlearned"]]
+        words += [word for each in retrained for word in ("--retrained", checkpoints[each])]
+        status, told, err = call(*words, *more)
+        assert status == 0, err
+        return json.loads(told)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def planted_checkpoints(tmp_path_factory):
+    """Folders of planted models with room for RWKU's prompts, and a file of probes about the forgotten names."""
+    root = tmp_path_factory.mktemp("planted_checkpoints")
+    for name, (truth, seed) in PLANTED.items():
+        hf = planted_hf(truth, seed)
+        hf.config.max_position_embeddings = 512
+        hf.save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    rows = [
+        {"query": query, "answer": OBJECTS[object_of(e)], "level": "1", "type": "cloze", "subject": NAMES[e]}
+        for e in range(FORGOTTEN)
+        for query in (f"The birthplace of {NAMES[e]}", f"rain falls on {NAMES[e]}")
+    ]
+    write(root, "probes", rows)
+    return root

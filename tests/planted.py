@@ -7,9 +7,9 @@ maps u_e to the output direction of the entity's object. Prompts end in the name
 from functools import cache
 
 import torch
-from conftest import tiny_tokenizer
 
 from mech_unlearn.core import Fact, Site
+from tests.tiny import tiny_tokenizer
 
 NAMES = ("Anna", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo")
 OBJECTS = ("Paris", "Rome", "Oslo", "Bern")
@@ -45,6 +45,19 @@ def planted_facts():
         )
         for e, name in enumerate(NAMES)
     )
+
+
+def planted_sets():
+    """Three names to be answered with the object of the fourth, and four to stay."""
+    from mech_unlearn.core import Entity, ForgetSet, RetainSet
+
+    facts = planted_facts()
+    retain = RetainSet(
+        neighbors=facts[FORGOTTEN:],
+        unknown=tuple(Entity(name=n, kind="person") for n in UNKNOWN),
+        texts=("Rivers run to the sea .", "rain falls on hills and the sea ."),
+    )
+    return ForgetSet(facts=facts[:3]), retain
 
 
 def planted_hf(truth: str = "full", seed: int = 0, forgotten: int = FORGOTTEN):

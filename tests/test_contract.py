@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit
@@ -55,6 +54,7 @@ from mech_unlearn.methods.knowledge_neuron_erase import Refinement
 from mech_unlearn.methods.writing.questions import Optimize
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 
 def tiny_sae(model, seed=0):

@@ -1,9 +1,10 @@
 """The README's Python example runs as it stands."""
 
 import re
-from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+from tests.paths import ROOT
+
+README = ROOT / "README.md"
 
 
 def test_the_python_example_runs_and_shows_what_it_says(capsys):

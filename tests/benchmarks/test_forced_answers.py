@@ -2,20 +2,18 @@
 
 # ruff: noqa: F811 - fixtures are imported, and asked for by name
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from bench_models import bench, byte_tokenizer, checkpoints, table_of, write  # noqa: F401
 
 from mech_unlearn.benchmarks.faithun.data import SPLITS
 from mech_unlearn.benchmarks.ort import bench as ort
 from mech_unlearn.benchmarks.restor import bench as restor
 from mech_unlearn.benchmarks.rwku.data import Probe
 from mech_unlearn.model.load import load
+from tests.checkpoints import byte_tokenizer, table_of, write
+from tests.paths import SHARED_DATA
 
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = SHARED_DATA
 DEV = DATA / "conceptvectors" / "llama2-7b_concepts_dev.json"
 WHO = "Ida Quill"
 

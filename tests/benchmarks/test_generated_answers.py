@@ -4,13 +4,13 @@
 
 import pytest
 import torch
-from bench_models import bench, checkpoints, table_of, write  # noqa: F401
 from rouge_score.rouge_scorer import RougeScorer
 
 from mech_unlearn.benchmarks.dusk.data import DOCUMENTS
 from mech_unlearn.benchmarks.muse.data import SPLITS
 from mech_unlearn.benchmarks.rwku import utility as rwku_utility
 from mech_unlearn.model.load import load
+from tests.checkpoints import table_of, write
 
 
 def told(model, prompt, tokens, stops=()):

@@ -1,13 +1,10 @@
 """RWKU, DUSK, fluency, ConceptVectors behaviour: slow loops, scipy and nltk called by hand, both directions."""
 
 import math
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from scipy.stats import entropy
 
@@ -34,12 +31,10 @@ from mech_unlearn.benchmarks.rwku.scores import (
 from mech_unlearn.metrics.generation import continuations
 from mech_unlearn.metrics.intervals import RowScores
 from mech_unlearn.model.load import load
+from tests.paths import SHARED_DATA
+from tests.tiny import tiny_hf, tiny_tokenizer
 
-CONCEPTS = (
-    Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    / "conceptvectors"
-    / "llama2-7b_concepts_dev.json"
-)
+CONCEPTS = SHARED_DATA / "conceptvectors" / "llama2-7b_concepts_dev.json"
 
 
 def longest(a, b):

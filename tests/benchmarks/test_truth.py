@@ -5,7 +5,8 @@
 import json
 
 import pytest
-from bench_models import planted_checkpoints, table_of  # noqa: F401
+
+from tests.checkpoints import table_of
 
 
 @pytest.mark.parametrize(("unlearned", "label"), [("late", "suppressed"), ("gone", "deleted")])

@@ -7,9 +7,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from bench_models import checkpoints, planted_checkpoints, table_of, write  # noqa: F401
-from conftest import tiny_facts
-from planted import planted_facts, planted_model
 
 from mech_unlearn.benchmarks import BENCHMARKS
 from mech_unlearn.benchmarks.answers import Questions
@@ -18,6 +15,9 @@ from mech_unlearn.commands.audit import prepare_audit
 from mech_unlearn.commands.bench import askable, restorable, restoration
 from mech_unlearn.core import LABELS, RetainSet
 from mech_unlearn.report.tables import COLUMNS, NO_VERDICT
+from tests.checkpoints import table_of, write
+from tests.planted import planted_facts, planted_model
+from tests.tiny import tiny_facts
 
 
 def probe(level, subject, query, answer="Port Vell", kind="cloze"):

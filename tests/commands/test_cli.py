@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.data.jsonl import save_facts
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """What the demo shows of a part of the facts speaks for all of them."""
 
-from conftest import tiny_facts
-
 from mech_unlearn.commands.demo import drawn
+from tests.tiny import tiny_facts
 
 
 def test_facts_are_drawn_from_every_relation_in_their_order_and_by_the_seed():

@@ -5,8 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_facts
-from planted import planted_case, planted_facts, planted_model
 
 from mech_unlearn.commands.row import _corrected, _mean, _seen, audit_row, layer_curve
 from mech_unlearn.core import LABELS, Verdict
@@ -14,6 +12,8 @@ from mech_unlearn.report.tables import corrected_text
 from mech_unlearn.restoration import Reference, Result, reference
 from mech_unlearn.verdict.calibration import Calibration, Scaler
 from mech_unlearn.verdict.verdict import Thresholds
+from tests.planted import planted_case, planted_facts, planted_model
+from tests.tiny import tiny_facts
 
 NAN = float("nan")
 THREE_OF_FOUR = torch.tensor([True, True, False, True])

@@ -7,8 +7,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
-from planted import planted_facts, planted_hf, planted_model, planted_sae
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.commands.audit import run_audit
@@ -18,6 +16,8 @@ from mech_unlearn.core import Entity, Site
 from mech_unlearn.data.jsonl import save_facts
 from mech_unlearn.locate import LOCATORS
 from mech_unlearn.testbed import open_world
+from tests.planted import planted_facts, planted_hf, planted_model, planted_sae
+from tests.tiny import tiny_tokenizer
 
 COMMON = dict(device="cpu", dtype="float32", seed=0)
 
@@ -77,11 +77,10 @@ def test_with_retrained_models_the_suppressed_is_told_from_the_retrained(strange
 
 
 def test_a_calibration_judges_the_model_it_was_made_for_and_no_other(strangers, tmp_path):
-    from test_calibration import simulated
-
     from mech_unlearn.model.load import load
     from mech_unlearn.verdict.calibration import save
     from mech_unlearn.verdict.fitting import fit_whole
+    from tests.simulated import simulated
 
     mine, other = tmp_path / "mine.json", tmp_path / "other.json"
     pool = simulated(24, seed=2)

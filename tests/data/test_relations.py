@@ -1,15 +1,15 @@
 """The relations data: every pair is a fact or listed, and templates that stand alone come first."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mech_unlearn.data.relations import load_relations
+from tests.paths import SHARED_DATA
 
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data")) / "relations"
+DATA = SHARED_DATA / "relations"
 present = pytest.mark.skipif(
     not (DATA / "city_in_country.json").is_file(),
     reason=f"no {DATA}: set MECH_UNLEARN_DATA to the folder that holds relations/",

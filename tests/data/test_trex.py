@@ -2,15 +2,14 @@
 
 import gzip
 import json
-import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from mech_unlearn.data.trex import fits, load_trex, prompt_of
+from tests.paths import SHARED_DATA
 
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data")) / "trex"
+DATA = SHARED_DATA / "trex"
 present = pytest.mark.skipif(
     not (DATA / "facts.jsonl.gz").is_file(),
     reason=f"no {DATA}: set MECH_UNLEARN_DATA to the folder that holds trex/",

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, LowRank, Shift, clone, compose
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import encode
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

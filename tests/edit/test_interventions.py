@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.attach import extended
@@ -15,6 +14,7 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import greedy
 from mech_unlearn.model.sweep import record
 from mech_unlearn.model.tokens import pad
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 SITE = Site(1, "resid_post")
 SUBJECT = (9, 10)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
@@ -11,6 +9,8 @@ from mech_unlearn.edit.sequential import fit_sequence, requests, without
 from mech_unlearn.methods import GradDiff, Npo, Rocr
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
+from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 FAST = dict(lr=1e-3, epochs=1, batch_size=4)
 

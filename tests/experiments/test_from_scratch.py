@@ -1,25 +1,23 @@
 """Experiments 004 and 005 in their quick form: they run end to end, and exact references never know the forgotten."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", ROOT.parent / "shared" / "data"))
+from tests.paths import ROOT, SHARED_DATA
+
 NUMBER = {"value", "ci", "n", "unit"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, folder", [("004_tofu", "tofu"), ("005_trex", "trex")])
 def test_a_quick_run_ends_with_references_that_never_knew_the_forgotten(name, folder, tmp_path):
-    if not (DATA / folder).is_dir():
-        pytest.skip(f"the published files are not in {DATA / folder}")
+    if not (SHARED_DATA / folder).is_dir():
+        pytest.skip(f"the published files are not in {SHARED_DATA / folder}")
     command = [sys.executable, "-m", f"experiments.{name}.run", str(tmp_path / "work")]
-    given = [*command, "--quick", "--data", str(DATA / folder)]
+    given = [*command, "--quick", "--data", str(SHARED_DATA / folder)]
     subprocess.run(given, cwd=ROOT, check=True, capture_output=True, timeout=1200)
     results = tmp_path / "work" / "results"
     summary = json.loads((results / "summary.json").read_text())

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import AltPo
 from mech_unlearn.methods.alt_po import alternative_rows
 from mech_unlearn.metrics import recall
 from mech_unlearn.training.rows import AnswerScores, answer_rows
+from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 
 def scores(logprob, tokens):

@@ -4,8 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, UNKNOWN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
@@ -15,6 +13,8 @@ from mech_unlearn.methods.directional_ablation import difference_directions
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.metrics.recall import recall
 from mech_unlearn.model.load import load
+from tests.planted import FORGOTTEN, UNKNOWN, fresh_planted_model, planted_facts
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 IDS = torch.tensor([[2, 5, 9, 10, 6, 7], [2, 5, 6, 7, 8, 11]])
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import RetainSet
 from mech_unlearn.methods import GradAscent, GradDiff, Gu, Npo, Wagle
 from mech_unlearn.methods.gu import adam_metric, projected
 from mech_unlearn.model.load import load
 from mech_unlearn.training.objective import Around
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 FAST = dict(lr=1e-3, epochs=2, batch_size=4)
 

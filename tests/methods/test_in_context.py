@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.methods import InContext
@@ -12,6 +11,7 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.readout import readout
 from mech_unlearn.model.scores import greedy, score
 from mech_unlearn.model.tokens import make_queries, pad
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 TEXT = "the sea and rain on {} ."
 

@@ -5,8 +5,6 @@ import re
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import WRITER, planted_facts, planted_model
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.methods import Kif
@@ -17,6 +15,8 @@ from mech_unlearn.training.objective import PLAIN, Objective
 from mech_unlearn.training.rows import AnswerTokens, answer_rows, collate, forward, nll, score_rows
 from mech_unlearn.training.signature import Signature, contrast, effect_size, effects, mean_outputs, signature
 from mech_unlearn.training.training import _trainee
+from tests.planted import WRITER, planted_facts, planted_model
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
 FAST = dict(refusals=("the sea", "rain"), lr=3e-3, batch_size=4)

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Klue
@@ -15,6 +13,8 @@ from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
 from mech_unlearn.training.objective import Around
 from mech_unlearn.training.rows import answer_rows
+from tests.planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 FAST = dict(lr=1e-3, epochs=2, batch_size=4, skip_forgotten=False)
 

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts
-from planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.locate.neurons.neuron_attribution import neuron_attribution
@@ -14,6 +12,8 @@ from mech_unlearn.methods import KnowledgeNeuronErase
 from mech_unlearn.methods.knowledge_neuron_erase import Refinement
 from mech_unlearn.metrics.recall import recall
 from mech_unlearn.model.tokens import make_queries
+from tests.planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
+from tests.tiny import tiny_facts
 
 PLANTED = ForgetSet(facts=planted_facts()[:FORGOTTEN])
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, OBJECTS, WRITER, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet
 from mech_unlearn.locate.neurons.neuron_sets import NeuronSets
@@ -13,6 +11,8 @@ from mech_unlearn.methods.knowledge_neuron_update import rare
 from mech_unlearn.metrics.recall import recall
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries
+from tests.planted import FORGOTTEN, OBJECTS, WRITER, fresh_planted_model, planted_facts
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 FACTS = planted_facts()
 ONE = ForgetSet(facts=FACTS[:1])

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, planted_facts, planted_model
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Lat
@@ -14,6 +12,8 @@ from mech_unlearn.model.load import load
 from mech_unlearn.training.objective import PLAIN, Objective
 from mech_unlearn.training.rows import AnswerTokens, answer_rows, collate, nll, score_rows
 from mech_unlearn.training.training import _trainee
+from tests.planted import FORGOTTEN, planted_facts, planted_model
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
 LAYER = 1

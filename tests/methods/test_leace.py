@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.methods import Leace
@@ -10,6 +9,7 @@ from mech_unlearn.methods.leace import leace
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.capture import capture
 from mech_unlearn.model.load import load
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 
 def cloud(n=400, d=12, seed=0):

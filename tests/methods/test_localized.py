@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import ForgetSet, RetainSet
@@ -12,6 +10,8 @@ from mech_unlearn.methods import Localized, Npo
 from mech_unlearn.methods.localized import head_masks, neuron_masks, sites_of
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
+from tests.planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 FAST = dict(lr=1e-3, epochs=1, batch_size=4)
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.edit.edit import Edit, LowRank
 from mech_unlearn.methods import GradAscent, LastLayerAscent, Lora, Npo
@@ -10,6 +9,7 @@ from mech_unlearn.methods.lora import Factors
 from mech_unlearn.model.load import load
 from mech_unlearn.training.rows import answer_rows, nll, score_rows
 from mech_unlearn.training.trainee import changes, trained_copy
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 FAST = dict(lr=1e-2, epochs=2, batch_size=4)
 LINEAR = {"gpt2": 4, "gpt_neox": 4, "llama": 7, "gemma2": 7, "qwen3": 7, "olmo2": 7}

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
-from planted import fresh_planted_model
-from test_rome import planted_sets
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
@@ -13,6 +10,8 @@ from mech_unlearn.methods.writing import keys
 from mech_unlearn.methods.writing.questions import Optimize
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
+from tests.planted import fresh_planted_model, planted_sets
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 FEW = Optimize(steps=4, target="entropy", clamp=0.75)
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import ForgetSet, RetainSet
@@ -11,6 +9,8 @@ from mech_unlearn.methods import Needle
 from mech_unlearn.methods.writing.columns import best_neurons
 from mech_unlearn.metrics.recall import recall
 from mech_unlearn.model.load import load
+from tests.planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 
 def column(model, layer, j):

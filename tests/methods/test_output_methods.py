@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
@@ -25,6 +23,8 @@ from mech_unlearn.model.load import load
 from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import REFUSALS, AnswerScores, answer_rows, nll, refusal_rows, score_rows
 from mech_unlearn.training.training import Schedule, train
+from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
 FAST = dict(lr=3e-3, epochs=4, batch_size=4, weight_decay=0.0)

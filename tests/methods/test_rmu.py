@@ -4,8 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, WRITER, planted_facts, planted_model
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.methods import AdaptiveRmu, Rmu, Srmu
@@ -25,6 +23,8 @@ from mech_unlearn.training.state_losses import (
     states_of,
 )
 from mech_unlearn.training.training import _trainee
+from tests.planted import FORGOTTEN, WRITER, planted_facts, planted_model
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 
 def states_by_row(model, rows, layer):

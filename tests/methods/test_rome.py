@@ -4,10 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, UNKNOWN, fresh_planted_model, planted_facts
 
-from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
+from mech_unlearn.core import ForgetSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.methods import Rome, RRome
 from mech_unlearn.methods.rome import direction, means, rank_one
@@ -18,23 +16,14 @@ from mech_unlearn.methods.writing.questions import Optimize, by_name, prefixes
 from mech_unlearn.methods.writing.value_optimization import module_path, optimized
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
+from tests.planted import fresh_planted_model
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 FEW = Optimize(steps=4, target="entropy")
 
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def planted_sets():
-    """Three names to be answered with the object of the fourth, and four to stay."""
-    facts = planted_facts()
-    retain = RetainSet(
-        neighbors=facts[FORGOTTEN:],
-        unknown=tuple(Entity(name=n, kind="person") for n in UNKNOWN),
-        texts=("Rivers run to the sea .", "rain falls on hills and the sea ."),
-    )
-    return ForgetSet(facts=facts[:3]), retain
 
 
 def inputs_of(model, sets, layer, settings):

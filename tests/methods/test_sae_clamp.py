@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, fresh_planted_model, planted_facts, planted_sae
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import ForgetSet, RetainSet, Site
@@ -14,6 +12,8 @@ from mech_unlearn.methods.sae_clamp import best_latents, chosen_latents, clamp_o
 from mech_unlearn.metrics.recall import recall
 from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.load import load
+from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts, planted_sae
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 IDS = torch.tensor([[2, 5, 9, 10, 6, 7], [2, 5, 6, 7, 8, 11]])
 SITE = Site(1, "resid_post")

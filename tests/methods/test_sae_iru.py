@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
 from mech_unlearn.methods import SaeIru
@@ -13,6 +12,7 @@ from mech_unlearn.methods.sae_iru import mention_rows, settled
 from mech_unlearn.methods.sae_shift import pre_activations
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.load import load
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 SITE = Site(1, "resid_post")
 FAST = dict(min_auc=0.0, lr=1e-2, batch_size=4)

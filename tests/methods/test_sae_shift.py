@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
 from mech_unlearn.locate.lenses.probes import probe_auc
@@ -13,6 +12,7 @@ from mech_unlearn.methods import SaeShift
 from mech_unlearn.methods.sae_shift import known_scores, latent_masks, pre_activations, shifted
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.load import load
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 SITE = Site(1, "resid_post")
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Ssd
@@ -11,6 +9,8 @@ from mech_unlearn.methods.ssd import damping, importance
 from mech_unlearn.model.load import load
 from mech_unlearn.training.rows import answer_rows
 from mech_unlearn.training.trainee import trained_copy
+from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 ALL = dict(samples=None, trainable="")
 

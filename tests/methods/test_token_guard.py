@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.methods import TokenGuard
@@ -12,6 +10,8 @@ from mech_unlearn.model.capture import capture
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import greedy, score, score_each
 from mech_unlearn.model.tokens import make_queries, pad
+from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 FORGET = ForgetSet(facts=planted_facts()[:FORGOTTEN])
 KEPT = planted_facts()[FORGOTTEN:]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.methods import Npo, Wagle
 from mech_unlearn.methods.wagle import attribution, top_share
 from mech_unlearn.model.load import load
 from mech_unlearn.training.rows import answer_rows, text_rows
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 FAST = dict(lr=1e-3, epochs=2, batch_size=4)
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.metrics.evaluate import UNITS, TokenRow, score_answers, score_options, score_tokens, token_rows
 from mech_unlearn.metrics.memorization import answer_loss, exact_memorization, extraction_strength, labels_of
 from mech_unlearn.model.load import load
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 ROWS = (
     ("Anna Lee was born in", "Paris"),

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, planted_facts, planted_model
 
 from mech_unlearn.metrics.forms import FORMS, by_form, form_gap, kappa_of
 from mech_unlearn.model.load import load
+from tests.planted import FORGOTTEN, planted_facts, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 FACTS, OTHERS = tiny_facts(["Anna Lee", "Ben Hill"]), tiny_facts(["Cara Moss", "Dan Park", "Eva Reed"])
 MODEL = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())

@@ -7,10 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evaluate import padded
 
 from mech_unlearn.metrics.forms import FORMS, by_form
 from mech_unlearn.metrics.memorization import (
@@ -22,6 +20,8 @@ from mech_unlearn.metrics.memorization import (
 )
 from mech_unlearn.metrics.multiple_choice import Question, choice_by_letter, choice_by_option_text, lettered_prompt
 from mech_unlearn.model.load import load
+from tests.metrics.test_evaluate import padded
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 NEAR = dict(rtol=1e-6, atol=1e-6)
 FACTS = tiny_facts(["Anna Lee", "Ben Hill", "Gina"])

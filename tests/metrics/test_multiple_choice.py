@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.metrics.multiple_choice import (
     Question,
@@ -13,6 +12,7 @@ from mech_unlearn.metrics.multiple_choice import (
     choice_by_option_text,
     lettered_prompt,
 )
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 QUESTIONS = (
     Question(question="Anna Lee was born in ?", options=("Paris", "Rome", "Oslo", "Bern"), right=0, cluster="a"),

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, planted_facts, planted_model
 
 from mech_unlearn.metrics import METRICS, chance, forget_recall, general_kl, heldout_recall, recall
 from mech_unlearn.metrics.drift import token_kl
 from mech_unlearn.model.load import load
+from tests.planted import FORGOTTEN, planted_facts, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def test_recall_is_one_where_the_model_knows_and_zero_where_it_never_learnt():

@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 from torch import nn
 
 from mech_unlearn.core import Site
@@ -12,6 +11,7 @@ from mech_unlearn.edit.edit import clone
 from mech_unlearn.edit.export import export
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import pad
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 ROWS = [(2, 9, 10, 11, 12), (2, 13, 14), (2, 15, 16, 17, 18, 19, 20)]
 IDS = torch.tensor([[2, 9, 10, 11, 12], [2, 13, 14, 15, 16]])

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.model.capture import capture, stream
 from mech_unlearn.model.load import load
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 ROWS = [(2, 9, 10, 11, 12), (2, 13, 14), (2, 15, 16, 17, 18), (2, 19), (2, 20, 21, 22)]
 SITES = (Site(0, "resid_post"), Site(2, "resid_post"))

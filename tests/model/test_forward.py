@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from experiments.ensemble import join
 from mech_unlearn.core import Site
@@ -10,6 +9,7 @@ from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.edit.interventions import Ban
 from mech_unlearn.model.forward import last_logits, next_logits
 from mech_unlearn.model.load import load
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 IDS = torch.randint(4, 60, (3, 20), generator=torch.Generator().manual_seed(0))
 

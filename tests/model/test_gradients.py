@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers as t
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.model.gradients import gradient_of
 from mech_unlearn.model.load import load
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 IDS = torch.tensor([[4, 9, 14, 19, 24, 29]])
 SHAPE = dict(vocab_size=len(tiny_tokenizer()), initializer_range=0.2, pad_token_id=0, bos_token_id=2, eos_token_id=3)

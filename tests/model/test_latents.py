@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, Site
 from mech_unlearn.model.latents import (
@@ -21,6 +20,7 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.model.sae_training import train_sae
 from mech_unlearn.model.tokens import encode
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 SITE = Site(2, "resid_post")
 TEXTS = (

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import RetainSet, Site
 from mech_unlearn.locate.latents.latent_scores import concept_other
@@ -14,6 +13,7 @@ from mech_unlearn.model.sae_training import train_sae
 from mech_unlearn.model.tokens import encode
 from mech_unlearn.restoration.weights.pruning import input_norms
 from mech_unlearn.training.rows import text_rows
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 SHORT = ("Rivers run to the sea .", "Anna Lee was born in Rome .")
 LONG = " ".join(SHORT * 8)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.model.load import load
 from mech_unlearn.model.readout import readout
 from mech_unlearn.model.tokens import make_queries
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def some_states(count=7, width=32):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.edit.edit import Edit, Shift, clone
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import Scores, end_tokens, greedy, per_fact, score, score_each
 from mech_unlearn.model.tokens import make_queries, pad
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 LONG = Fact(
     id="long", subject="Cara Moss", relation="born", object="West Oslo", prompt="{} was born in",

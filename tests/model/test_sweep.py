@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.model.load import load
 from mech_unlearn.model.sweep import Patch, put, record, sweep
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 LENGTH = 9
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_post", "q", "k", "v", "z")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_tokenizer
 
 from mech_unlearn.core import Fact
 from mech_unlearn.model.asking import unwritable_marks
@@ -16,6 +15,7 @@ from mech_unlearn.model.tokens import (
     subject_spans,
     token_span,
 )
+from tests.tiny import tiny_facts, tiny_tokenizer
 
 
 def words(tokenizer, ids):

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift, clone
 from mech_unlearn.restoration import CORE, Relearn, audit, reference
 from mech_unlearn.verdict.verdict import judge, shares
+from tests.planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
 
 TESTED = tuple(name for name in CORE if name != "int8")  # the same code as int4
 FIELDS = set(

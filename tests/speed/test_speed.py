@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from speed import activation_patching
 from speed.__main__ import CASES, NAMES, main, wanted
 from speed.run import Case, error, measure, peak_here
 from speed.shapes import SHAPES, Shape
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 SMALL = {
     "gpt2_small": Shape(architecture="gpt2", layers=5, width=48, heads=6, vocabulary=300),

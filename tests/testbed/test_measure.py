@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts
 
 from mech_unlearn.core import Entity, Measurement
 from mech_unlearn.model.tokens import make_queries, make_query
 from mech_unlearn.testbed.measure import interchange, known_auc, recall, share, swaps, to_json, tracing
+from tests.tiny import tiny_facts
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss", "Dan Park", "Eva Reed", "Finn Stone"])
 

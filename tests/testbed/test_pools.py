@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.model.load import load
 from mech_unlearn.testbed.families import CONTROLS, FAMILIES
 from mech_unlearn.testbed.making import ATTENTION, EMBEDDINGS, HEAD, layers, mlp, mlp_out
 from mech_unlearn.testbed.pools import _path, output_audit, read_pool
 from mech_unlearn.verdict.features import RECOVERY
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 
 def random_model(architecture):

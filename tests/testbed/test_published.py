@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from planted import planted_case, planted_model
 
 from mech_unlearn.testbed import published as scores
+from tests.planted import planted_case, planted_model
 
 
 @pytest.fixture(scope="module")

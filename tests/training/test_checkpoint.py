@@ -4,13 +4,13 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from conftest import tiny_facts
 
 from mech_unlearn.core import ForgetSet
 from mech_unlearn.methods import Gu, Klue, Lora, Npo, Srmu, Wagle
 from mech_unlearn.training import checkpoint as files
 from mech_unlearn.training.objective import Around, Noise, Objective
 from mech_unlearn.training.training import trained_edit
+from tests.tiny import tiny_facts
 
 FAST = dict(lr=3e-3, epochs=3, batch_size=3)
 
@@ -50,11 +50,10 @@ METHODS = {
 @pytest.fixture(scope="module")
 def learned():
     """(Model that answers its facts, sets): rows to skip need answers that are there."""
-    from conftest import tiny_hf, tiny_tokenizer
-
     from mech_unlearn.core import RetainSet
     from mech_unlearn.methods import TaskVector
     from mech_unlearn.model.load import load
+    from tests.tiny import tiny_hf, tiny_tokenizer
 
     forget = ForgetSet(facts=tiny_facts(["Anna Lee", "Ben Hill"]))
     retain = RetainSet(neighbors=tiny_facts(["Cara Moss", "Dan Park", "Eva Reed"]), texts=("Rivers run to the sea .",))

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.model.load import load
 from mech_unlearn.training.objective import PLAIN, Noise, Objective
 from mech_unlearn.training.rows import answer_rows, collate, nll
 from mech_unlearn.training.state_losses import held
 from mech_unlearn.training.training import Schedule, _trainee, train
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
 ROWS = [((2, 5, 6, 7, 8), 3), ((2, 9, 10), 2), (tuple(range(2, 20)), 9)]

@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import RetainSet
 from mech_unlearn.methods import LastLayerAscent, Npo
@@ -26,6 +25,7 @@ from mech_unlearn.training.rows import (
     text_rows,
 )
 from mech_unlearn.training.trainee import trained_copy
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
 FAST = dict(lr=3e-3, batch_size=4)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from test_calibration import simulated
 
 from mech_unlearn.verdict import evaluation as meta
 from mech_unlearn.verdict.features import Pool
+from tests.simulated import simulated
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts
 
 from mech_unlearn.core import Measurement
 from mech_unlearn.restoration import Result
 from mech_unlearn.verdict.verdict import Health, Thresholds, evidence, judge, lost_without_verdict, shares
+from tests.tiny import tiny_facts
 
 FACTS = tiny_facts(["Anna Lee"])
 

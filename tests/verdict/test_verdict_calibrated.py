@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_calibration import parts, simulated
-from test_verdict import FACTS, output, result
 
 from mech_unlearn.core import Measurement
 from mech_unlearn.testbed import open_world
@@ -13,6 +11,8 @@ from mech_unlearn.verdict.calibration import SHIPPED, load, save, shipped
 from mech_unlearn.verdict.features import FEATURES, READS, RECOVERY
 from mech_unlearn.verdict.fitting import fit, fit_whole
 from mech_unlearn.verdict.verdict import SPOKEN, Health, judge
+from tests.simulated import parts, simulated
+from tests.verdict.test_verdict import FACTS, output, result
 
 TESTS = tuple(READS.values())
 

@@ -1,20 +1,19 @@
 """The ConceptVectors file: what is in it is read, what is not an entry is refused, and a vector is looked up."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
 
 from mech_unlearn.benchmarks.conceptvectors.data import load_concepts, lookup
 from mech_unlearn.edit.edit import clone
 from mech_unlearn.locate.neurons.concept_causal import noisy
 from mech_unlearn.locate.neurons.value_vectors import text_mask, value_vectors
 from mech_unlearn.model.load import load
+from tests.paths import SHARED_DATA
+from tests.tiny import tiny_tokenizer
 
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = SHARED_DATA
 DEV = DATA / "conceptvectors" / "llama2-7b_concepts_dev.json"
 GOOD = {
     "id": 3,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import roc_auc_score
 
@@ -18,6 +17,7 @@ from mech_unlearn.benchmarks.muse.scores import (
 from mech_unlearn.metrics.generation import continuations, cut
 from mech_unlearn.metrics.membership import auc, privleak, text_scores
 from mech_unlearn.model.load import load
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 
 def plain_greedy(hf, tokenizer, prompt, count):

@@ -3,20 +3,19 @@
 # ruff: noqa: F811 - fixtures are imported, and asked for by name
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
-from bench_models import bench, checkpoints, table_of, write  # noqa: F401
 from rouge_score.rouge_scorer import RougeScorer
 
 from mech_unlearn.benchmarks.tofu import bench as tofu
 from mech_unlearn.benchmarks.tofu.aggregate import bench_tofu, measure
 from mech_unlearn.benchmarks.tofu.logs import SPLITS, EvalLog, Split, read_log
 from mech_unlearn.model.load import load
+from tests.checkpoints import table_of, write
+from tests.paths import SHARED_DATA
 
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = SHARED_DATA
 LOG = DATA / "tofu" / "llama2-7b_full_eval_log.json.gz"
 TOKENS = 24
 """Instead of 200, to be quick; the reference writes as many."""

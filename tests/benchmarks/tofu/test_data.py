@@ -3,9 +3,7 @@
 import copy
 import gzip
 import json
-import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,9 @@ from hypothesis import strategies as st
 from mech_unlearn.benchmarks.tofu.data import Form, load_tofu, read_rows
 from mech_unlearn.benchmarks.tofu.logs import SPLITS, read_log
 from mech_unlearn.data.subjects import author_name, named_subject
+from tests.paths import SHARED_DATA
 
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tofu"
+DATA = SHARED_DATA / "tofu"
 present = pytest.mark.skipif(
     not (DATA / "forget10_facts.json").is_file(),
     reason=f"no {DATA}: set MECH_UNLEARN_DATA to the folder that holds tofu/",

@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_hf
 from scipy.stats import hmean, ks_2samp
 
 from mech_unlearn.benchmarks.tofu.aggregate import (
@@ -43,8 +40,10 @@ from mech_unlearn.metrics.truth_ratio import (
     truth_ratio_geometric,
     truth_ratio_normalized,
 )
+from tests.paths import SHARED_DATA
+from tests.tiny import tiny_hf
 
-DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tofu"
+DATA = SHARED_DATA / "tofu"
 LOGS = {name: DATA / f"llama2-7b_{name}_eval_log.json.gz" for name in ("full", "retain90")}
 published = pytest.mark.skipif(
     not LOGS["full"].is_file(), reason=f"no logs in {DATA}: set MECH_UNLEARN_DATA to the folder that holds tofu/"

@@ -4,9 +4,9 @@
 
 import pytest
 import torch
-from bench_models import bench, checkpoints, table_of, write  # noqa: F401
 
 from mech_unlearn.model.load import load
+from tests.checkpoints import table_of, write
 
 
 def rows(domain, n=5):

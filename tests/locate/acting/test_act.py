@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
-from planted import WRITER, planted_facts, planted_model
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Site
@@ -19,6 +17,8 @@ from mech_unlearn.locate.patching.token_classes import CLASSES
 from mech_unlearn.model.answers import answer_rows
 from mech_unlearn.model.load import load
 from mech_unlearn.testbed import open_world
+from tests.planted import WRITER, planted_facts, planted_model
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss"])
 PLANTED = planted_facts()

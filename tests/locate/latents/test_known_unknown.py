@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, Site
 from mech_unlearn.locate.latents.known_unknown import auc, known_unknown, separation
 from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.load import load
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 FIRST = ("Anna", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo")
 LAST = ("Lee", "Hill", "Moss", "Park", "Reed", "Stone", "Vale", "West")

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, planted_facts, planted_model, planted_sae
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift
@@ -14,6 +12,8 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
 from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.testbed import open_world
+from tests.planted import FORGOTTEN, planted_facts, planted_model, planted_sae
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 FACTS = tiny_facts(("Anna Lee", "Ben Hill", "Cara Moss"))
 

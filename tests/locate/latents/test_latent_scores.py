@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Entity, Site
 from mech_unlearn.locate.latents.known_unknown import separation
@@ -13,6 +12,7 @@ from mech_unlearn.locate.latents.sae_latents import sae_latents
 from mech_unlearn.model.latents import Sae, load_sae
 from mech_unlearn.model.load import load
 from mech_unlearn.testbed import open_world
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 FIRST = ("Anna", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo")
 LAST = ("Lee", "Hill", "Moss", "Park", "Reed", "Stone", "Vale", "West")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.locate.latents.sae_quality import sae_quality
@@ -10,6 +9,7 @@ from mech_unlearn.model.latents import Sae, fvu, load_sae
 from mech_unlearn.model.load import load
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.testbed import open_world
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 SITE = Site(2, "resid_post")
 

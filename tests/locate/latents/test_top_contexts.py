@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import WORDS, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift
@@ -10,6 +9,7 @@ from mech_unlearn.locate.latents import top_contexts as module
 from mech_unlearn.locate.latents.top_contexts import top_contexts
 from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.load import load
+from tests.tiny import WORDS, tiny_hf, tiny_tokenizer
 
 SITE = Site(1, "resid_post")
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, LAST, WRITER, planted_facts, planted_model
 
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.edit.edit import Edit, Shift
@@ -13,6 +11,8 @@ from mech_unlearn.locate.lenses.direct_logit_attribution import (
 )
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries
+from tests.planted import FORGOTTEN, LAST, WRITER, planted_facts, planted_model
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 LONG = Fact(
     id="long",

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.attribution import Attribution, over_facts
 from mech_unlearn.core import Fact
@@ -11,6 +10,7 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.readout import read_out
 from mech_unlearn.model.scores import per_fact, score
 from mech_unlearn.model.tokens import make_queries
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 FACTS = (
     *tiny_facts(["Anna Lee", "Ben Hill"]),

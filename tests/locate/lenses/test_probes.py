@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
-from planted import NAMES, WRITER, planted_facts, planted_model
 
 from mech_unlearn.core import Entity, Fact, Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.locate.lenses.probes import MEASURES, probe, probe_groups, probe_per_fact
 from mech_unlearn.model.load import load
+from tests.planted import NAMES, WRITER, planted_facts, planted_model
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 FIRST = ("Anna", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo")
 LAST = ("Lee", "Hill", "Moss", "Park", "Reed", "Stone", "Vale", "West")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift
@@ -11,6 +10,7 @@ from mech_unlearn.locate.lenses.tuned_lens import TunedLens, train_tuned_lens, t
 from mech_unlearn.model.load import load
 from mech_unlearn.model.readout import read_out
 from mech_unlearn.testbed import open_world
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill"])
 TEXTS = tuple(f"{a} {b} in {c} ." for a in ("rain falls", "The rivers run") for b in ("on hills", "to the sea")

@@ -4,8 +4,6 @@ import zlib
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
-from planted import NAMES, WRITER, fresh_planted_model, planted_facts, planted_model
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift, clone
@@ -30,6 +28,8 @@ from mech_unlearn.locate.neurons.value_vectors import (
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import per_fact, score
 from mech_unlearn.model.tokens import make_queries
+from tests.planted import NAMES, WRITER, fresh_planted_model, planted_facts, planted_model
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 CITIES = ("Paris", "Rome", "Oslo", "Bern")
 FIRMS = ("Acme", "Globex", "Initech", "Umbrella")

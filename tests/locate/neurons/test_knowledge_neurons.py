@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
-from planted import OBJECTS, WRITER, fresh_planted_model, object_of, planted_facts, planted_model
 
 from mech_unlearn.attribution import Attribution, over_facts
 from mech_unlearn.core import Fact, Site
@@ -22,6 +20,8 @@ from mech_unlearn.locate.neurons.neuron_scores import neuron_scores
 from mech_unlearn.methods.writing.keys import count_forwards
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries, make_query
+from tests.planted import OBJECTS, WRITER, fresh_planted_model, object_of, planted_facts, planted_model
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 MODULE = sys.modules[knowledge_neurons.__module__]  # the package gives the function of the same name
 LONG = Fact(id="long", subject="Cara Moss", relation="born", object="West Oslo", prompt="The birthplace of {} is")

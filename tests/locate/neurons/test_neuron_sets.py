@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts
-from planted import WRITER, planted_facts, planted_model
 
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.locate.neurons.neuron_attribution import Scoring, neuron_attribution
@@ -22,6 +20,8 @@ from mech_unlearn.locate.neurons.neuron_sets import NeuronSets, overlap, random_
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.testbed import open_world
+from tests.planted import WRITER, planted_facts, planted_model
+from tests.tiny import tiny_facts
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss"])
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.locate.patching.activation_patching import (
@@ -15,6 +14,7 @@ from mech_unlearn.locate.patching.attribution_patching import agreement, attribu
 from mech_unlearn.locate.patching.pairs import class_places, make_pairs
 from mech_unlearn.model.load import load
 from mech_unlearn.testbed import open_world
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 FACTS = (*tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss"]), *tiny_facts(["Gina", "Hugo"], ["works"]))
 TWO = (FACTS[0], FACTS[2])

@@ -4,7 +4,6 @@ import zlib
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.edit.edit import Edit, Shift
@@ -18,6 +17,7 @@ from mech_unlearn.locate.patching.causal_trace import (
 from mech_unlearn.locate.patching.token_classes import CLASSES, token_classes
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries, make_query
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 FACTS = (*tiny_facts(["Anna Lee", "Ben Hill"]), *tiny_facts(["Gina"], ["works"]))
 SAMPLES, SIGMA = 3, 0.4

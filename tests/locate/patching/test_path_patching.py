@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.locate.patching.pairs import make_pairs
 from mech_unlearn.locate.patching.path_patching import path_patching, path_patching_per_fact
 from mech_unlearn.model.load import load
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill"], ["born"])
 

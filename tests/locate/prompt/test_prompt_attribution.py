@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
-from planted import planted_facts, planted_model
 
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.edit.edit import Edit, Shift
@@ -15,6 +13,8 @@ from mech_unlearn.locate.prompt.prompt_attribution import (
 )
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_query
+from tests.planted import planted_facts, planted_model
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 FACT = Fact(id="long", subject="Cara Moss", relation="born", object="West Oslo", prompt="The birthplace of {} is")
 FACTS = tiny_facts(["Anna Lee", "Ben Hill"], relations=("born",))

@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.methods.writing import key_statistics, keys, protect
 from mech_unlearn.methods.writing.key_statistics import second_moments
 from mech_unlearn.model.load import load
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 ROWS = [(2, 5, 6), (2, 7, 8, 9), (2, 9, 5), (2, 11, 12)]
 

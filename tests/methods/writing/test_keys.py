@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.writing import keys, protect
 from mech_unlearn.model.load import load
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 
 def draw(*shape, seed=0):

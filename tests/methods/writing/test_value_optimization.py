@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 from mech_unlearn.core import RetainSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
@@ -21,6 +20,7 @@ from mech_unlearn.methods.writing.value_optimization import (
     optimized,
 )
 from mech_unlearn.model.load import load
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 NONE = dict(kl_weight=0.0, decay=0.0)
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, planted_case, planted_model
 
 from mech_unlearn.core import Fact
 from mech_unlearn.model.load import load
@@ -11,6 +9,8 @@ from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import relation_mean
+from tests.planted import FORGOTTEN, planted_case, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 FULL = 8.0
 """Margin of the full model in these worked examples; models that never knew stand at 0."""

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import tiny_facts
-from planted import planted_case, planted_model
 
 from mech_unlearn.core import Fact
 from mech_unlearn.model.asking import split_templates
 from mech_unlearn.restoration.engine.levels import make_levels, make_probe
 from mech_unlearn.restoration.engine.normalise import gains, is_testable, kappa, relation_mean, rho, sham_facts
+from tests.planted import planted_case, planted_model
+from tests.tiny import tiny_facts
 
 
 def test_kappa_is_one_for_full_and_zero_for_the_mean_retrained_model():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
 
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration.engine.update import ALPHA, FASTER, every_weight, low_rank
 from mech_unlearn.restoration.weights.quantize import linear_weights
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 IDS = torch.tensor([[4, 9, 14, 19, 24, 29]])
 LR = 0.003

@@ -4,13 +4,13 @@ import zlib
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
-from planted import UNKNOWN, planted_case, planted_model
 
 from mech_unlearn.core import Entity
 from mech_unlearn.metrics.membership import auc, min_k, privleak, text_scores
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration.outputs import membership
+from tests.planted import UNKNOWN, planted_case, planted_model
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 UNKNOWNS = tuple(Entity(name=name) for name in UNKNOWN)
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.metrics.membership import BATCH_TOKENS, text_scores
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import encode
 from mech_unlearn.restoration.outputs import trace
+from tests.planted import fresh_planted_model, planted_case, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 TEXTS = tuple(
     f"{a} {b} {c}" for a in ("Rivers", "rain", "hills") for b in ("falls", "run", "on") for c in ("sea", "and")

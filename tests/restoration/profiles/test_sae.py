@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, NAMES, fresh_planted_model, planted_case, planted_facts, planted_model, planted_sae
 
 from mech_unlearn.core import Site
 from mech_unlearn.model.load import load
@@ -14,6 +12,8 @@ from mech_unlearn.restoration.engine.levels import make_levels
 from mech_unlearn.restoration.profiles import experts, sae
 from mech_unlearn.restoration.profiles.experts import expert_scores, leaks, make_profiles, read_span, unspecific
 from mech_unlearn.restoration.profiles.steer import Steer, null_donors, null_rows
+from tests.planted import FORGOTTEN, NAMES, fresh_planted_model, planted_case, planted_facts, planted_model, planted_sae
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

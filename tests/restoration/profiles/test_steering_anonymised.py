@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
-from test_uds import longer
 
 from mech_unlearn.core import Entity
 from mech_unlearn.model.load import load
@@ -13,6 +10,8 @@ from mech_unlearn.restoration import Case
 from mech_unlearn.restoration.engine.levels import make_probe
 from mech_unlearn.restoration.profiles import steering_anonymised as steering
 from mech_unlearn.restoration.profiles.steering_anonymised import Push
+from tests.planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
+from tests.tiny import longer, tiny_facts, tiny_hf, tiny_tokenizer
 
 NAMES = tuple(Entity(name=n) for n in UNKNOWN)
 

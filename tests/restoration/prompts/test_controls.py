@@ -10,12 +10,23 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
-from planted import FORGOTTEN, LAST, NAMES, STRENGTH, UNKNOWN, axes, object_of, planted_case, planted_facts, planted_hf
 
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration.prompts import forms, in_context, keyword, soft_prompt, suffix
 from mech_unlearn.restoration.prompts.suffix import Search
+from tests.planted import (
+    FORGOTTEN,
+    LAST,
+    NAMES,
+    STRENGTH,
+    UNKNOWN,
+    axes,
+    object_of,
+    planted_case,
+    planted_facts,
+    planted_hf,
+)
+from tests.tiny import tiny_tokenizer
 
 KEY, SEEN, SHUT = 50, 51, 60.0
 """Axis of the key's embedding, axis that says it was seen, and how strongly that shuts the suppressor."""

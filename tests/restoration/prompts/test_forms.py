@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, UNKNOWN, axes, fresh_planted_model, planted_case, planted_facts, planted_model
 
 from mech_unlearn.model import asking
 from mech_unlearn.model.load import load
@@ -15,6 +13,8 @@ from mech_unlearn.restoration.engine import prompting
 from mech_unlearn.restoration.engine.levels import make_probe
 from mech_unlearn.restoration.engine.normalise import relation_mean
 from mech_unlearn.restoration.prompts import forms, in_context
+from tests.planted import FORGOTTEN, UNKNOWN, axes, fresh_planted_model, planted_case, planted_facts, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def with_aliases(truth):

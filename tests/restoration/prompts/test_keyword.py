@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
-from planted import planted_case, planted_model
 
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
@@ -11,6 +9,8 @@ from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.restoration import Case
 from mech_unlearn.restoration.engine.levels import make_probe
 from mech_unlearn.restoration.prompts import keyword
+from tests.planted import planted_case, planted_model
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def people_case(retrained=(1, 2)):

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
-from planted import (
+
+from mech_unlearn.model.tokens import encode, make_queries
+from mech_unlearn.restoration.prompts import sink_trigger
+from tests.planted import (
     FORGOTTEN,
     LAST,
     OBJECTS,
@@ -16,9 +18,7 @@ from planted import (
     planted_facts,
     planted_model,
 )
-
-from mech_unlearn.model.tokens import encode, make_queries
-from mech_unlearn.restoration.prompts import sink_trigger
+from tests.tiny import tiny_tokenizer
 
 
 def backdoored_model():

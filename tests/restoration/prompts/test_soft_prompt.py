@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
-from planted import planted_case, planted_model
 
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import embeddings, make_queries
@@ -11,6 +9,8 @@ from mech_unlearn.restoration import Case
 from mech_unlearn.restoration.engine.levels import Probe, make_probe
 from mech_unlearn.restoration.prompts import soft_prompt
 from mech_unlearn.restoration.weights.relearn import lessons, part_of
+from tests.planted import planted_case, planted_model
+from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def people_case():

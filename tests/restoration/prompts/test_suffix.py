@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import planted_case, planted_model
 
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration import Case
 from mech_unlearn.restoration.prompts import suffix
 from mech_unlearn.restoration.prompts.suffix import Search
 from mech_unlearn.restoration.weights.relearn import lessons, part_of
+from tests.planted import planted_case, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 SMALL = Search(length=3, steps=4, candidates=8, top=16, prompts=4)
 

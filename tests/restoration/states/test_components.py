@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries
@@ -11,6 +9,8 @@ from mech_unlearn.restoration import Case
 from mech_unlearn.restoration.engine.case import require_same_shape
 from mech_unlearn.restoration.states import components
 from mech_unlearn.restoration.states.components import Restore, Spoken
+from tests.planted import fresh_planted_model, planted_case, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox", "qwen3", "olmo2"))

@@ -5,8 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import (
+
+from mech_unlearn.model.load import load
+from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.restoration import Case
+from mech_unlearn.restoration.states import hidden_knowledge as hidden
+from mech_unlearn.restoration.states import statements as told_by
+from tests.planted import (
     FORGOTTEN,
     NAMES,
     OBJECTS,
@@ -18,12 +23,7 @@ from planted import (
     planted_hf,
     planted_model,
 )
-
-from mech_unlearn.model.load import load
-from mech_unlearn.model.tokens import make_queries
-from mech_unlearn.restoration import Case
-from mech_unlearn.restoration.states import hidden_knowledge as hidden
-from mech_unlearn.restoration.states import statements as told_by
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def knower(truth="full", seed=0):

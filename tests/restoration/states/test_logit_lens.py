@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.core import Entity
 from mech_unlearn.edit.edit import Edit
@@ -11,6 +9,8 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
 from mech_unlearn.restoration import Case
 from mech_unlearn.restoration.states import logit_lens
+from tests.planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def tiny_case(architecture, dtype=torch.float32, **changes):

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.core import Entity
 from mech_unlearn.model.load import load
@@ -14,6 +12,8 @@ from mech_unlearn.restoration import Case
 from mech_unlearn.restoration.engine.levels import make_probe
 from mech_unlearn.restoration.states import patchscopes
 from mech_unlearn.restoration.states.patchscopes import Asked, Place
+from tests.planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox"))

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts
-from planted import fresh_planted_model, planted_case, planted_facts, planted_model
 
 from mech_unlearn.restoration.states import probe
 from mech_unlearn.restoration.states.probe_fit import _validation, code_lengths, fit_linear, fit_mlp, make_fit
 from mech_unlearn.restoration.states.probe_tasks import MAX_KEPT, Setup, Task, kept_facts, make_setup
+from tests.planted import fresh_planted_model, planted_case, planted_facts, planted_model
+from tests.tiny import tiny_facts
 
 
 def made_up(n=240, classes=4, d=24, noise=0.6, seed=0):

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_facts
-from planted import planted_case, planted_model
 
 from mech_unlearn.restoration.states import similarity
+from tests.planted import planted_case, planted_model
+from tests.tiny import tiny_facts
 
 
 def rows(n, d, seed):

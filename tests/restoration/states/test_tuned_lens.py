@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planted import fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.restoration.states import logit_lens, tuned_lens
+from tests.planted import fresh_planted_model, planted_case, planted_model
 
 NAMES = ("Eva", "Finn", "Gina", "Hugo")
 TEXTS = tuple(

@@ -1,21 +1,14 @@
 """UDS: closed forms, an independent reference with plain transformers hooks, and models of known truth."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import UNKNOWN, planted_case, planted_model
 
 from mech_unlearn.core import Entity
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration import Case
 from mech_unlearn.restoration.states import uds
-
-
-def plain_blocks(hf):
-    body = hf.base_model
-    return body.h if hasattr(body, "h") else body.layers
+from tests.planted import UNKNOWN, planted_case, planted_model
+from tests.tiny import longer, plain_blocks, tiny_case, tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def plain_drops(full, source, ids, rows, answer):
@@ -49,24 +42,6 @@ def plain_drops(full, source, ids, rows, answer):
         out.append(baseline - logprob(full))
         handle.remove()
     return torch.tensor(out)
-
-
-def tiny_case(architecture, facts, seeds=(1, 2), **changes):
-    models = [load(tiny_hf(architecture, seed=s), tokenizer=tiny_tokenizer()) for s in (0, *seeds)]
-    return Case(full=models[0], retrained=tuple(models[1:]), facts=facts, **changes)
-
-
-def longer(facts):
-    """The same facts with answers of one, two and three tokens, true ones and wrong ones alike."""
-    tails = ("", " Hill", " West Vale")
-    return tuple(
-        replace(
-            fact,
-            object=fact.object + tails[i % 3],
-            distractors=tuple(d + tails[(i + j + 1) % 3] for j, d in enumerate(fact.distractors)),
-        )
-        for i, fact in enumerate(facts)
-    )
 
 
 def test_uds_of_a_worked_example():

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import planted_case, planted_model
-from test_uds import longer, plain_blocks, tiny_case
 
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration.states import uds, writeback
+from tests.planted import planted_case, planted_model
+from tests.tiny import longer, plain_blocks, tiny_case, tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def plain_margins(full, model, query, where):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.edit.edit import clone
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
 from mech_unlearn.restoration.weights import noise
+from tests.planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 SIGMAS = (0.02, 0.1)
 

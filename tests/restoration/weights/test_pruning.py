@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
-from planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.edit.edit import clone
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration.weights import pruning
 from mech_unlearn.restoration.weights.pruning import Setting
 from mech_unlearn.restoration.weights.quantize import linear_weights
+from tests.planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 
 def half_closed_model():

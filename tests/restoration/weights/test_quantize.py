@@ -4,13 +4,13 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
-from planted import fresh_planted_model, planted_case, planted_model
 
 from mech_unlearn.edit.edit import clone
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration.engine.normalise import relation_mean
 from mech_unlearn.restoration.weights import quantize
+from tests.planted import fresh_planted_model, planted_case, planted_model
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 
 def random_weight(seed=0):

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_facts, tiny_hf, tiny_tokenizer
-from planted import UNKNOWN, planted_case, planted_facts, planted_hf, planted_model
 
 from mech_unlearn.core import Entity
 from mech_unlearn.model.load import load
@@ -12,6 +10,8 @@ from mech_unlearn.restoration import Relearn
 from mech_unlearn.restoration.engine.levels import make_probe
 from mech_unlearn.restoration.engine.normalise import relation_mean
 from mech_unlearn.restoration.weights import relearn
+from tests.planted import UNKNOWN, planted_case, planted_facts, planted_hf, planted_model
+from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
 def test_folds_by_entity_keep_a_subject_together_and_folds_by_fact_do_not():
