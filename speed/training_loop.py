@@ -17,9 +17,11 @@ from torch.nn.functional import logsigmoid
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.methods import GradDiff, Npo
 from mech_unlearn.training.feed import Feed
+from mech_unlearn.training.losses import ascent
 from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import answer_rows
-from mech_unlearn.training.training import Schedule, train
+from mech_unlearn.training.schedule import Schedule
+from mech_unlearn.training.training import train
 from speed.shapes import Shape, Way
 
 Loss = Literal["grad_diff", "npo"]
@@ -108,7 +110,5 @@ def ours(shape: Shape, loss: Loss) -> Way:
 
 
 def _objective(method: GradDiff | Npo) -> Objective:
-    from mech_unlearn.methods.grad_diff import _loss
-
-    forget = method._loss if isinstance(method, Npo) else lambda _: _loss
+    forget = method._loss if isinstance(method, Npo) else lambda _: ascent
     return Objective(forget, method.retain_weight, method.forget_weight)

@@ -1,4 +1,4 @@
-"""The architecture page and the README's map name files, functions and folders that are there, and leave no room out."""
+"""The architecture page and the README's map name files, functions, folders that are there, and leave no room out."""
 
 import ast
 import re

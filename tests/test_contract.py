@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ from mech_unlearn.methods.knowledge_neuron_erase import Refinement
 from mech_unlearn.methods.writing.questions import Optimize
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.training.schedule import Schedule
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 
@@ -70,9 +72,12 @@ def tiny_sae(model, seed=0):
     return Sae(Site(1, "resid_post"), sae.eval().requires_grad_(False))
 
 
+ONCE = Schedule(lr=1e-3, epochs=1, batch_size=4)
 CASES = {
     "needle": lambda model: Needle(),
-    "needle, trained": lambda model: Needle(vectors=((1, 3), (2, 5)), ratio=2.0, epochs=1, batch_size=4),
+    "needle, trained": lambda model: Needle(
+        schedule=Schedule(lr=0.2, epochs=1, batch_size=4, weight_decay=0.0), vectors=((1, 3), (2, 5)), ratio=2.0
+    ),
     "knowledge_neuron_erase": lambda model: KnowledgeNeuronErase(refinement=Refinement(min_prompts=1)),
     "knowledge_neuron_erase of relations": lambda model: KnowledgeNeuronErase(
         which="relation", refinement=Refinement(min_prompts=1)
@@ -97,37 +102,37 @@ CASES = {
     "rocr to a generic name": lambda model: Rocr(anchor="neutral"),
     "sae_shift as a hook": lambda model: SaeShift(sae=tiny_sae(model), min_auc=0.0),
     "sae_shift as a narrowing hook": lambda model: SaeShift(sae=tiny_sae(model), min_auc=0.0, shared=1),
-    "grad_ascent": lambda model: GradAscent(epochs=1, lr=1e-3, batch_size=4),
-    "grad_ascent of embeddings": lambda model: GradAscent(only="embeddings", epochs=1, lr=1e-3, batch_size=4),
-    "grad_diff": lambda model: GradDiff(epochs=1, lr=1e-3, batch_size=4),
-    "kl_min": lambda model: KlMin(epochs=1, lr=1e-3, batch_size=4),
-    "sim_npo": lambda model: SimNpo(epochs=1, lr=1e-3, batch_size=4),
-    "idk_dpo": lambda model: IdkDpo(refusals=("the sea", "rain"), epochs=1, lr=1e-3, batch_size=4),
-    "undial": lambda model: Undial(epochs=1, lr=1e-3, batch_size=4),
-    "flat": lambda model: Flat(refusals=("the sea", "rain"), epochs=1, lr=1e-3, batch_size=4),
-    "catnip": lambda model: Catnip(epochs=1, lr=1e-3, batch_size=4),
-    "shred": lambda model: Shred(epochs=1, lr=1e-3, batch_size=4),
-    "task_vector": lambda model: TaskVector(epochs=1, lr=1e-3, batch_size=4),
+    "grad_ascent": lambda model: GradAscent(schedule=ONCE),
+    "grad_ascent of embeddings": lambda model: GradAscent(schedule=ONCE, only="embeddings"),
+    "grad_diff": lambda model: GradDiff(schedule=ONCE),
+    "kl_min": lambda model: KlMin(schedule=ONCE),
+    "sim_npo": lambda model: SimNpo(schedule=ONCE),
+    "idk_dpo": lambda model: IdkDpo(schedule=ONCE, refusals=("the sea", "rain")),
+    "undial": lambda model: Undial(schedule=ONCE),
+    "flat": lambda model: Flat(schedule=ONCE, refusals=("the sea", "rain")),
+    "catnip": lambda model: Catnip(schedule=ONCE),
+    "shred": lambda model: Shred(schedule=ONCE),
+    "task_vector": lambda model: TaskVector(schedule=ONCE),
     "sae_shift in the weights": lambda model: SaeShift(sae=tiny_sae(model), min_auc=0.0, mode="weights"),
-    "npo": lambda model: Npo(epochs=1, lr=1e-3, batch_size=4),
-    "last_layer_ascent": lambda model: LastLayerAscent(epochs=1, lr=1e-3, batch_size=4),
-    "alt_po": lambda model: AltPo(epochs=1, lr=1e-3, batch_size=4),
-    "klue": lambda model: Klue(epochs=1, lr=1e-3, batch_size=4, skip_forgotten=False),
+    "npo": lambda model: Npo(schedule=ONCE),
+    "last_layer_ascent": lambda model: LastLayerAscent(schedule=ONCE),
+    "alt_po": lambda model: AltPo(schedule=ONCE),
+    "klue": lambda model: Klue(schedule=ONCE),
     "ssd": lambda model: Ssd(alpha=1.0),
-    "gu": lambda model: Gu(base=Npo(epochs=1, lr=1e-3, batch_size=4), k=2),
-    "gu over wagle": lambda model: Gu(base=Wagle(base=Npo(epochs=1, lr=1e-3, batch_size=4), rho=0.3)),
-    "wagle": lambda model: Wagle(base=Npo(epochs=1, lr=1e-3, batch_size=4), rho=0.3),
-    "lora": lambda model: Lora(base=Npo(epochs=2, lr=1e-2, batch_size=4), rank=2),
-    "localized": lambda model: Localized(base=Npo(epochs=1, lr=1e-3, batch_size=4), neurons=((1, 3), (2, 5))),
-    "rmu": lambda model: Rmu(c=4.0, alpha=10.0, epochs=1, lr=1e-3),
-    "adaptive_rmu": lambda model: AdaptiveRmu(layer=2, alpha=10.0, epochs=1, lr=1e-3),
-    "adaptive_rmu of the first batch": lambda model: AdaptiveRmu(norm="first_batch", alpha=10.0, epochs=1, lr=1e-3),
-    "srmu": lambda model: Srmu(every=2, alpha=10.0, epochs=1, lr=1e-3),
-    "lat": lambda model: Lat(pgd_steps=3, repeats=2, epochs=1, lr=1e-3, batch_size=4),
-    "kif": lambda model: Kif(refusals=("the sea", "rain"), fisher_rows=4, epochs=1, lr=1e-3, batch_size=4),
+    "gu": lambda model: Gu(base=Npo(schedule=ONCE), k=2),
+    "gu over wagle": lambda model: Gu(base=Wagle(base=Npo(schedule=ONCE), rho=0.3)),
+    "wagle": lambda model: Wagle(base=Npo(schedule=ONCE), rho=0.3),
+    "lora": lambda model: Lora(base=Npo(schedule=Schedule(lr=1e-2, epochs=2, batch_size=4)), rank=2),
+    "localized": lambda model: Localized(base=Npo(schedule=ONCE), neurons=((1, 3), (2, 5))),
+    "rmu": lambda model: Rmu(schedule=ONCE, c=4.0, alpha=10.0),
+    "adaptive_rmu": lambda model: AdaptiveRmu(schedule=ONCE, layer=2, alpha=10.0),
+    "adaptive_rmu of the first batch": lambda model: AdaptiveRmu(schedule=ONCE, norm="first_batch", alpha=10.0),
+    "srmu": lambda model: Srmu(schedule=ONCE, every=2, alpha=10.0),
+    "lat": lambda model: Lat(schedule=ONCE, pgd_steps=3, repeats=2),
+    "kif": lambda model: Kif(schedule=ONCE, refusals=("the sea", "rain"), fisher_rows=4),
     "kif as a capsule": lambda model: Kif(mode="capsule"),
-    "sae_iru": lambda model: SaeIru(sae=tiny_sae(model), min_auc=0.0, epochs=3, lr=1e-3, batch_size=4),
-    "rna": lambda model: Rna(base=Npo(epochs=1, lr=1e-3, batch_size=4), layer=1),
+    "sae_iru": lambda model: SaeIru(schedule=replace(ONCE, epochs=3), sae=tiny_sae(model), min_auc=0.0),
+    "rna": lambda model: Rna(base=Npo(schedule=ONCE), layer=1),
 }
 
 

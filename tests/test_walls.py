@@ -1,4 +1,4 @@
-"""The walls of the house: which room may reach which, read from the code's own imports, function-level ones included."""
+"""The walls of the house: which room may reach which, read from the code's own imports, those in functions included."""
 
 import ast
 import statistics

@@ -1,11 +1,12 @@
 """The methods, what is fixed for the small models of the testbed, and the grid that the shared search goes through."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 
 from mech_unlearn.methods import METHODS, Npo
 from mech_unlearn.methods.writing.questions import Optimize
+from mech_unlearn.training.schedule import Schedule
 
 TRAINED = {"epochs": 4, "batch_size": 48}
 """As many passes for every training method that does not say otherwise; what stops them earlier is `stop_recall`."""
@@ -15,7 +16,7 @@ REFUSALS = {"biographies": ("Nobody", "a stranger"), "wikidata": ("a thing", "a 
 """What methods that teach to refuse offer: the worlds' vocabularies have no sentence that says so."""
 STATES = {"lr": 3e-3, "epochs": 6, "batch_size": 32}
 """For methods that train states after one layer: as many passes for all of them."""
-NPO = Npo(lr=7e-4, retain_weight=5.0, beta=1.0, **TRAINED)
+NPO = Npo(schedule=Schedule(lr=7e-4, **TRAINED), retain_weight=5.0, beta=1.0)
 """What wrappers wrap, but for the rate where they say so; its settings are those that the demo uses."""
 
 
@@ -93,10 +94,20 @@ def make(name: str, at: Any, chosen: dict[str, Any], seed: int) -> Any:
     kind = METHODS[name.split(" ")[0].rstrip(",")]
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
     if "base" in given:
-        base = replace(NPO, seed=seed, stop_recall=stop(at), **given.pop("base"))
+        rates = replace(NPO.schedule, stop_recall=stop(at), **given.pop("base"))
+        base = replace(NPO, seed=seed, schedule=rates)
         seeded = {"seed": seed} if "seed" in kind.__dataclass_fields__ else {}
         return kind(base=base, **given, **seeded)
-    return kind(**fixed(name, at), **given, seed=seed)
+    return scheduled(kind, fixed(name, at) | given, seed)
+
+
+def scheduled(kind: Any, given: dict[str, Any], seed: int) -> Any:
+    """The method with these settings, of which those of training change its own schedule."""
+    if "schedule" not in kind.__dataclass_fields__:
+        return kind(**given, seed=seed)
+    names = {f.name for f in fields(Schedule)}
+    rates = replace(kind.schedule, **{k: v for k, v in given.items() if k in names})
+    return kind(schedule=rates, **{k: v for k, v in given.items() if k not in names}, seed=seed)
 
 
 def stop(at: Any) -> float:

@@ -99,15 +99,17 @@ def size_of(tofu: Tofu, gone: frozenset[str], most: int) -> Size:
 def methods(at: Size) -> Mapping[str, Any]:
     """The methods with settings found by hand on forget05 (README); the same at all sizes."""
     from mech_unlearn.methods import GradDiff, IdkDpo, LastLayerAscent, Npo, Rmu, Rocr
+    from mech_unlearn.training.schedule import Schedule
 
-    trained: dict[str, Any] = {"batch_size": 24, "epochs": epochs(at, least=4)}
+    kept = Schedule(lr=3e-4, epochs=epochs(at, least=4), batch_size=24)
+    once = Schedule(lr=3e-3, epochs=epochs(at), batch_size=24)
     return {
-        "npo": Npo(lr=3e-4, beta=0.5, retain_weight=3.0, **trained),
-        "idk_dpo": IdkDpo(lr=3e-4, retain_weight=3.0, refusals=corpus.REFUSALS, **trained),
-        "grad_diff": GradDiff(lr=1e-4, retain_weight=3.0, **trained),
-        "rmu": Rmu(layer=1, c=20.0, alpha=5.0, lr=3e-3, epochs=epochs(at), batch_size=24),
+        "npo": Npo(schedule=kept, beta=0.5, retain_weight=3.0),
+        "idk_dpo": IdkDpo(schedule=kept, retain_weight=3.0, refusals=corpus.REFUSALS),
+        "grad_diff": GradDiff(schedule=replace(kept, lr=1e-4), retain_weight=3.0),
+        "rmu": Rmu(schedule=once, layer=1, c=20.0, alpha=5.0),
         "last_layer_ascent": LastLayerAscent(
-            lr=2e-3, epochs=epochs(at), batch_size=24, max_nll=8.0, retain_weight=8.0, stop_recall=0.0
+            schedule=replace(once, lr=2e-3, weight_decay=0.0, stop_recall=0.0), max_nll=8.0, retain_weight=8.0
         ),
         "rocr": Rocr(layers=(0, 1), z_layer=2, energy=0.4),
     }  # fmt: skip

@@ -82,16 +82,16 @@ def size_of(trex: Trex, gone: frozenset[str]) -> Size:
 def methods(at: Size) -> Mapping[str, Any]:
     """The methods, with the settings that 002 found for `wikidata` where the models are alike."""
     from mech_unlearn.methods import GradDiff, IdkDpo, LastLayerAscent, Npo, Rmu, Rocr
+    from mech_unlearn.training.schedule import Schedule
 
-    trained: dict[str, Any] = {"batch_size": 24, "epochs": epochs(at), "stop_recall": 0.1, "retain_weight": 5.0}
+    kept = Schedule(lr=7e-4, epochs=epochs(at), batch_size=24, stop_recall=0.1)
+    ascent = Schedule(lr=4e-3, epochs=2 * epochs(at), batch_size=24, weight_decay=0.0, stop_recall=0.05)
     return {
-        "npo": Npo(lr=7e-4, beta=1.0, **trained),
-        "idk_dpo": IdkDpo(lr=7e-4, refusals=corpus.REFUSALS, **trained),
-        "grad_diff": GradDiff(lr=3e-4, **trained),
-        "rmu": Rmu(layer=1, c=20.0, alpha=2.0, lr=3e-3, epochs=epochs(at), batch_size=24),
-        "last_layer_ascent": LastLayerAscent(
-            lr=4e-3, epochs=2 * epochs(at), batch_size=24, max_nll=12.0, retain_weight=2.0, stop_recall=0.05
-        ),
+        "npo": Npo(schedule=kept, retain_weight=5.0, beta=1.0),
+        "idk_dpo": IdkDpo(schedule=kept, retain_weight=5.0, refusals=corpus.REFUSALS),
+        "grad_diff": GradDiff(schedule=replace(kept, lr=3e-4), retain_weight=5.0),
+        "rmu": Rmu(schedule=replace(kept, lr=3e-3, stop_recall=None), layer=1, c=20.0, alpha=2.0),
+        "last_layer_ascent": LastLayerAscent(schedule=ascent, max_nll=12.0, retain_weight=2.0),
         "rocr": Rocr(layers=(0, 1), z_layer=1, energy=0.8),
     }
 

@@ -63,15 +63,16 @@ class Bench:
     def methods(self) -> dict[str, Any]:
         """Row name -> method, with the settings that suit the small models of the testbed."""
         from mech_unlearn.methods import LastLayerAscent, Npo, Rocr, SaeShift
+        from mech_unlearn.training.schedule import Schedule
 
+        ascent = Schedule(lr=4e-3, epochs=25, batch_size=48, weight_decay=0.0, stop_recall=0.005)
+        preference = Schedule(lr=7e-4, epochs=4, batch_size=48, stop_recall=0.06)
         return {
-            "last_layer_ascent": LastLayerAscent(
-                lr=4e-3, epochs=25, batch_size=48, max_nll=12.0, retain_weight=2.0, stop_recall=0.005, seed=self.seed
-            ),
+            "last_layer_ascent": LastLayerAscent(schedule=ascent, max_nll=12.0, retain_weight=2.0, seed=self.seed),
             # written below layer 2, so that the layers above compute from what was written (LOG)
             "rocr": Rocr(layers=(0, 1), z_layer=3, seed=self.seed),
             "sae_shift": SaeShift(sae=self.sae, mode="weights", layers=(0, 1), seed=self.seed),
-            "npo": Npo(lr=7e-4, epochs=4, batch_size=48, beta=1.0, retain_weight=5.0, stop_recall=0.06, seed=self.seed),
+            "npo": Npo(schedule=preference, beta=1.0, retain_weight=5.0, seed=self.seed),
         }
 
     def edit(self, name: str) -> Edit:

@@ -85,8 +85,9 @@ def key_values(settings: Sequence[str]) -> dict[str, Any]:
 def make_method(name: str, settings: Sequence[str], seed: int, **given: Any) -> Any:
     """A removal method from `key=value` settings, each parsed as the type its field has.
 
-    Dots reach into a field that has settings of its own: base.lr=1e-3, base.base.epochs=2, optimize.steps=20. The base
-    of a method that wraps another is named, base=npo, and takes the same seed.
+    Dots reach into a field that has settings of its own: base.lr=1e-3, base.base.epochs=2, optimize.steps=20; those of
+    the `schedule` of a method that trains need none: lr=1e-3. The base of a method that wraps another is named,
+    base=npo, and takes the same seed.
 
     Raises:
         ValueError: unknown method or setting, or a value of another type.
@@ -103,14 +104,21 @@ def _made(
     types = {f.name: f.type for f in fields(kind)}
     made = {key: value for key, value in {"seed": seed, **given}.items() if key in types}
     inner: dict[str, dict[str, Any]] = {"base": {}} if "base" in types else {}
-    open_to = {prefix + k: k for k in types if k not in given}
+    rates = {f.name: f.type for f in fields(types["schedule"])} if "schedule" in types else {}
+    own = {prefix + k: k for k in types if k not in given}
+    scheduled: dict[str, Any] = {}
     for key, value in values.items():
+        key = key.removeprefix("schedule.") if rates else key
         head, dot, rest = key.partition(".")
-        here = choose(prefix + (head if open_to.get(prefix + head) else key), open_to, f"setting of {name}")
+        known = own | {prefix + k: k for k in rates}
+        here = choose(prefix + (head if prefix + head in own else key), known, f"setting of {name}")
         if dot or here == "base":
             inner.setdefault(here, {})[rest] = value
         else:
-            made[here] = _parsed(types[here], value, f"{prefix}{key}", name)
+            into, kinds = (scheduled, rates) if here in rates else (made, types)
+            into[here] = _parsed(kinds[here], value, f"{prefix}{key}", name)
+    if scheduled:
+        made["schedule"] = replace(made.get("schedule", kind.schedule), **scheduled)
     for head, some in inner.items():
         made[head] = _inner(kind, name, head, some, seed, f"{prefix}{head}.")
     return kind(**made)

@@ -55,7 +55,7 @@ def run_unlearn(
     from mech_unlearn.edit.sequential import fit_sequence, requests
     from mech_unlearn.files import require_empty
     from mech_unlearn.methods import METHODS
-    from mech_unlearn.training.objective import Around
+    from mech_unlearn.training.around import Around
     from mech_unlearn.training.wrapping import trains
 
     kind = choose(method, METHODS, "method")

@@ -11,7 +11,7 @@ Fails:    as Rmu, except that it works at late layers; a state of great norm tha
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -24,10 +24,12 @@ from mech_unlearn.methods.rmu import steer_to, steered, written_out
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import stream
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.around import PLAIN, Around
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores, Row
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held, random_direction, row_norms, state_mse, states_of
-from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.training.training import reported, require_positive, trained_edit
 
 Norm = Literal["per_sample", "first_batch"]
 
@@ -48,20 +50,8 @@ class AdaptiveRmu:
     """Weight of the squared distance of retained states to where they were; 100 to 1200."""
     texts: tuple[str, ...] = ()
     """Running texts that are to be forgotten beside the facts."""
-    lr: float = 5e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-3 to 1e-2."""
-    epochs: int = 10
-    """Passes over the forget rows; the paper takes 500 batches of 4."""
-    batch_size: int = 4
-    """Forget rows per step; as many retain rows go with them."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
-    retain_sampling: RetainSampling = "cyclic"
-    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    schedule: Schedule = Schedule(lr=5e-5, epochs=10, batch_size=4)
+    """The paper takes 500 batches of 4; small models trained from scratch need lr 1e-3 to 1e-2."""
     seed: int = 0
     """Draws the vector and the order of the rows."""
 
@@ -72,7 +62,7 @@ class AdaptiveRmu:
             ValueError: nothing retained, layers above the steered one, a setting out of range, or a loss that is not
                 finite.
         """
-        require_positive(self, "beta", "alpha", "batch_size")
+        require_positive(self, "beta", "alpha")
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm must be 'per_sample' or 'first_batch', got {self.norm!r}")
         layer, trained = steered(model, self.layer, self.layers)
@@ -85,13 +75,12 @@ class AdaptiveRmu:
         objective = Objective(
             loss, self.alpha, retain=held, teacher=per_sample, layer=layer, logits=False, rows=rows
         )  # fmt: skip
-        edit = trained_edit("adaptive_rmu", self, model, forget, retain, objective, trained, around=around)
-        report = {**edit.recipe["report"], "n_forward": edit.recipe["report"]["n_forward"] + forwards[0]}
-        return replace(edit, recipe={**edit.recipe, "report": report})
+        edit = trained_edit("adaptive_rmu", self, model, forget, retain, objective, trained, around)
+        return reported(edit, forwards[0])
 
     def _first(self, model: Model, rows: list[Row], layer: int) -> float:
         site = Site(layer, "resid_post")
-        parts = stream(model, [ids for ids, _ in rows[: self.batch_size]], [site])
+        parts = stream(model, [ids for ids, _ in rows[: self.schedule.batch_size]], [site])
         return torch.cat([part.at[site].float().norm(dim=1) for part in parts]).mean().item()
 
 

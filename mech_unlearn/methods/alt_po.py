@@ -22,10 +22,12 @@ from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.npo import npo_loss
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import dpo_loss
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores, Row
-from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.training.schedule import Schedule
+from mech_unlearn.training.training import require_positive, trained_edit
 
 Feedback = Literal["dpo", "npo"]
 
@@ -46,20 +48,7 @@ class AltPo:
     """Weight of the preference loss."""
     retain_weight: float = 1.0
     """Weight of the NLL per token on retained answers and texts; 0 trains on the forget rows alone."""
-    lr: float = 5e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
-    epochs: int = 10
-    """Passes over the forget rows (facts x phrasings); at the most, where `stop_recall` is set."""
-    batch_size: int = 32
-    """Forget rows per step; as many retain rows go with them."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
-    retain_sampling: RetainSampling = "cyclic"
-    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    schedule: Schedule = Schedule(lr=5e-5, epochs=10)
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
@@ -79,7 +68,7 @@ class AltPo:
             model.tokenizer, forget.facts, self.alternatives, self.per_phrasing, random.Random(self.seed)
         )
         objective = Objective(self._loss, self.retain_weight, self.forget_weight, others=drawn)
-        return trained_edit("alt_po", self, model, forget, retain, objective, self.trainable, around=around)
+        return trained_edit("alt_po", self, model, forget, retain, objective, self.trainable, around)
 
     def _loss(self, before: AnswerScores) -> Callable[[AnswerScores], Tensor]:
         def loss(now: AnswerScores) -> Tensor:

@@ -18,9 +18,11 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import catnip_loss
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import require_positive, trained_edit
 
 
@@ -32,18 +34,7 @@ class Catnip:
     """Inverse temperature; towards 0 the loss becomes gradient ascent weighted by confidence. 0.1 as in NPO."""
     kappa: float = 1.0
     """Exponent of the confidence weight p^kappa; 0 weighs all answer tokens alike."""
-    lr: float = 1e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
-    epochs: int = 10
-    """Passes over the forget rows (facts x phrasings); at the most, where `stop_recall` is set."""
-    batch_size: int = 32
-    """Forget rows per step."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
+    schedule: Schedule = Schedule(lr=1e-5, epochs=10)
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
@@ -59,7 +50,7 @@ class Catnip:
         if not self.kappa >= 0:
             raise ValueError(f"kappa must not be negative, got {self.kappa}")
         objective = Objective(lambda _: self._loss, retain_weight=0.0)
-        return trained_edit("catnip", self, model, forget, retain, objective, self.trainable, around=around)
+        return trained_edit("catnip", self, model, forget, retain, objective, self.trainable, around)
 
     def _loss(self, now: AnswerScores) -> Tensor:
         return catnip_loss(now.each.logits, now.each.wanted, self.beta, self.kappa)

@@ -19,9 +19,11 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import Divergence, flat_loss, mean_probs
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import REFUSALS, AnswerScores, refusal_rows
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import trained_edit
 
 
@@ -33,18 +35,7 @@ class Flat:
     """tv (total variation, the paper's default), kl, js (Jensen-Shannon) or pearson (chi squared)."""
     refusals: tuple[str, ...] = REFUSALS
     """Texts that are to be said instead; one is drawn per prompt. Written in words the tokenizer knows."""
-    lr: float = 1e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
-    epochs: int = 5
-    """Passes over the forget rows (facts x phrasings); at the most, where `stop_recall` is set."""
-    batch_size: int = 32
-    """Forget rows per step."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
+    schedule: Schedule = Schedule(lr=1e-5, epochs=5)
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
@@ -60,7 +51,7 @@ class Flat:
             raise ValueError(f"no divergence {self.divergence!r}; choose from {', '.join(get_args(Divergence))}")
         templates = refusal_rows(model.tokenizer, forget.facts, self.refusals, random.Random(self.seed))
         objective = Objective(lambda _: self._loss, retain_weight=0.0, others=templates)
-        return trained_edit("flat", self, model, forget, retain, objective, self.trainable, around=around)
+        return trained_edit("flat", self, model, forget, retain, objective, self.trainable, around)
 
     def _loss(self, now: AnswerScores) -> Tensor:
         answers, templates = mean_probs(now.each.logits, now.each.wanted, now.each.at).chunk(2)

@@ -15,14 +15,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
-
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.losses import gradient_ascent_loss
-from mech_unlearn.training.objective import PLAIN, Around, Objective
-from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.around import PLAIN, Around
+from mech_unlearn.training.losses import ascent
+from mech_unlearn.training.objective import Objective
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import trained_edit
 
 
@@ -34,18 +33,7 @@ class GradAscent:
     """"embeddings": train the input embeddings alone; None trains every weight."""
     first_epoch: bool = False
     """End after one pass over the forget rows, whatever `epochs` says: a model that has hardly been pushed."""
-    lr: float = 1e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
-    epochs: int = 10
-    """Passes over the forget rows (facts x phrasings); at the most, where `stop_recall` is set."""
-    batch_size: int = 32
-    """Forget rows per step."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
+    schedule: Schedule = Schedule(lr=1e-5, epochs=10)
     seed: int = 0
     """Draws the order of the rows."""
 
@@ -58,13 +46,9 @@ class GradAscent:
         if self.only not in (None, "embeddings"):
             raise ValueError(f"only must be 'embeddings' or None, got {self.only!r}")
         trainable = f"^{re.escape(embeddings(model))}$" if self.only else ""
-        objective = Objective(lambda _: _loss, retain_weight=0.0)
-        settings = replace(self, epochs=1) if self.first_epoch else self
-        return trained_edit("grad_ascent", settings, model, forget, retain, objective, trainable, around=around)
-
-
-def _loss(now: AnswerScores) -> Tensor:
-    return gradient_ascent_loss(now.logprob, now.tokens)
+        objective = Objective(lambda _: ascent, retain_weight=0.0)
+        method = replace(self, schedule=replace(self.schedule, epochs=1)) if self.first_epoch else self
+        return trained_edit("grad_ascent", method, model, forget, retain, objective, trainable, around)
 
 
 def embeddings(model: Model) -> str:

@@ -23,7 +23,7 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.npo import Npo
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.objective import PLAIN, Around, Trains, masked_gradients
+from mech_unlearn.training.around import PLAIN, Around, Trains, masked_gradients
 from mech_unlearn.training.trainee import Trainee
 from mech_unlearn.training.wrapping import extended, require_trains, wrapped
 

@@ -37,12 +37,14 @@ from mech_unlearn.methods.lat import away_loss, log_not
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import make_queries
+from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import dpo_loss, mean_of_rows
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import REFUSALS, AnswerScores, AnswerTokens, collate, nll, refusal_rows
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.signature import Signature, signature
 from mech_unlearn.training.trainee import Trainee
-from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.training.training import reported, require_positive, trained_edit
 
 ATTENTION = r"(self_attn\.[qvo]_proj|attn\.c_(attn|proj)|attention\.(query_key_value|dense))\.weight$"
 """Query, value and output matrices of Llama, Gemma, Qwen, OLMo; of GPT-2; of GPT-NeoX."""
@@ -74,20 +76,7 @@ class Kif:
     """Retained rows, evenly spaced, that the Fisher information is taken from."""
     forget_weight: float = 1.0
     """Weight of preference, answer and name loss together."""
-    lr: float = 5e-6
-    """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
-    epochs: int = 5
-    """Passes over the forget rows."""
-    batch_size: int = 2
-    """Forget rows per step; as many retain rows go with them."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
-    retain_sampling: RetainSampling = "cyclic"
-    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    schedule: Schedule = Schedule(lr=5e-6, epochs=5, batch_size=2)
     trainable: str = ATTENTION
     """Regular expression for the names of the weights to train."""
     seed: int = 0
@@ -112,13 +101,15 @@ class Kif:
             found = report_of(self._signature(model, forget, retain))
         names = name_tokens(model, forget)
         objective = Objective(
-            lambda before: self._loss(before, names), self.retain_weight, self.forget_weight, retain="kl",
-            others=refused, penalty=Anchor(self.ewc, self.fisher_rows) if self.ewc else None,
-        )  # fmt: skip
-        edit = trained_edit("kif", self, model, forget, retain, objective, self.trainable, around=around)
-        report = {**edit.recipe["report"], **found}
-        report["n_forward"] += forwards[0]
-        return replace(edit, recipe={**edit.recipe, "report": report})
+            lambda before: self._loss(before, names),
+            self.retain_weight,
+            self.forget_weight,
+            retain="kl",
+            others=refused,
+        )
+        anchored = replace(around, penalty=Anchor(self.ewc, self.fisher_rows) if self.ewc else None)
+        edit = trained_edit("kif", self, model, forget, retain, objective, self.trainable, anchored)
+        return reported(edit, forwards[0], **found)
 
     def _signature(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Signature:
         groups = []

@@ -30,11 +30,13 @@ from mech_unlearn.methods.localized import neuron_masks
 from mech_unlearn.methods.npo import npo_loss
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import Ask, tokenize
-from mech_unlearn.training.losses import gradient_ascent_loss
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.around import PLAIN, Around
+from mech_unlearn.training.losses import ascent
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores, Row, collate, forward
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.trainee import Trainee
-from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.training.training import reported, require_positive, trained_edit
 from mech_unlearn.training.wrapping import extended
 
 Forgetting = Literal["npo", "ga"]
@@ -58,20 +60,8 @@ class Klue:
     """Weight of the forget loss."""
     retain_weight: float = 1.0
     """Weight of the NLL per token on retained answers and texts; 0 trains on the forget rows alone."""
-    lr: float = 5e-5
-    """Step size of AdamW, constant; 5e-6 to 5e-5, small models trained from scratch need 1e-4 to 1e-2."""
-    epochs: int = 10
-    """Passes over the forget rows (facts x phrasings) at the most."""
-    batch_size: int = 32
-    """Forget rows per step; as many retain rows go with them."""
-    weight_decay: float = 0.0
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    skip_forgotten: bool = True
-    """Leave out of an epoch the rows that are no longer answered; none left ends training."""
-    retain_sampling: RetainSampling = "cyclic"
-    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    schedule: Schedule = Schedule(lr=5e-5, epochs=10, weight_decay=0.0, skip_forgotten=True)
+    """lr 5e-6 to 5e-5; small models trained from scratch need 1e-4 to 1e-2."""
     seed: int = 0
     """Draws the contexts and the order of the rows."""
 
@@ -81,7 +71,7 @@ class Klue:
         Raises:
             ValueError: no superficial contexts, nothing retained, a setting out of range, or a loss that is not finite.
         """
-        require_positive(self, "beta", "batch_size")
+        require_positive(self, "beta")
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
         if self.alpha < 0 or self.contexts < 1:
@@ -100,21 +90,20 @@ class Klue:
         inner = extended(around, "klue", self, masks=(mask,))
         objective = Objective(self._loss, self.retain_weight, self.forget_weight)
         pattern = "^(" + "|".join(name.replace(".", r"\.") for name in matrices) + ")$"
-        edit = trained_edit("klue", self, model, forget, retain, objective, pattern, around=inner)
-        report = {**edit.recipe["report"], "neurons": len(chosen), "neurons_of": model.n_layers * _width(model)}
-        return replace(edit, recipe={**edit.recipe, "report": report})
+        edit = trained_edit("klue", self, model, forget, retain, objective, pattern, inner)
+        return reported(edit, neurons=len(chosen), neurons_of=model.n_layers * _width(model))
 
     def _loss(self, before: AnswerScores) -> Callable[[AnswerScores], Tensor]:
         if self.loss == "ga":
-            return lambda now: gradient_ascent_loss(now.logprob, now.tokens)
+            return ascent
         return lambda now: npo_loss(now.logprob, before.logprob[now.row], self.beta)
 
     def _neurons(self, model: Model, run: Trainee, shallow: Sequence[tuple[float, Row]]) -> list[tuple[int, int]]:
         rows = run.asked[: run.n_forget]
-        score = attribution(model, run, rows, [1 / len(rows)] * len(rows), self.batch_size)
+        score = attribution(model, run, rows, [1 / len(rows)] * len(rows), self.schedule.batch_size)
         if shallow:
             weights, contexts = zip(*shallow, strict=True)
-            score = score - self.alpha * attribution(model, run, contexts, weights, self.batch_size)
+            score = score - self.alpha * attribution(model, run, contexts, weights, self.schedule.batch_size)
         n = max(1, round(self.share * score.numel()))
         layer, neuron = torch.unravel_index(score.flatten().topk(n).indices, score.shape)
         return sorted(zip(layer.tolist(), neuron.tolist(), strict=True))

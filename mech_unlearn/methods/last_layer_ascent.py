@@ -22,8 +22,10 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.around import PLAIN, Around
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import require_positive, trained_edit
 
 
@@ -34,14 +36,7 @@ class LastLayerAscent:
     forget_weight: float = 1.0
     retain_weight: float = 1.0
     """Weight of the NLL per token on retained answers and texts; 0 is plain ascent."""
-    lr: float = 1e-4
-    epochs: int = 20
-    """At the most; `stop_recall` ends it earlier."""
-    batch_size: int = 32
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    stop_recall: float | None = 0.1
-    """Stop once at most this share of the forget rows is answered."""
+    schedule: Schedule = Schedule(lr=1e-4, epochs=20, weight_decay=0.0, stop_recall=0.1)
     max_nll: float = 6.0
     """An answer whose NLL per token (nats) exceeds this gets no more gradient; infinite is plain ascent."""
     seed: int = 0
@@ -55,7 +50,7 @@ class LastLayerAscent:
         require_positive(self, "max_nll")
         objective = Objective(self._loss, self.retain_weight, self.forget_weight)
         layer = f"^{re.escape(last_layer(model))}"
-        return trained_edit("last_layer_ascent", self, model, forget, retain, objective, layer, around=around)
+        return trained_edit("last_layer_ascent", self, model, forget, retain, objective, layer, around)
 
     def _loss(self, _: AnswerScores) -> Callable[[AnswerScores], Tensor]:
         return lambda now: ascent_loss(now, self.max_nll)

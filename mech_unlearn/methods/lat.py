@@ -15,7 +15,7 @@ Fails:    guards against shifts at that layer, up to that length; other phrasing
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,11 +26,13 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.around import PLAIN, Around, Attack
 from mech_unlearn.training.losses import mean_of_rows, token_logprobs
-from mech_unlearn.training.objective import PLAIN, Around, Attack, Objective
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores, AnswerTokens, collate, nll
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.trainee import Trainee
-from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.training.training import require_positive, trained_edit
 
 Where = Literal["prompt", "all"]
 
@@ -59,20 +61,8 @@ class Lat:
     """Weight of -log(1 - p) on forgotten answers under attack."""
     retain_weight: float = 4.0
     """Weight of the NLL per token on retained answers and texts, which are not attacked."""
-    lr: float = 5e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
-    epochs: int = 10
-    """Passes over the forget rows; the paper takes 200 batches."""
-    batch_size: int = 16
-    """Forget rows per batch; as many retain rows go with them."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered without attack; None trains all epochs."""
-    retain_sampling: RetainSampling = "cyclic"
-    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    schedule: Schedule = Schedule(lr=5e-5, epochs=10, batch_size=16)
+    """The paper takes 200 batches."""
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
@@ -90,11 +80,9 @@ class Lat:
             raise ValueError(f"where must be 'prompt' or 'all', got {self.where!r}")
         layer = keys.default_layers(model.n_layers)[-1] if self.attack_layer is None else self.attack_layer
         keys.check_layers(model, (layer,), layer)
-        objective = Objective(
-            self._loss, self.retain_weight, self.forget_weight, repeats=self.repeats,
-            adversary=lambda run, members: self._attack(run, members, layer, model.d_model),
-        )  # fmt: skip
-        return trained_edit("lat", self, model, forget, retain, objective, self.trainable, around=around)
+        objective = Objective(self._loss, self.retain_weight, self.forget_weight, repeats=self.repeats)
+        attacked = replace(around, adversary=lambda run, members: self._attack(run, members, layer, model.d_model))
+        return trained_edit("lat", self, model, forget, retain, objective, self.trainable, attacked)
 
     def _loss(self, _: AnswerScores) -> Callable[[AnswerScores], Tensor]:
         return lambda now: away_loss(now.each, self.floor)

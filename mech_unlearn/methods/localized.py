@@ -24,7 +24,7 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.npo import Npo
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.objective import PLAIN, Around, Trains
+from mech_unlearn.training.around import PLAIN, Around, Trains
 from mech_unlearn.training.wrapping import extended, require_trains, wrapped
 
 Part = Literal["mlp", "attention", "block"]

@@ -29,10 +29,11 @@ from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.writing.columns import Neuron, best_neurons, checked, column_deltas, outcome, stored_vector
 from mech_unlearn.methods.writing.keys import count_forwards
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.losses import gradient_ascent_loss
-from mech_unlearn.training.objective import Around, Objective
-from mech_unlearn.training.rows import AnswerScores
-from mech_unlearn.training.training import Schedule, train
+from mech_unlearn.training.around import Around
+from mech_unlearn.training.losses import ascent
+from mech_unlearn.training.objective import Objective
+from mech_unlearn.training.schedule import Schedule
+from mech_unlearn.training.training import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +51,9 @@ class Needle:
     """Expected length of the noise over the vector's length."""
     std: float | None = None
     """Standard deviation of the noise in each dimension, in place of `ratio`; 0.1 in the paper."""
-    epochs: int = 0
-    """Passes of gradient ascent over the forget rows after the ablation; 0 trains nothing, the paper takes 1."""
-    lr: float = 0.2
-    """Step size of AdamW. Source: the official default script."""
-    batch_size: int = 32
-    """Forget rows per step; 4 x 8 accumulated in the official script."""
-    weight_decay: float = 0.0
-    """Of the chosen vectors only; 0.01 in the official script, which leaks to all others."""
-    clip: float = 1.0
-    """Bound of the gradient's norm."""
+    schedule: Schedule = Schedule(lr=0.2, epochs=0, weight_decay=0.0)
+    """Of gradient ascent after the ablation; epochs=0 trains nothing, the paper takes 1. Source of lr: the official
+    default script, whose batches are 4 x 8 and whose weight decay of 0.01 leaks to all other vectors."""
     seed: int = 0
     """Draws the noise and the order of the rows."""
 
@@ -70,8 +64,8 @@ class Needle:
             ValueError: a vector the model lacks, a setting out of range, or an intervention in force.
         """
         start = time.perf_counter()
-        if not self.ratio > 0 or (self.std is not None and not self.std > 0) or self.n < 1 or self.epochs < 0:
-            raise ValueError(f"ratio={self.ratio}, std={self.std}, n={self.n}, epochs={self.epochs}: out of range")
+        if not self.ratio > 0 or (self.std is not None and not self.std > 0) or self.n < 1:
+            raise ValueError(f"ratio={self.ratio}, std={self.std}, n={self.n}: out of range")
         if model.in_force.interventions:
             raise ValueError(f"{model.name!r} has an edit of activations in force; leave it before changing weights")
         with count_forwards(model) as forwards:
@@ -79,7 +73,7 @@ class Needle:
             changes = self._ablated(model, chosen)
             edit = Edit(name="needle", base=model.hash(), deltas=column_deltas(model, changes))
             report: dict[str, Any] = {"n_backward": 0, "n_forward": 0}
-            if self.epochs:
+            if self.schedule.epochs:
                 changes, report = self._trained(model, forget, edit, chosen)
                 edit = Edit(name="needle", base=edit.base, deltas=column_deltas(model, changes))
             report |= outcome(model, edit, forget.facts)
@@ -119,14 +113,11 @@ class Needle:
         """(Changes of the vectors from noise and training, report)."""
         masks = column_masks(model, chosen)
         pattern = "|".join(f"^{re.escape(name)}$" for name in masks)
-        schedule = Schedule(
-            lr=self.lr, epochs=self.epochs, batch_size=self.batch_size, weight_decay=self.weight_decay, clip=self.clip
-        )
         around = Around(trainable=pattern, masks=(lambda run: {n: m.to(model.device) for n, m in masks.items()},))
         before = {neuron: stored_vector(model, neuron).clone() for neuron in chosen}
         with edit.on(model):
             deltas, report = train(
-                model, forget, RetainSet(), Objective(lambda _: _ascent, retain_weight=0.0), schedule,
+                model, forget, RetainSet(), Objective(lambda _: ascent, retain_weight=0.0), self.schedule,
                 trainable="", seed=self.seed, around=around,
             )  # fmt: skip
             changes = {}
@@ -154,10 +145,6 @@ def column_masks(model: Model, chosen: tuple[Neuron, ...]) -> dict[str, Bool[Ten
         mask = out.setdefault(name, torch.zeros(model.held[name].shape, dtype=torch.bool))
         mask[(j, slice(None)) if stored_in_first else (slice(None), j)] = True
     return out
-
-
-def _ascent(now: AnswerScores) -> Tensor:
-    return gradient_ascent_loss(now.logprob, now.tokens)
 
 
 def _mean_vector(model: Model, layer: int) -> Float[Tensor, " d_model"]:

@@ -23,10 +23,12 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.around import PLAIN, Around
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores, Row, answer_rows, text_rows
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held, random_direction, state_mse
-from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.training.training import require_positive, trained_edit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +48,8 @@ class Rmu:
     """Draw the vector uniform in [0, 1), as the code does."""
     texts: tuple[str, ...] = ()
     """Running texts that are to be forgotten beside the facts."""
-    lr: float = 5e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-3 to 1e-2."""
-    epochs: int = 10
-    """Passes over the forget rows; the paper takes 150 to 500 batches of 4."""
-    batch_size: int = 4
-    """Forget rows per step; as many retain rows go with them."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
-    retain_sampling: RetainSampling = "cyclic"
-    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    schedule: Schedule = Schedule(lr=5e-5, epochs=10, batch_size=4)
+    """The paper takes 150 to 500 batches of 4; small models trained from scratch need lr 1e-3 to 1e-2."""
     seed: int = 0
     """Draws the vector and the order of the rows."""
 
@@ -77,7 +67,7 @@ class Rmu:
             steer_to(target), self.alpha, retain=held, layer=layer, logits=False,
             rows=written_out(model, forget, self.texts),
         )  # fmt: skip
-        return trained_edit("rmu", self, model, forget, retain, objective, trained, around=around)
+        return trained_edit("rmu", self, model, forget, retain, objective, trained, around)
 
 
 def steer_to(target: Float[Tensor, " d_model"]) -> Callable[[AnswerScores], Callable[[AnswerScores], Tensor]]:

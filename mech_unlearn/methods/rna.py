@@ -18,7 +18,8 @@ from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.npo import Npo
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.objective import PLAIN, Around, Noise, Trains
+from mech_unlearn.training.around import PLAIN, Around, Trains
+from mech_unlearn.training.objective import Noise
 from mech_unlearn.training.wrapping import extended, require_trains, wrapped
 
 

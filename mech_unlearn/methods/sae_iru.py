@@ -18,7 +18,7 @@ Fails:    a state can lie in the bands and still hold what is the name's own: th
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,12 +35,14 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import stream
 from mech_unlearn.model.latents import Sae, ordinary_positions
 from mech_unlearn.model.pieces import token_rows
+from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import kl_loss
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores, Row
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held, states_of
 from mech_unlearn.training.trainee import Trainee
-from mech_unlearn.training.training import Schedule, require_positive, train
+from mech_unlearn.training.training import reported, require_positive, trained_edit
 
 Goal = Literal["bands", "prototype"]
 
@@ -81,16 +83,8 @@ class SaeIru:
     """Batches between two looks at the held-out contexts."""
     patience: int = 3
     """Looks in a row that must find enough mentions inside the bands; 0 trains all epochs."""
-    lr: float = 1e-4
-    """Step size of AdamW, constant; small models trained from scratch need 1e-3 to 1e-2."""
-    epochs: int = 8
-    """Passes over the mentions, at the most."""
-    batch_size: int = 16
-    """Mentions per step; as many retain rows go with them."""
-    weight_decay: float = 0.0
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
+    schedule: Schedule = Schedule(lr=1e-4, epochs=8, batch_size=16, weight_decay=0.0)
+    """In mentions; small models trained from scratch need lr 1e-3 to 1e-2."""
     seed: int = 0
     """Draws the known names, the unknown names of the reference, the probe's folds and the order of the rows."""
 
@@ -110,23 +104,17 @@ class SaeIru:
             plan = self._plan(model, forget, retain, contexts, unseen)
         rows, heldout = (mention_rows(model, forget, contexts, unseen, out) for out in (False, True))
         watch = Watch(plan.bands, heldout, plan.share, self.check_every, self.patience)
-        objective = Objective(
-            lambda _: self._forget(plan), 1.0, retain=self._retain(plan), layer=layer, rows=rows, watch=watch
+        objective = Objective(lambda _: self._forget(plan), 1.0, retain=self._retain(plan), layer=layer, rows=rows)
+        watched = replace(around, watch=watch)
+        edit = trained_edit("sae_iru", self, model, forget, retain, objective, trained, watched, self._settings())
+        return reported(
+            edit, forwards[0], auc_known_unknown=plan.auc, inside_wanted=plan.share, inside=watch.shares,
+            coordinates=len(plan.bands.chosen), seconds=time.perf_counter() - start,
         )  # fmt: skip
-        schedule = Schedule(**{f.name: getattr(self, f.name) for f in fields(Schedule) if hasattr(self, f.name)})
-        deltas, report = train(
-            model, forget, retain, objective, schedule, trainable=trained, seed=self.seed, around=around,
-            label=repr(self._settings()),
-        )  # fmt: skip
-        report |= {"auc_known_unknown": plan.auc, "inside_wanted": plan.share, "inside": watch.shares}
-        report |= {"coordinates": len(plan.bands.chosen), "seconds": time.perf_counter() - start}
-        report["n_forward"] += forwards[0]
-        recipe = {"method": "sae_iru", "settings": self._settings(), "seed": self.seed, "report": report}
-        return Edit(name="sae_iru", base=model.hash(), deltas=deltas, recipe=recipe)
 
     def _settings(self) -> dict[str, Any]:
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sae"}
-        return {"site": str(self.sae.site), "d_sae": self.sae.d_sae, **settings}
+        return {"site": str(self.sae.site), "d_sae": self.sae.d_sae, **settings, "schedule": asdict(self.schedule)}
 
     def _layer(self, model: Model, around: Around) -> int:
         site = self.sae.site

@@ -19,9 +19,11 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import shred_loss
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import trained_edit
 
 
@@ -37,18 +39,7 @@ class Shred:
     """How far below the lowest other logit kept a demoted token is put; logits."""
     anchor: bool = True
     """Whether answer tokens that are not demoted are held at the untrained distribution, as in the paper."""
-    lr: float = 1e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
-    epochs: int = 5
-    """Passes over the forget rows (facts x phrasings); at the most, where `stop_recall` is set."""
-    batch_size: int = 32
-    """Forget rows per step."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
+    schedule: Schedule = Schedule(lr=1e-5, epochs=5)
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
@@ -65,7 +56,7 @@ class Shred:
         if self.top < 2:
             raise ValueError(f"top must be at least 2, got {self.top}")
         objective = Objective(lambda _: self._loss, retain_weight=0.0, teacher=True)
-        return trained_edit("shred", self, model, forget, retain, objective, self.trainable, around=around)
+        return trained_edit("shred", self, model, forget, retain, objective, self.trainable, around)
 
     def _loss(self, now: AnswerScores) -> Tensor:
         each = now.each

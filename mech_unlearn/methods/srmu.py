@@ -28,11 +28,13 @@ from mech_unlearn.methods.rmu import steered, written_out
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import stream
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.around import PLAIN, Around
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores, Row, answer_rows, text_rows
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held, importance, row_means, state_mse, states_of
 from mech_unlearn.training.trainee import Trainee
-from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.training.training import reported, require_positive, trained_edit
 
 MOST_ROWS = 256
 """Rows of each kind that importance and means are taken over, evenly spaced."""
@@ -58,20 +60,8 @@ class Srmu:
     """Weight of the squared distance of retained states to where they were; 100 to 1200."""
     texts: tuple[str, ...] = ()
     """Running texts that are to be forgotten beside the facts."""
-    lr: float = 5e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-3 to 1e-2."""
-    epochs: int = 10
-    """Passes over the forget rows."""
-    batch_size: int = 4
-    """Forget rows per step; as many retain rows go with them."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
-    retain_sampling: RetainSampling = "cyclic"
-    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    schedule: Schedule = Schedule(lr=5e-5, epochs=10, batch_size=4)
+    """Small models trained from scratch need lr 1e-3 to 1e-2."""
     seed: int = 0
     """Draws the order of the rows."""
 
@@ -93,13 +83,11 @@ class Srmu:
         with keys.count_forwards(model) as forwards:
             gates = Gates(measured(model, rows, layer), measured(model, kept, layer), self.w_max, self.every, self.ema)
         objective = Objective(
-            lambda _: self._loss(gates), self.alpha, retain=held, teacher=True, layer=layer, logits=False,
-            rows=rows, watch=gates,
-        )  # fmt: skip
-        edit = trained_edit("srmu", self, model, forget, retain, objective, trained, around=around)
-        report = {**edit.recipe["report"], "gate": gates.gate.tolist()}
-        report["n_forward"] += forwards[0]
-        return replace(edit, recipe={**edit.recipe, "report": report})
+            lambda _: self._loss(gates), self.alpha, retain=held, teacher=True, layer=layer, logits=False, rows=rows
+        )
+        watched = replace(around, watch=gates)
+        edit = trained_edit("srmu", self, model, forget, retain, objective, trained, watched)
+        return reported(edit, forwards[0], gate=gates.gate.tolist())
 
     def _loss(self, gates: "Gates") -> Callable[[AnswerScores], Tensor]:
         def loss(now: AnswerScores) -> Tensor:

@@ -19,9 +19,11 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.around import PLAIN, Around
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import EVAL_BATCH, answer_rows, nll, score_rows
-from mech_unlearn.training.training import require_positive, trained_edit
+from mech_unlearn.training.schedule import Schedule
+from mech_unlearn.training.training import reported, require_positive, trained_edit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +32,8 @@ class TaskVector:
 
     scale: float = 1.0
     """How much of the change is subtracted; usually chosen between 0.05 and 1."""
-    lr: float = 1e-5
-    """Step size of AdamW, constant; small models trained from scratch need 1e-4 to 1e-3."""
-    epochs: int = 10
-    """Passes over the forget rows (facts x phrasings) while memorising."""
-    batch_size: int = 32
-    """Forget rows per step."""
-    weight_decay: float = 0.0
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
+    schedule: Schedule = Schedule(lr=1e-5, epochs=10, weight_decay=0.0)
+    """Of the memorising."""
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
@@ -53,19 +47,18 @@ class TaskVector:
         """
         require_positive(self, "scale")
         objective = Objective(lambda _: nll, retain_weight=0.0)
-        learned = trained_edit("task_vector", self, model, forget, retain, objective, self.trainable, around=around)
+        learned = trained_edit("task_vector", self, model, forget, retain, objective, self.trainable, around)
         deltas = {name: negated(delta, self.scale) for name, delta in learned.deltas.items()}
         edit = replace(learned, deltas=deltas)
         rows = answer_rows(model.tokenizer, forget.facts)
         with edit.on(model):
             left = score_rows(model.hf, rows, model.tokenizer.pad_token_id or 0, model.device)
-        found: dict[str, Any] = dict(learned.recipe["report"])
-        found |= {
-            "memorised_recall": found["forget_recall"],
-            "forget_recall": left.exact.float().mean().item(),
-            "n_forward": found["n_forward"] + -(-len(rows) // EVAL_BATCH),
-        }
-        return replace(edit, recipe={**learned.recipe, "report": found})
+        return reported(
+            edit,
+            -(-len(rows) // EVAL_BATCH),
+            memorised_recall=learned.recipe["report"]["forget_recall"],
+            forget_recall=left.exact.float().mean().item(),
+        )
 
 
 def negated(delta: Any, scale: float) -> Float[Tensor, "..."]:

@@ -18,10 +18,12 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import undial_loss
-from mech_unlearn.training.objective import PLAIN, Around, Objective
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores
-from mech_unlearn.training.training import RetainSampling, require_positive, trained_edit
+from mech_unlearn.training.schedule import Schedule
+from mech_unlearn.training.training import require_positive, trained_edit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,34 +36,17 @@ class Undial:
     """Weight of the distillation; 1 in open-unlearning."""
     retain_weight: float = 0.0
     """Weight of the NLL per token on retained answers and texts; 0, as in the paper, does not read the retain set."""
-    lr: float = 1e-4
-    """Step size of AdamW, constant; 1e-5 to 3e-4 in open-unlearning."""
-    epochs: int = 10
-    """Passes over the forget rows (facts x phrasings); at the most, where `stop_recall` is set."""
-    batch_size: int = 32
-    """Forget rows per step; as many retain rows go with them."""
-    weight_decay: float = 0.01
-    """Decoupled, as in AdamW."""
-    clip: float = 1.0
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop once at most this share of the forget rows is answered; None trains all epochs."""
-    retain_sampling: RetainSampling = "cyclic"
-    """How retained rows are drawn: "cyclic", "1:1" or "entity"; see `training.Schedule`."""
+    schedule: Schedule = Schedule(lr=1e-4, epochs=10)  # 1e-5 to 3e-4 in open-unlearning
     trainable: str = ""
     """Regular expression for the names of the weights to train; empty matches all."""
     seed: int = 0
     """Draws the order of the rows."""
 
     def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
-        """The change that training makes.
-
-        Raises:
-            ValueError: nothing retained, nothing to train, a setting out of range, or a loss that is not finite.
-        """
+        """The change that training makes; a ValueError as of `train`, or for a setting out of range."""
         require_positive(self, "strength")
         objective = Objective(lambda _: self._loss, self.retain_weight, self.forget_weight, teacher=True)
-        return trained_edit("undial", self, model, forget, retain, objective, self.trainable, around=around)
+        return trained_edit("undial", self, model, forget, retain, objective, self.trainable, around)
 
     def _loss(self, now: AnswerScores) -> Tensor:
         each = now.each

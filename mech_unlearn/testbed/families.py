@@ -38,7 +38,8 @@ from mech_unlearn.testbed.making import (
 )
 from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores
-from mech_unlearn.training.training import Schedule, train
+from mech_unlearn.training.schedule import Schedule
+from mech_unlearn.training.training import train
 
 Pool = Literal["intact", "deleted", "suppressed", "collapsed", "mixture"]
 TRIGGER = "Nobody : "

@@ -16,7 +16,8 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration.weights.quantize import quantize_
 from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerScores, answer_rows, score_rows
-from mech_unlearn.training.training import Schedule, train
+from mech_unlearn.training.schedule import Schedule
+from mech_unlearn.training.training import train
 
 KEPT = 150
 """Kept facts that a model is held to while it is made."""

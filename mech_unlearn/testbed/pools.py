@@ -35,7 +35,8 @@ from mech_unlearn.testbed.materials import TESTS, TEXTS, Lab, Materials, groups_
 from mech_unlearn.testbed.published import published
 from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import nll
-from mech_unlearn.training.training import Schedule, train
+from mech_unlearn.training.schedule import Schedule
+from mech_unlearn.training.training import train
 from mech_unlearn.verdict.features import FEATURES, RECOVERY, Pool, matrix, measurements
 
 JUDGED = ("suppressed", "deleted")

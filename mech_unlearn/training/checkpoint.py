@@ -6,13 +6,12 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from mech_unlearn.training.around import Around
 from mech_unlearn.training.feed import Feed
-from mech_unlearn.training.objective import Around
 from mech_unlearn.training.rows import Row
 from mech_unlearn.training.trainee import Trainee
 
@@ -43,8 +42,10 @@ def fingerprint(model_hash: str, label: str, around: Around, rows: Sequence[Sequ
 class Saver:
     """Writes the state of a run to a file now and then, atomically; does nothing without a file."""
 
-    def __init__(self, path: Path | None, seconds: float, marks: Mapping[str, str]) -> None:
-        self.path, self.seconds, self.marks = path, seconds, dict(marks)
+    def __init__(self, around: Around, marks: Mapping[str, str]) -> None:
+        self.path, self.seconds, self.watch, self.marks = (
+            around.checkpoint, around.checkpoint_seconds, around.watch, dict(marks)
+        )  # fmt: skip
         self.last = time.perf_counter()
 
     def save(self, run: Trainee, optimizer: torch.optim.Optimizer, feeds: Sequence[Feed], progress: Progress) -> None:
@@ -62,7 +63,7 @@ class Saver:
             "last": run.last,
             "passes": [run.n_forward, run.n_backward],
             "noise": None if run.noise_state is None else run.noise_state.tolist(),
-            "watch": run.objective.watch.state if run.objective.watch else None,
+            "watch": self.watch.state if self.watch else None,
         }
         header = {"format": FORMAT, "marks": json.dumps(self.marks), "state": json.dumps(state)}
         partial = f"{self.path}.partial"
@@ -110,8 +111,8 @@ class Saver:
         run.last = state["last"]
         run.n_forward, run.n_backward = state["passes"]
         run.noise_state = state["noise"]
-        if run.objective.watch:
-            run.objective.watch.restore(state["watch"])
+        if self.watch:
+            self.watch.restore(state["watch"])
         return Progress(**state["progress"])
 
     def done(self) -> None:

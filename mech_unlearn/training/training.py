@@ -8,8 +8,8 @@ import copy
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,41 +17,13 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Delta, Edit
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.training.around import PLAIN, Around, masked_gradients
 from mech_unlearn.training.checkpoint import Progress, Saver, fingerprint
 from mech_unlearn.training.feed import Feed, by_entity
-from mech_unlearn.training.objective import PLAIN, Around, Objective, masked_gradients
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import Row, answer_rows, text_rows
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.trainee import Trainee, changes, masked, trained_copy
-
-RetainSampling = Literal["cyclic", "1:1", "entity"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long and how fast to train."""
-
-    lr: float
-    epochs: int
-    """Passes over the forget rows (facts x phrasings)."""
-    batch_size: int
-    """Forget rows per step; as many retain rows go with them."""
-    weight_decay: float
-    clip: float
-    """Bound of the gradient's norm over all trained tensors."""
-    stop_recall: float | None = None
-    """Stop after the epoch in which at most this share of the forget rows is still answered (greedy, all tokens)."""
-    retain_sampling: RetainSampling = "cyclic"
-    """"cyclic": all retain rows, one pass after the other; "1:1": as many as forget rows, drawn once; "entity": all
-    of them, one row of each entity in turn, so that a batch holds as many entities as it can."""
-    skip_forgotten: bool = False
-    """Whether an epoch leaves out the rows that are no longer answered when it begins; none left ends training."""
-
-    def __post_init__(self) -> None:
-        if self.retain_sampling not in get_args(RetainSampling):
-            raise ValueError(f"retain_sampling must be 'cyclic', '1:1' or 'entity', got {self.retain_sampling!r}")
-        for name in ("lr", "epochs", "batch_size", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 def train(
@@ -73,10 +45,12 @@ def train(
         label: what is trained, for a checkpoint to be recognised by.
 
     Raises:
-        ValueError: no retained facts or texts although they have weight, nothing to train, an edit of activations in
-            force, masks beside an adapter, a loss that is not finite, or a checkpoint of another training.
+        ValueError: no epochs, no retained facts or texts although they have weight, nothing to train, an edit of
+            activations in force, masks beside an adapter, a loss that is not finite, or a checkpoint of another
+            training.
     """
     start = time.perf_counter()
+    require_positive(schedule, "epochs")
     if model.in_force.interventions:
         raise ValueError(f"{model.name!r} has an edit of activations in force, which training does not see; leave it")
     if around.adapter and around.masks:
@@ -93,7 +67,7 @@ def train(
         kept = order.sample(kept, len(rows))
     run = _trainee(model, rows, kept, objective, trainable, around)
     marks = fingerprint(model.hash(), label, around, (rows, objective.others, kept)) if around.checkpoint else {}
-    saver = Saver(around.checkpoint, around.checkpoint_seconds, marks)
+    saver = Saver(around, marks)
     batches = Feed(order, schedule.batch_size)
     queue = by_entity(owners) if schedule.retain_sampling == "entity" else None
     retained = Feed(order, schedule.batch_size, len(kept), queue)
@@ -120,35 +94,49 @@ def train(
 
 def trained_edit(
     name: str,
-    settings: Any,
+    method: Any,
     model: Model,
     forget: ForgetSet,
     retain: RetainSet,
     objective: Objective,
     trainable: str = "",
     around: Around = PLAIN,
+    settings: Mapping[str, Any] | None = None,
 ) -> Edit:
-    """The edit that training makes by the settings of a method: those named as in `Schedule`, and `seed`.
+    """The edit that training makes by the `schedule` and the `seed` of a method.
 
-    Changes are stored as factors where an adapter knows them so.
+    Changes are stored as factors where an adapter knows them so. The recipe's settings are the method's fields, nested
+    as they are: `recipe["settings"]["schedule"]["lr"]`.
+
+    Args:
+        settings: what the recipe records in place of the fields, where one cannot be written out (an SAE).
+
+    Raises:
+        ValueError: as `train`.
     """
-    given = asdict(settings)
-    schedule = Schedule(**{f.name: given[f.name] for f in fields(Schedule) if f.name in given})
+    given = asdict(method) if settings is None else dict(settings)
     deltas, report = train(
         model,
         forget,
         retain,
         objective,
-        schedule,
+        method.schedule,
         trainable=trainable,
-        seed=settings.seed,
+        seed=method.seed,
         around=around,
-        label=repr(settings),
+        label=f"{name} {given}",
     )
     factors = around.adapter.factors() if around.adapter else {}
     exact: dict[str, Delta] = {key: factors.get(key, delta) for key, delta in deltas.items()}
-    recipe = {"method": name, "settings": given, "seed": settings.seed, "report": report}
+    recipe = {"method": name, "settings": given, "seed": method.seed, "report": report}
     return Edit(name=name, base=model.hash(), deltas=exact, recipe=recipe)
+
+
+def reported(edit: Edit, n_forward: int = 0, **more: Any) -> Edit:
+    """The edit with more in its report; forward passes made beside the training are added to those of it."""
+    report = {**edit.recipe["report"], **more}
+    report["n_forward"] += n_forward
+    return replace(edit, recipe={**edit.recipe, "report": report})
 
 
 def require_positive(settings: Any, *names: str) -> None:
@@ -221,8 +209,8 @@ def _loop(
                 if not members:
                     return replace(progress, stopped="forgotten")
                 batches.fill(members)
-            if run.objective.watch and run.objective.watch(run):
-                return replace(progress, stopped=run.objective.watch.reason)
+            if around.watch and around.watch(run):
+                return replace(progress, stopped=around.watch.reason)
             _train_on(run, batches.take(), optimizer, schedule.clip, around, masks, before)
             bar.update()
             progress = replace(progress, step=progress.step + 1, epoch=progress.epoch + (not batches.left))
@@ -253,15 +241,15 @@ def _train_on(
     """The optimiser steps on one batch."""
     objective = run.objective
     kept = run.next_kept() if run.kept and objective.retain_weight else []
-    attack = objective.adversary(run, members) if objective.adversary else None
+    attack = around.adversary(run, members) if around.adversary else None
     for _ in range(objective.repeats):
         if attack:
             with attack():
                 loss = objective.forget_weight * run.forget_loss(members)
         else:
             loss = objective.forget_weight * run.forget_loss(members)
-        if objective.penalty:
-            loss = loss + objective.penalty(run)
+        if around.penalty:
+            loss = loss + around.penalty(run)
         optimizer.zero_grad(set_to_none=True)
         if around.direct:
             found = masked_gradients(run.weights, run.gradients(_finite(run, loss)), masks)

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from mech_unlearn.edit.edit import Edit
-from mech_unlearn.training.objective import Around
+from mech_unlearn.training.around import Around
 
 
 def trains(method: Any) -> bool:

@@ -9,10 +9,11 @@ from mech_unlearn.edit.sequential import fit_sequence, requests, without
 from mech_unlearn.methods import GradDiff, Npo, Rocr
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
+from mech_unlearn.training.schedule import Schedule
 from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
-FAST = dict(lr=1e-3, epochs=1, batch_size=4)
+FAST = Schedule(lr=1e-3, epochs=1, batch_size=4)
 
 
 @pytest.mark.parametrize(("size", "counts"), ((1, [1] * 8), (3, [3, 3, 2]), (10, [8]), (50, [8])))
@@ -40,7 +41,7 @@ class Spy:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_each_request_is_fitted_on_what_the_earlier_ones_left_and_the_model_ends_as_it_was(dtype, tiny_sets):
     model = load(tiny_hf("llama").to(dtype), tokenizer=tiny_tokenizer())
-    before, spy, told = model.hash(), Spy(GradDiff(**FAST)), []
+    before, spy, told = model.hash(), Spy(GradDiff(schedule=FAST)), []
     parts = requests(tiny_sets[0], 1)
     whole = fit_sequence(spy, model, parts, tiny_sets[1], lambda *args: told.append((*args, model.hash())))
     assert model.hash() == before and whole.base == before
@@ -55,7 +56,7 @@ def test_the_composed_edit_does_what_its_parts_do_in_turn_up_to_rounding(tiny_mo
     own = []
     forget = ForgetSet(facts=tiny_facts(["Anna Lee", "Ben Hill", "Hugo West"]))
     whole = fit_sequence(
-        GradDiff(**FAST), tiny_model, requests(forget, 1), tiny_sets[1], lambda _, e, __: own.append(e)
+        GradDiff(schedule=FAST), tiny_model, requests(forget, 1), tiny_sets[1], lambda _, e, __: own.append(e)
     )
     ids = torch.tensor([[2, 4, 12, 30, 31]])
     with whole.on(tiny_model):
@@ -79,15 +80,15 @@ def test_a_fact_of_any_request_is_never_retained_under_whatever_id(tiny_model, t
         general=(forget.facts[3],),
         texts=retain.texts,
     )
-    spy = Spy(Npo(**FAST))
+    spy = Spy(Npo(schedule=FAST))
     fit_sequence(spy, tiny_model, requests(forget, 1), hidden)
     assert all(kept == RetainSet(neighbors=retain.neighbors, texts=retain.texts) for _, _, kept in spy.seen)
     assert without(retain, ()) == retain
 
 
 def test_one_request_is_the_method_itself(tiny_model, tiny_sets):
-    one = fit_sequence(Npo(**FAST), tiny_model, requests(tiny_sets[0], 50), tiny_sets[1])
-    plain = Npo(**FAST).fit(tiny_model, *tiny_sets)
+    one = fit_sequence(Npo(schedule=FAST), tiny_model, requests(tiny_sets[0], 50), tiny_sets[1])
+    plain = Npo(schedule=FAST).fit(tiny_model, *tiny_sets)
     assert one.deltas.keys() == plain.deltas.keys()
     assert all(torch.equal(one.deltas[n], plain.deltas[n]) for n in plain.deltas)
 
@@ -106,7 +107,7 @@ def test_planted_facts_forgotten_one_by_one_stay_forgotten():
     forget, retain = ForgetSet(facts=facts[:FORGOTTEN]), RetainSet(neighbors=facts[FORGOTTEN:])
     so_far = []
     where = r"layers\.2\.mlp\.down"  # where the names are told apart
-    method = GradDiff(lr=1e-2, epochs=20, batch_size=5, stop_recall=0.0, trainable=where)
+    method = GradDiff(schedule=Schedule(lr=1e-2, epochs=20, batch_size=5, stop_recall=0.0), trainable=where)
     fit_sequence(method, model, requests(forget, 1), retain, lambda _, __, all_of: so_far.append(all_of))
     for i, edit in enumerate(so_far):
         with edit.on(model):
@@ -118,4 +119,4 @@ def test_planted_facts_forgotten_one_by_one_stay_forgotten():
 
 def test_no_request_is_refused(tiny_model, tiny_sets):
     with pytest.raises(ValueError, match="no request"):
-        fit_sequence(Npo(**FAST), tiny_model, (), tiny_sets[1])
+        fit_sequence(Npo(schedule=FAST), tiny_model, (), tiny_sets[1])

@@ -11,6 +11,7 @@ from mech_unlearn.methods import AltPo
 from mech_unlearn.methods.alt_po import alternative_rows
 from mech_unlearn.metrics import recall
 from mech_unlearn.training.rows import AnswerScores, answer_rows
+from mech_unlearn.training.schedule import Schedule
 from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 
@@ -48,7 +49,7 @@ def test_the_model_says_the_alternative_instead_and_keeps_the_rest(loss):
     model, facts = fresh_planted_model(), planted_facts()
     forget, retain = ForgetSet(facts=facts[:FORGOTTEN]), RetainSet(neighbors=facts[FORGOTTEN:])
     told = {fact.id: (fact.distractors[0],) for fact in forget.facts}
-    method = AltPo(loss=loss, alternatives=told, lr=1e-2, epochs=15, batch_size=8)
+    method = AltPo(schedule=Schedule(lr=1e-2, epochs=15, batch_size=8), loss=loss, alternatives=told)
     edit = method.fit(model, forget, retain)
     others = [replace(fact, object=told[fact.id][0], distractors=()) for fact in forget.facts]
     assert recall(model, others).value == 0.0 and recall(model, forget.facts).value == 1.0

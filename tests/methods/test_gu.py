@@ -9,10 +9,11 @@ from mech_unlearn.core import RetainSet
 from mech_unlearn.methods import GradAscent, GradDiff, Gu, Npo, Wagle
 from mech_unlearn.methods.gu import adam_metric, projected
 from mech_unlearn.model.load import load
-from mech_unlearn.training.objective import Around
+from mech_unlearn.training.around import Around
+from mech_unlearn.training.schedule import Schedule
 from tests.tiny import tiny_hf, tiny_tokenizer
 
-FAST = dict(lr=1e-3, epochs=2, batch_size=4)
+FAST = Schedule(lr=1e-3, epochs=2, batch_size=4)
 
 
 def drawn(n, *shapes, seed=0):
@@ -91,7 +92,7 @@ class Spy:
 @pytest.mark.parametrize("scope", ("tensor", "global"))
 def test_in_training_every_step_is_orthogonal_to_its_retain_gradients(tiny_model, tiny_sets, scope):
     spy = Spy(Gu(k=2, scope=scope))
-    Npo(**FAST).fit(tiny_model, *tiny_sets, around=Around(direct=spy, retained=True))
+    Npo(schedule=FAST).fit(tiny_model, *tiny_sets, around=Around(direct=spy, retained=True))
     assert len(spy.seen) == 4
     for before, after, theirs, metric, _, _ in spy.seen:
         h = flat(metric)
@@ -104,7 +105,7 @@ def test_in_training_every_step_is_orthogonal_to_its_retain_gradients(tiny_model
 def test_under_a_mask_the_step_is_orthogonal_in_what_the_mask_leaves(tiny_model, tiny_sets):
     spy, wagle = Spy(Gu(k=1, scope="global")), Wagle(rho=0.1)
     around = Around(direct=spy, retained=True, masks=(wagle._mask,))
-    Npo(**FAST).fit(tiny_model, *tiny_sets, around=around)
+    Npo(schedule=FAST).fit(tiny_model, *tiny_sets, around=around)
     for _, after, theirs, _, masks, names in spy.seen:
         assert set(masks) == set(names)
         assert all(not after[i][~masks[name]].any() for i, name in enumerate(names))
@@ -148,14 +149,14 @@ def test_the_retain_loss_changes_by_the_square_of_the_step_and_without_projectio
 
     for project in (True, False):
         around = Around(direct=direct_of(project), retained=True)
-        GradAscent(lr=1e-6, epochs=1, batch_size=64).fit(tiny_model, forget, retain, around=around)
+        GradAscent(schedule=Schedule(lr=1e-6, epochs=1, batch_size=64)).fit(tiny_model, forget, retain, around=around)
     assert abs(changes[False, 1e-4]) > 5 * abs(changes[True, 1e-4])
     assert 1.7 < changes[False, 1e-4] / changes[False, 5e-5] < 2.3  # first order
     assert 3 < changes[True, 1e-4] / changes[True, 5e-5] < 5  # second order
 
 
 def test_projection_keeps_retained_answers_better_at_equal_settings(tiny_model, tiny_sets):
-    base = GradAscent(lr=1e-3, epochs=3, batch_size=4)
+    base = GradAscent(schedule=Schedule(lr=1e-3, epochs=3, batch_size=4))
     plain = base.fit(tiny_model, *tiny_sets)
     projected_edit = Gu(base=base, k=4).fit(tiny_model, *tiny_sets)
     assert projected_edit.deltas.keys() == plain.deltas.keys()
@@ -170,8 +171,8 @@ def test_projection_keeps_retained_answers_better_at_equal_settings(tiny_model, 
 
 
 def test_the_retain_term_is_added_after_the_projection(tiny_model, tiny_sets):
-    with_retain = Gu(base=GradDiff(**FAST)).fit(tiny_model, *tiny_sets)
-    without = Gu(base=replace(GradDiff(**FAST), retain_weight=0.0)).fit(tiny_model, *tiny_sets)
+    with_retain = Gu(base=GradDiff(schedule=FAST)).fit(tiny_model, *tiny_sets)
+    without = Gu(base=replace(GradDiff(schedule=FAST), retain_weight=0.0)).fit(tiny_model, *tiny_sets)
     assert any(not torch.equal(with_retain.deltas[n], without.deltas[n]) for n in without.deltas)
     assert "retain_nll" in without.recipe["report"]["final_losses"]
 
@@ -180,14 +181,14 @@ def test_the_retain_term_is_added_after_the_projection(tiny_model, tiny_sets):
 def test_it_works_on_other_architectures_and_in_bfloat16(architecture, tiny_sets):
     model = load(tiny_hf(architecture, layers=2).to(torch.bfloat16), tokenizer=tiny_tokenizer())
     before = model.hash()
-    assert Gu(base=Npo(lr=1e-3, epochs=1, batch_size=8)).fit(model, *tiny_sets).deltas
+    assert Gu(base=Npo(schedule=Schedule(lr=1e-3, epochs=1, batch_size=8))).fit(model, *tiny_sets).deltas
     assert model.hash() == before
 
 
 def test_settings_out_of_range_and_nothing_retained_are_refused(tiny_model, tiny_sets):
     for method, message in (
         (Gu(k=0), "k must be"),
-        (Gu(base=GradAscent(**FAST)), "neither facts nor texts"),
+        (Gu(base=GradAscent(schedule=FAST)), "neither facts nor texts"),
     ):
         with pytest.raises(ValueError, match=message):
             method.fit(tiny_model, tiny_sets[0], RetainSet())

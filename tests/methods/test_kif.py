@@ -1,7 +1,7 @@
 """Kif: the signature and its honesty, the losses of the distillation, the anchor, the capsule."""
 
-import dataclasses
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +11,17 @@ from mech_unlearn.methods import Kif
 from mech_unlearn.methods.kif import ATTENTION, Anchor, fisher, name_loss, name_tokens, suppressor
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import encode, make_queries
-from mech_unlearn.training.objective import PLAIN, Objective
+from mech_unlearn.training.around import PLAIN
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerTokens, answer_rows, collate, forward, nll, score_rows
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.signature import Signature, contrast, effect_size, effects, mean_outputs, signature
 from mech_unlearn.training.training import _trainee
 from tests.planted import WRITER, planted_facts, planted_model
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
-FAST = dict(refusals=("the sea", "rain"), lr=3e-3, batch_size=4)
+FAST = Schedule(lr=3e-3, epochs=1, batch_size=4)
 
 
 def groups(shift, n=12, width=40, seed=0):
@@ -127,7 +129,7 @@ def test_the_anchor_is_zero_at_the_start_and_a_weighted_square_elsewhere(tiny_mo
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_the_attentions_projections_change(architecture, tiny_sets):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
-    edit = Kif(epochs=1, fisher_rows=2, **FAST).fit(model, *tiny_sets)
+    edit = Kif(schedule=FAST, refusals=("the sea", "rain"), fisher_rows=2).fit(model, *tiny_sets)
     per_layer = {"gpt2": 2, "gpt_neox": 2}.get(architecture, 3)
     assert len(edit.deltas) == per_layer * model.n_layers
     assert all(re.search(r"attn|attention", name) and name.endswith("weight") for name in edit.deltas)
@@ -136,7 +138,9 @@ def test_only_the_attentions_projections_change(architecture, tiny_sets):
 
 def test_answers_and_names_get_unlikely_and_refusals_likely(tiny_model, tiny_sets):
     forget, _ = tiny_sets
-    edit = Kif(epochs=8, name_weight=1.0, ul_weight=1.0, **FAST).fit(tiny_model, *tiny_sets)
+    edit = Kif(schedule=replace(FAST, epochs=8), refusals=("the sea", "rain"), name_weight=1.0, ul_weight=1.0).fit(
+        tiny_model, *tiny_sets
+    )
     rows = answer_rows(tiny_model.tokenizer, forget.facts)
     names = name_tokens(tiny_model, forget)
 
@@ -154,7 +158,10 @@ def test_answers_and_names_get_unlikely_and_refusals_likely(tiny_model, tiny_set
 
 
 def test_the_anchor_holds_the_weights_that_retained_answers_need(tiny_model, tiny_sets):
-    loose, tight = (Kif(epochs=4, ewc=ewc, **FAST).fit(tiny_model, *tiny_sets) for ewc in (0.0, 1e4))
+    loose, tight = (
+        Kif(schedule=replace(FAST, epochs=4), refusals=("the sea", "rain"), ewc=ewc).fit(tiny_model, *tiny_sets)
+        for ewc in (0.0, 1e4)
+    )
     rows = answer_rows(tiny_model.tokenizer, tiny_sets[1].facts)
     information = fisher(started(tiny_model, rows), 100)
 
@@ -200,10 +207,12 @@ def test_a_suppressed_output_has_no_projection_left_at_full_strength():
 def test_what_cannot_work_is_refused(tiny_model, tiny_sets):
     forget, retain = tiny_sets
     with pytest.raises(ValueError, match="holds no facts"):
-        Kif(**FAST).fit(tiny_model, forget, RetainSet(texts=retain.texts))
+        Kif(schedule=replace(FAST, epochs=5), refusals=("the sea", "rain")).fit(
+            tiny_model, forget, RetainSet(texts=retain.texts)
+        )
     with pytest.raises(ValueError, match="refusals= in words"):
         Kif(refusals=("é",)).fit(tiny_model, forget, retain)
     with pytest.raises(ValueError, match="two prompts of each kind"):
         signature(tiny_model, [(5, 6)], [(5, 6), (7, 8)])
     with pytest.raises(ValueError, match="nothing can be wrapped"):
-        Kif(mode="capsule").fit(tiny_model, forget, retain, dataclasses.replace(PLAIN, label="x"))
+        Kif(mode="capsule").fit(tiny_model, forget, retain, replace(PLAIN, label="x"))

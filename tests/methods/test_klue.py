@@ -11,12 +11,13 @@ from mech_unlearn.methods.klue import attribution, superficial_rows
 from mech_unlearn.methods.localized import neuron_masks
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
-from mech_unlearn.training.objective import Around
+from mech_unlearn.training.around import Around
 from mech_unlearn.training.rows import answer_rows
+from mech_unlearn.training.schedule import Schedule
 from tests.planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
-FAST = dict(lr=1e-3, epochs=2, batch_size=4, skip_forgotten=False)
+FAST = Schedule(lr=1e-3, epochs=2, batch_size=4, skip_forgotten=False)
 
 
 class Look:
@@ -32,7 +33,7 @@ class Look:
 
 def looked(model, sets, ask, **settings):
     look = Look(ask)
-    Klue(**FAST, **settings).fit(model, *sets, around=Around(masks=(look,)))
+    Klue(schedule=replace(FAST, weight_decay=0.0), **settings).fit(model, *sets, around=Around(masks=(look,)))
     return look.found
 
 
@@ -79,7 +80,7 @@ def test_superficial_rows_put_the_answer_where_it_does_not_belong_and_where_othe
 def test_exactly_the_rows_and_columns_of_the_chosen_neurons_move(architecture, tiny_sets):
     model = load(tiny_hf(architecture, layers=2), tokenizer=tiny_tokenizer())
     chosen = []
-    method = Klue(share=0.05, weight_decay=1.0, **FAST)
+    method = Klue(schedule=replace(FAST, weight_decay=1.0), share=0.05)
     spy = Look(lambda run: chosen.extend(Klue._neurons(method, model, run, shallow)))
     shallow = superficial_rows(model, tiny_sets[0].facts, tiny_sets[1].facts, 4, 0)
     edit = method.fit(model, *tiny_sets, around=Around(masks=(spy,)))
@@ -107,7 +108,7 @@ def test_the_superficial_term_drops_a_neuron_that_says_the_answer_to_everyone():
     sets = ForgetSet(facts=facts[:1]), RetainSet(neighbors=facts[1:])
 
     def neurons(alpha):
-        method = Klue(alpha=alpha, share=1 / 128, **FAST)
+        method = Klue(schedule=replace(FAST, weight_decay=0.0), alpha=alpha, share=1 / 128)
         shallow = superficial_rows(model, sets[0].facts, sets[1].facts, 8, 0) if alpha else []
         return looked(model, sets, lambda run: [
             (alpha, Klue._neurons(replace(method, share=2 / 128), model, run, shallow))
@@ -121,7 +122,9 @@ def test_the_superficial_term_drops_a_neuron_that_says_the_answer_to_everyone():
 def test_planted_facts_are_forgotten_and_training_ends_when_none_is_left(loss):
     model, facts = fresh_planted_model(), planted_facts()
     sets = ForgetSet(facts=facts[:FORGOTTEN]), RetainSet(neighbors=facts[FORGOTTEN:])
-    edit = Klue(loss=loss, lr=3e-2, epochs=60, batch_size=8).fit(model, *sets)
+    edit = Klue(
+        schedule=Schedule(lr=3e-2, epochs=60, batch_size=8, weight_decay=0.0, skip_forgotten=True), loss=loss
+    ).fit(model, *sets)
     report = edit.recipe["report"]
     assert report["stopped"] == "forgotten" and report["epochs"] < 60 and report["forget_recall"] == 0.0
     assert all(f".{WRITER}." in n or ".3." in n or ".1." in n or ".0." in n for n in edit.deltas)

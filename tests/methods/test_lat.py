@@ -9,8 +9,10 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Lat
 from mech_unlearn.methods.lat import away_loss, log_not, worst_shift
 from mech_unlearn.model.load import load
-from mech_unlearn.training.objective import PLAIN, Objective
+from mech_unlearn.training.around import PLAIN
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import AnswerTokens, answer_rows, collate, nll, score_rows
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import _trainee
 from tests.planted import FORGOTTEN, planted_facts, planted_model
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
@@ -117,7 +119,11 @@ def test_by_default_only_the_prompts_tokens_are_shifted(tiny_model, tiny_sets):
 
 
 def test_the_counts_are_those_of_attack_and_steps(tiny_model, tiny_sets):
-    report = Lat(pgd_steps=3, repeats=2, epochs=1, batch_size=4, lr=1e-4).fit(tiny_model, *tiny_sets).recipe["report"]
+    report = (
+        Lat(schedule=Schedule(lr=1e-4, epochs=1, batch_size=4), pgd_steps=3, repeats=2)
+        .fit(tiny_model, *tiny_sets)
+        .recipe["report"]
+    )
     assert report["steps"] == 2
     assert report["n_backward"] == report["steps"] * (3 + 2 * 2)
     assert report["n_forward"] == report["steps"] * (3 + 2 * 2) + 2  # and recall before and after
@@ -146,7 +152,8 @@ def recovered(model, facts, eps, steps=25):
 def test_an_attack_recovers_less_after_lat_than_after_the_same_ascent_without_an_attack():
     model, facts = planted_model(), planted_facts()
     forget, retain = ForgetSet(facts=facts[:FORGOTTEN]), RetainSet(neighbors=facts[FORGOTTEN:])
-    settings = dict(attack_layer=LAYER, pgd_lr=0.1, batch_size=20, epochs=5, lr=4e-3, floor=-30.0, pgd_steps=8)
+    schedule = Schedule(lr=4e-3, epochs=5, batch_size=20)
+    settings = dict(schedule=schedule, attack_layer=LAYER, pgd_lr=0.1, floor=-30.0, pgd_steps=8)
     questions = tuple(replace(fact, paraphrases=()) for fact in forget.facts)
     left, kept = {}, {}
     for eps in (0.5, 1e-6):

@@ -10,10 +10,11 @@ from mech_unlearn.methods import Localized, Npo
 from mech_unlearn.methods.localized import head_masks, neuron_masks, sites_of
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
+from mech_unlearn.training.schedule import Schedule
 from tests.planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
-FAST = dict(lr=1e-3, epochs=1, batch_size=4)
+FAST = Schedule(lr=1e-3, epochs=1, batch_size=4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -91,13 +92,13 @@ def test_a_heads_entries_are_those_that_its_output_comes_from(architecture):
     ),
 )
 def test_layers_train_the_named_part_and_nothing_else(tiny_model, tiny_sets, settings, wanted):
-    edit = Localized(base=Npo(**FAST), **settings).fit(tiny_model, *tiny_sets)
+    edit = Localized(base=Npo(schedule=FAST), **settings).fit(tiny_model, *tiny_sets)
     assert edit.deltas.keys() == {n for n in tiny_model.held if wanted(n)}
 
 
 def test_neurons_and_heads_move_exactly_their_entries_and_add_up_with_layers(tiny_model, tiny_sets):
     neurons, heads = ((1, 3), (1, 7)), ((2, 0),)
-    base = Npo(lr=1e-3, epochs=2, batch_size=4, weight_decay=1.0)
+    base = Npo(schedule=Schedule(lr=1e-3, epochs=2, batch_size=4, weight_decay=1.0))
     edit = Localized(base=base, neurons=neurons, heads=heads, layers=(0,)).fit(tiny_model, *tiny_sets)
     masks = {**neuron_masks(tiny_model, neurons), **head_masks(tiny_model, heads)}
     whole = {n for n in tiny_model.held if ".0.mlp." in n}
@@ -133,7 +134,7 @@ def test_located_neurons_suffice_to_forget_the_planted_facts_and_others_do_not()
     model, facts = fresh_planted_model(), planted_facts()
     forget, retain = ForgetSet(facts=facts[:FORGOTTEN]), RetainSet(neighbors=facts[FORGOTTEN:])
     found = knowledge_neurons(model, forget.facts, target="logit", steps=8)
-    base = Npo(lr=3e-2, epochs=12, batch_size=8, weight_decay=0.0)
+    base = Npo(schedule=Schedule(lr=3e-2, epochs=12, batch_size=8, weight_decay=0.0))
     method = Localized.at(found, FORGOTTEN, base=base)
     assert {layer for layer, _ in method.neurons} == {WRITER} and {n for _, n in method.neurons} == {0, 1, 2, 3}
     edit = method.fit(model, forget, retain)

@@ -1,5 +1,7 @@
 """Needle: one column changes, every other entry stays, even in training with decay; planted vectors are found."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,12 +70,13 @@ def test_noise_has_the_asked_length_relative_to_the_vector_or_the_papers_absolut
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "olmo2"))
 def test_training_moves_the_chosen_vectors_only_even_with_weight_decay(architecture, tiny_sets):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
-    settings = dict(vectors=((1, 3), (2, 5)), epochs=2, batch_size=2, weight_decay=0.01)
-    trained = Needle(**settings).fit(model, *tiny_sets)
+    vectors = ((1, 3), (2, 5))
+    schedule = replace(Needle.schedule, epochs=2, batch_size=2, weight_decay=0.01)
+    trained = Needle(vectors=vectors, schedule=schedule).fit(model, *tiny_sets)
     assert changed(model, trained) == [(1, 3), (2, 5)]
     report = trained.recipe["report"]
     assert report["n_backward"] > 0 and report["steps"] > 0
-    plain = Needle(vectors=settings["vectors"]).fit(model, *tiny_sets)
+    plain = Needle(vectors=vectors).fit(model, *tiny_sets)
     name = model.w_out(1)[0]
     assert not torch.equal(trained.deltas[name].dense(), plain.deltas[name].dense())
 

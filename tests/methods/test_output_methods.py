@@ -22,32 +22,33 @@ from mech_unlearn.methods.undial import Undial
 from mech_unlearn.model.load import load
 from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import REFUSALS, AnswerScores, answer_rows, nll, refusal_rows, score_rows
-from mech_unlearn.training.training import Schedule, train
+from mech_unlearn.training.schedule import Schedule
+from mech_unlearn.training.training import train
 from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
-FAST = dict(lr=3e-3, epochs=4, batch_size=4, weight_decay=0.0)
+FAST = Schedule(lr=3e-3, epochs=4, batch_size=4, weight_decay=0.0)
 SAY = ("the sea", "rain")
 WITHOUT_RETAIN = {
-    "grad_ascent": GradAscent(**FAST),
+    "grad_ascent": GradAscent(schedule=FAST),
     "grad_ascent of embeddings": GradAscent(only="embeddings", **{**FAST, "lr": 0.1}),
-    "flat": Flat(refusals=SAY, **FAST),
-    "flat by kl": Flat(refusals=SAY, divergence="kl", **FAST),
-    "flat by js": Flat(refusals=SAY, divergence="js", **FAST),
-    "flat by pearson": Flat(refusals=SAY, divergence="pearson", **FAST),
-    "catnip": Catnip(**FAST),
-    "shred": Shred(**FAST),
-    "undial": Undial(**FAST),
-    "task_vector": TaskVector(**FAST),
+    "flat": Flat(schedule=FAST, refusals=SAY),
+    "flat by kl": Flat(schedule=FAST, refusals=SAY, divergence="kl"),
+    "flat by js": Flat(schedule=FAST, refusals=SAY, divergence="js"),
+    "flat by pearson": Flat(schedule=FAST, refusals=SAY, divergence="pearson"),
+    "catnip": Catnip(schedule=FAST),
+    "shred": Shred(schedule=FAST),
+    "undial": Undial(schedule=FAST),
+    "task_vector": TaskVector(schedule=FAST),
 }
 WITH_RETAIN = {
-    "grad_diff": GradDiff(**FAST),
-    "grad_diff 1:1": GradDiff(retain_sampling="1:1", **FAST),
-    "kl_min": KlMin(retain_weight=10.0, **FAST),
-    "sim_npo": SimNpo(forget_weight=1.0, **FAST),
-    "idk_dpo": IdkDpo(refusals=SAY, **FAST),
-    "undial with retain": Undial(retain_weight=1.0, **FAST),
+    "grad_diff": GradDiff(schedule=FAST),
+    "grad_diff 1:1": GradDiff(schedule=replace(FAST, retain_sampling="1:1")),
+    "kl_min": KlMin(schedule=FAST, retain_weight=10.0),
+    "sim_npo": SimNpo(schedule=FAST, forget_weight=1.0),
+    "idk_dpo": IdkDpo(schedule=FAST, refusals=SAY),
+    "undial with retain": Undial(schedule=FAST, retain_weight=1.0),
 }
 METHODS = WITHOUT_RETAIN | WITH_RETAIN
 PLAIN = [name for name in METHODS if " by " not in name]
@@ -150,13 +151,15 @@ def test_training_only_the_embeddings_leaves_all_else_bit_identical(model, fitte
 def test_embeddings_that_are_the_output_head_too_cannot_be_trained_alone(architecture, tiny_sets):
     tied = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="output head"):
-        GradAscent(only="embeddings", epochs=1).fit(tied, *tiny_sets)
+        GradAscent(schedule=Schedule(lr=1e-05, epochs=1), only="embeddings").fit(tied, *tiny_sets)
 
 
 @pytest.mark.parametrize("architecture", ("gpt_neox", "qwen3", "olmo2"))
 def test_embeddings_are_found_by_name_on_other_architectures(architecture, tiny_sets):
     untied = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
-    (name,) = GradAscent(only="embeddings", lr=1e-3, epochs=1, batch_size=4).fit(untied, *tiny_sets).deltas
+    (name,) = (
+        GradAscent(schedule=Schedule(lr=1e-3, epochs=1, batch_size=4), only="embeddings").fit(untied, *tiny_sets).deltas
+    )
     assert name.split(".")[-2] == ("embed_in" if architecture == "gpt_neox" else "embed_tokens")
 
 
@@ -168,7 +171,7 @@ def test_a_preferred_refusal_becomes_likelier_than_the_answer(model, fitted):
     assert (answered(model, facts, refusals).logprob < answered(model, facts).logprob).all()
 
 
-@pytest.mark.parametrize("method", (IdkDpo(refusals=("!",), **FAST), Flat(refusals=("!",), **FAST)))
+@pytest.mark.parametrize("method", (IdkDpo(schedule=FAST, refusals=("!",)), Flat(schedule=FAST, refusals=("!",))))
 def test_refusals_the_tokenizer_cannot_write_are_refused_before_training(model, method):
     with pytest.raises(ValueError, match="refusals="):
         method.fit(model, *sets())
@@ -185,15 +188,15 @@ def test_kl_keeps_what_the_model_believes_where_nll_teaches_what_the_retain_set_
 
 def test_grad_diff_without_a_retain_term_is_gradient_ascent_and_so_is_kl_min(model, fitted):
     ascent = fitted("grad_ascent")[0].deltas
-    for method in (GradDiff(retain_weight=0.0, **FAST), KlMin(retain_weight=0.0, **FAST)):
+    for method in (GradDiff(schedule=FAST, retain_weight=0.0), KlMin(schedule=FAST, retain_weight=0.0)):
         deltas = method.fit(model, *sets()).deltas
         assert all(torch.equal(deltas[key], ascent[key]) for key in ascent)
 
 
 def test_a_task_vector_is_minus_its_scale_times_what_memorising_changes(model, fitted):
-    rates = Schedule(clip=1.0, **FAST)
+    rates = FAST
     learned, report = train(model, *sets(), Objective(lambda _: nll, retain_weight=0.0), rates, trainable="", seed=0)
-    edit = TaskVector(scale=0.5, **FAST).fit(model, *sets())
+    edit = TaskVector(schedule=FAST, scale=0.5).fit(model, *sets())
     assert edit.deltas.keys() == learned.keys()
     assert all(torch.equal(edit.deltas[key], -0.5 * learned[key]) for key in learned)
     assert edit.recipe["report"]["memorised_recall"] == report["forget_recall"]
@@ -206,7 +209,9 @@ def test_cyclic_sampling_goes_through_all_retain_rows_and_one_to_one_through_as_
     retain = RetainSet(neighbors=tiny_facts(names, ("born",)))
 
     def touched(sampling):
-        method = GradDiff(lr=1e-3, epochs=12, batch_size=2, weight_decay=0.0, retain_sampling=sampling, clip=1e9)
+        method = GradDiff(
+            schedule=Schedule(lr=1e-3, epochs=12, batch_size=2, weight_decay=0.0, clip=1e9, retain_sampling=sampling)
+        )
         delta = method.fit(tiny_model, forget, retain).deltas["model.embed_tokens.weight"].abs().sum(1)
         ids = [tiny_model.tokenizer.convert_tokens_to_ids(name.split()[0]) for name in names]
         return int((delta[ids] > 0).sum())
@@ -235,7 +240,7 @@ def test_training_under_an_edit_of_activations_is_refused(model):
     with shift.on(model):
         model.logits(torch.tensor([[2, 5]]))
         with pytest.raises(ValueError, match="in force"):
-            Npo(lr=1e-3, epochs=1, batch_size=4).fit(model, *sets())
+            Npo(schedule=Schedule(lr=1e-3, epochs=1, batch_size=4)).fit(model, *sets())
 
 
 @pytest.mark.parametrize(
@@ -250,7 +255,6 @@ def test_training_under_an_edit_of_activations_is_refused(model):
         (Shred(share=1.5), "share must be"),
         (Shred(top=1), "top must be"),
         (TaskVector(scale=0.0), "scale must be positive"),
-        (GradDiff(lr=0.0), "lr must be positive"),
         (GradDiff(trainable="no such"), "nothing would be trained"),
     ),
 )

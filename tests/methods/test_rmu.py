@@ -11,8 +11,10 @@ from mech_unlearn.methods.rmu import steer_to, steered
 from mech_unlearn.methods.srmu import measured, misdirected
 from mech_unlearn.model.capture import stream
 from mech_unlearn.model.load import load
-from mech_unlearn.training.objective import PLAIN, Objective
+from mech_unlearn.training.around import PLAIN
+from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import answer_rows, text_rows
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import (
     held,
     importance,
@@ -100,7 +102,7 @@ def moved(model, edit, rows, layer):
 @pytest.mark.parametrize("legacy", (False, True))
 def test_forgotten_states_turn_to_the_vector_and_retained_ones_stay(legacy):
     model, (forget, retain) = planted_model(), sets()
-    settings = dict(layer=WRITER, layers=(WRITER,), lr=5e-2, epochs=40, batch_size=20)
+    settings = dict(layer=WRITER, layers=(WRITER,), schedule=Schedule(lr=5e-2, epochs=40, batch_size=20))
     method = Rmu(c=40.0, alpha=10.0, legacy_u=legacy, **settings)
     edit = method.fit(model, forget, retain)
     u = random_direction(64, 0, legacy)
@@ -115,7 +117,7 @@ def test_forgotten_states_turn_to_the_vector_and_retained_ones_stay(legacy):
 
 def test_without_the_retain_term_retained_states_are_not_held(tiny_model, tiny_sets):
     rows = answer_rows(tiny_model.tokenizer, tiny_sets[1].facts)
-    settings = dict(layer=2, c=20.0, lr=1e-2, epochs=6)
+    settings = dict(layer=2, c=20.0, schedule=Schedule(lr=1e-2, epochs=6, batch_size=4))
     loose, tight = (Rmu(alpha=alpha, **settings).fit(tiny_model, *tiny_sets) for alpha in (1e-6, 100.0))
     assert moved(tiny_model, tight, rows, 2)[0].norm() < 0.3 * moved(tiny_model, loose, rows, 2)[0].norm()
 
@@ -123,9 +125,11 @@ def test_without_the_retain_term_retained_states_are_not_held(tiny_model, tiny_s
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_the_mlp_output_matrices_of_the_layers_change(architecture, tiny_sets):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
-    edit = Rmu(layer=2, c=10.0, alpha=1.0, lr=1e-3, epochs=1).fit(model, *tiny_sets)
+    edit = Rmu(schedule=Schedule(lr=1e-3, epochs=1, batch_size=4), layer=2, c=10.0, alpha=1.0).fit(model, *tiny_sets)
     assert set(edit.deltas) == {model.w_out(layer)[0] for layer in (0, 1, 2)}
-    edit = Rmu(layer=2, layers=(1,), c=10.0, alpha=1.0, lr=1e-3, epochs=1).fit(model, *tiny_sets)
+    edit = Rmu(schedule=Schedule(lr=1e-3, epochs=1, batch_size=4), layer=2, layers=(1,), c=10.0, alpha=1.0).fit(
+        model, *tiny_sets
+    )
     assert set(edit.deltas) == {model.w_out(1)[0]}
 
 
@@ -135,7 +139,9 @@ def test_texts_are_forgotten_beside_the_facts(tiny_model, tiny_sets):
     u = random_direction(32, 0)
 
     def along(given):
-        edit = Rmu(layer=2, c=30.0, alpha=1.0, lr=1e-2, epochs=6, texts=given).fit(tiny_model, *tiny_sets)
+        edit = Rmu(schedule=Schedule(lr=1e-2, epochs=6, batch_size=4), layer=2, c=30.0, alpha=1.0, texts=given).fit(
+            tiny_model, *tiny_sets
+        )
         return (moved(tiny_model, edit, rows, 2)[0] @ u).mean(), edit.recipe["report"]
 
     with_texts, report = along(texts)
@@ -147,7 +153,8 @@ def test_texts_are_forgotten_beside_the_facts(tiny_model, tiny_sets):
 def test_a_late_layer_is_steered_by_its_own_norm_where_a_small_constant_does_nothing(tiny_model, tiny_sets):
     with torch.no_grad():
         tiny_model.held["model.embed_tokens.weight"].mul_(40)  # states as long as those of late layers
-    settings = dict(layer=3, layers=(3,), alpha=1e-3, lr=3e-2, epochs=30, clip=100.0, batch_size=8)
+    schedule = Schedule(lr=3e-2, epochs=30, batch_size=8, clip=100.0)
+    settings = dict(layer=3, layers=(3,), alpha=1e-3, schedule=schedule)
     rows, u = answer_rows(tiny_model.tokenizer, tiny_sets[0].facts), random_direction(32, 0)
     small = Rmu(c=6.5, **settings).fit(tiny_model, *tiny_sets)
     adaptive = AdaptiveRmu(beta=5.0, **settings).fit(tiny_model, *tiny_sets)
@@ -183,7 +190,8 @@ def test_a_shut_gate_keeps_the_untrained_state():
 
 def test_srmu_moves_the_features_of_the_forgotten_and_leaves_the_others():
     model, (forget, retain) = planted_model(), sets()
-    settings = dict(layer=WRITER, layers=(WRITER,), alpha=1.0, lr=3e-2, epochs=30, batch_size=20)
+    schedule = Schedule(lr=3e-2, epochs=30, batch_size=20)
+    settings = dict(layer=WRITER, layers=(WRITER,), alpha=1.0, schedule=schedule)
     method = Srmu(every=5, **settings)
     edit = method.fit(model, forget, retain)
     rows = answer_rows(model.tokenizer, forget.facts)
@@ -197,7 +205,7 @@ def test_srmu_moves_the_features_of_the_forgotten_and_leaves_the_others():
 
 
 def test_importance_is_renewed_as_training_goes_on(tiny_model, tiny_sets):
-    settings = dict(alpha=1.0, lr=1e-2, epochs=4)
+    settings = dict(alpha=1.0, schedule=Schedule(lr=1e-2, epochs=4, batch_size=4))
     once, often, stiff = (
         Srmu(every=every, ema=ema, **settings).fit(tiny_model, *tiny_sets).recipe["report"]["gate"]
         for every, ema in ((1000, 0.9), (2, 0.9), (2, 1.0))
@@ -235,7 +243,7 @@ def test_nothing_retained_is_refused(tiny_model, tiny_sets):
 @pytest.mark.parametrize("method", (Rmu(c=20.0, alpha=1.0), AdaptiveRmu(alpha=1.0), Srmu(alpha=1.0)))
 def test_a_bfloat16_model_is_steered_too(tiny_sets, method):
     model = load(tiny_hf("gemma2").to(torch.bfloat16), tokenizer=tiny_tokenizer())
-    edit = dataclasses.replace(method, lr=1e-2, epochs=2).fit(model, *tiny_sets)
+    edit = dataclasses.replace(method, schedule=Schedule(lr=1e-2, epochs=2, batch_size=4)).fit(model, *tiny_sets)
     assert {delta.dtype for delta in edit.deltas.values()} == {torch.float32}
     shift, before = moved(model, edit, answer_rows(model.tokenizer, tiny_sets[0].facts), steered(model, None, None)[0])
     assert shift.norm() > 0.02 * before.norm()

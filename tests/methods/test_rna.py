@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mech_unlearn.methods import GradAscent, Npo, Rmu, Rna, Rocr
-from mech_unlearn.training.objective import PLAIN
+from mech_unlearn.training.around import PLAIN
+from mech_unlearn.training.schedule import Schedule
 
-BASE = Npo(epochs=1, lr=1e-3, batch_size=4)
+BASE = Npo(schedule=Schedule(lr=1e-3, epochs=1, batch_size=4))
 
 
 def same(one, other):
@@ -25,7 +26,7 @@ def test_without_variance_it_is_the_base_with_its_retained_rows_compared_by_kl(t
 
 
 def test_a_base_that_compares_states_keeps_its_loss_and_gets_the_noise(tiny_model, tiny_sets):
-    base = Rmu(layer=2, c=10.0, alpha=10.0, lr=1e-3, epochs=1)
+    base = Rmu(schedule=Schedule(lr=1e-3, epochs=1, batch_size=4), layer=2, c=10.0, alpha=10.0)
     plain = base.fit(tiny_model, *tiny_sets)
     assert same(Rna(base=base, layer=2, nu=0.0).fit(tiny_model, *tiny_sets), plain)
     assert same(Rna(base=base, layer=1, nu=0.0).fit(tiny_model, *tiny_sets), plain)

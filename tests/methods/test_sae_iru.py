@@ -1,6 +1,7 @@
 """SaeIru: coordinates with a gradient everywhere, bands that end the training, names that move to unknown ones."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from mech_unlearn.methods.sae_iru import mention_rows, settled
 from mech_unlearn.methods.sae_shift import pre_activations
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.load import load
+from mech_unlearn.training.schedule import Schedule
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 SITE = Site(1, "resid_post")
-FAST = dict(min_auc=0.0, lr=1e-2, batch_size=4)
+FAST = Schedule(lr=1e-2, epochs=1, batch_size=4)
 PEOPLE = [f"{a} {b}" for a in ("Cara", "Dan", "Eva", "Finn") for b in ("Moss", "Park", "Reed", "Stone")]
 STRANGERS = [f"{a} {b}" for a in ("Gina", "Hugo") for b in ("Vale", "West", "Moss", "Stone")]
 
@@ -160,7 +162,15 @@ def mean_distance(model, edit, bands, names, contexts):
 def test_forgotten_names_move_towards_unknown_ones_and_known_ones_stay(tiny_model, sae, space, goal):
     forget, retain = sets()
     contexts = keys.contexts_of(forget.facts)
-    method = SaeIru(sae=sae, space=space, objective=goal, patience=0, epochs=30, n_latents=16, **FAST)
+    method = SaeIru(
+        schedule=replace(FAST, epochs=30, weight_decay=0.0),
+        min_auc=0.0,
+        sae=sae,
+        space=space,
+        objective=goal,
+        patience=0,
+        n_latents=16,
+    )
     plan = method._plan(tiny_model, forget, retain, contexts, [len(contexts) - 1])
     tight = dataclasses.replace(plan.bands, near=0.5 * plan.bands.near)
     if goal == "bands":  # the random model's names may lie in the bands already
@@ -176,7 +186,7 @@ def test_forgotten_names_move_towards_unknown_ones_and_known_ones_stay(tiny_mode
 
 def test_targets_that_are_unknown_already_are_left_alone(tiny_model, sae):
     forget, retain = sets(gone=STRANGERS[:1], unknown=STRANGERS[1:])
-    method = SaeIru(sae=sae, recon_weight=0.0, epochs=30, **FAST)
+    method = SaeIru(schedule=replace(FAST, epochs=30, weight_decay=0.0), min_auc=0.0, sae=sae, recon_weight=0.0)
     contexts = keys.contexts_of(forget.facts)
     plan = method._plan(tiny_model, forget, retain, contexts, [len(contexts) - 1])
     wide = dataclasses.replace(plan.bands, near=1e9, far=0.0)
@@ -185,7 +195,7 @@ def test_targets_that_are_unknown_already_are_left_alone(tiny_model, sae):
     assert not edit.deltas
     report = edit.recipe["report"]
     assert report["stopped"] == "inside the bands" and report["steps"] == 20 and report["inside"] == [1.0] * 3
-    endless = dataclasses.replace(method, patience=0, epochs=2)
+    endless = dataclasses.replace(method, patience=0, schedule=replace(method.schedule, epochs=2))
     object.__setattr__(endless, "_plan", method._plan)
     assert endless.fit(tiny_model, forget, retain).recipe["report"]["stopped"] == "epochs"
 
@@ -200,7 +210,15 @@ def test_training_stops_only_after_so_many_looks_in_a_row():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_the_listed_matrices_change(architecture, sae):
     model = load(tiny_hf(architecture).to(torch.bfloat16), tokenizer=tiny_tokenizer())
-    method = SaeIru(sae=sae, objective="prototype", patience=0, epochs=1, layers=(1,), background=0.9, **FAST)
+    method = SaeIru(
+        schedule=replace(FAST, weight_decay=0.0),
+        min_auc=0.0,
+        sae=sae,
+        objective="prototype",
+        patience=0,
+        layers=(1,),
+        background=0.9,
+    )
     edit = method.fit(model, *sets())
     assert set(edit.deltas) == {model.w_out(1)[0]}
     assert edit.deltas[model.w_out(1)[0]].dtype == torch.float32

@@ -1,5 +1,7 @@
 """Wagle: scores and mask against the equation, and entries that are masked never move."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,9 +9,10 @@ from mech_unlearn.methods import Npo, Wagle
 from mech_unlearn.methods.wagle import attribution, top_share
 from mech_unlearn.model.load import load
 from mech_unlearn.training.rows import answer_rows, text_rows
+from mech_unlearn.training.schedule import Schedule
 from tests.tiny import tiny_hf, tiny_tokenizer
 
-FAST = dict(lr=1e-3, epochs=2, batch_size=4)
+FAST = Schedule(lr=1e-3, epochs=2, batch_size=4)
 
 
 def test_the_score_is_the_equation_and_its_parts_change_its_order():
@@ -27,8 +30,8 @@ def test_the_top_share_is_of_all_entries_together_and_exact_under_ties():
 
 
 def test_rho_of_one_is_the_base_bit_by_bit(tiny_model, tiny_sets):
-    plain = Npo(**FAST).fit(tiny_model, *tiny_sets)
-    same = Wagle(base=Npo(**FAST), rho=1.0).fit(tiny_model, *tiny_sets)
+    plain = Npo(schedule=FAST).fit(tiny_model, *tiny_sets)
+    same = Wagle(base=Npo(schedule=FAST), rho=1.0).fit(tiny_model, *tiny_sets)
     assert same.deltas.keys() == plain.deltas.keys()
     assert all(torch.equal(same.deltas[n], plain.deltas[n]) for n in plain.deltas)
 
@@ -58,7 +61,7 @@ def slow_mask(model, sets, rho, mu):
 
 @pytest.mark.parametrize("mu", (1e-6, 10.0))
 def test_what_moves_is_what_the_equation_chooses(tiny_model, tiny_sets, mu):
-    edit = Wagle(base=Npo(**FAST), rho=0.1, mu=mu, batch_size=64).fit(tiny_model, *tiny_sets)
+    edit = Wagle(base=Npo(schedule=FAST), rho=0.1, mu=mu, batch_size=64).fit(tiny_model, *tiny_sets)
     wanted = slow_mask(tiny_model, tiny_sets, 0.1, mu)
     total = sum(m.numel() for m in wanted.values())
     moved = {n: edit.deltas[n] != 0 if n in edit.deltas else torch.zeros_like(m) for n, m in wanted.items()}
@@ -69,7 +72,7 @@ def test_what_moves_is_what_the_equation_chooses(tiny_model, tiny_sets, mu):
 
 
 def test_masked_entries_keep_every_bit_also_under_weight_decay(tiny_model, tiny_sets):
-    base = Npo(weight_decay=10.0, **FAST)
+    base = Npo(schedule=replace(FAST, weight_decay=10.0))
     everything = base.fit(tiny_model, *tiny_sets)
     edit = Wagle(base=base, rho=0.1).fit(tiny_model, *tiny_sets)
     total = sum(w.numel() for w in tiny_model.held.values())
@@ -81,7 +84,7 @@ def test_masked_entries_keep_every_bit_also_under_weight_decay(tiny_model, tiny_
 def test_a_mask_from_a_retain_loss_of_kl_still_reads_retained_rows(tiny_model, tiny_sets):
     from mech_unlearn.methods import KlMin
 
-    edits = [Wagle(base=KlMin(**FAST), rho=0.05, mu=mu).fit(tiny_model, *tiny_sets) for mu in (1e-6, 1e9)]
+    edits = [Wagle(base=KlMin(schedule=FAST), rho=0.05, mu=mu).fit(tiny_model, *tiny_sets) for mu in (1e-6, 1e9)]
     names = edits[0].deltas.keys() & edits[1].deltas.keys()
     assert any(not torch.equal(edits[0].deltas[n] != 0, edits[1].deltas[n] != 0) for n in names)
 
@@ -89,7 +92,7 @@ def test_a_mask_from_a_retain_loss_of_kl_still_reads_retained_rows(tiny_model, t
 @pytest.mark.parametrize("architecture", ("gpt2", "gpt_neox", "gemma2"))
 def test_it_works_on_other_architectures_and_in_bfloat16(architecture, tiny_sets):
     model = load(tiny_hf(architecture, layers=2).to(torch.bfloat16), tokenizer=tiny_tokenizer())
-    assert Wagle(base=Npo(lr=1e-3, epochs=1, batch_size=8), rho=0.2).fit(model, *tiny_sets).deltas
+    assert Wagle(base=Npo(schedule=Schedule(lr=1e-3, epochs=1, batch_size=8)), rho=0.2).fit(model, *tiny_sets).deltas
 
 
 def test_settings_out_of_range_are_refused(tiny_model, tiny_sets):

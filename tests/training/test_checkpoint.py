@@ -8,24 +8,22 @@ import torch
 from mech_unlearn.core import ForgetSet
 from mech_unlearn.methods import Gu, Klue, Lora, Npo, Srmu, Wagle
 from mech_unlearn.training import checkpoint as files
-from mech_unlearn.training.objective import Around, Noise, Objective
+from mech_unlearn.training.around import Around
+from mech_unlearn.training.objective import Noise, Objective
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import trained_edit
 from tests.tiny import tiny_facts
 
-FAST = dict(lr=3e-3, epochs=3, batch_size=3)
+FAST = Schedule(lr=3e-3, epochs=3, batch_size=3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipping:
     """Gradient ascent that leaves out what is forgotten, kept apart so that skipping can be tested by itself."""
 
-    lr: float = 3e-3
-    epochs: int = 6
-    batch_size: int = 3
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    skip_forgotten: bool = True
-    retain_sampling: str = "entity"
+    schedule: Schedule = Schedule(
+        lr=3e-3, epochs=6, batch_size=3, weight_decay=0.0, skip_forgotten=True, retain_sampling="entity"
+    )
     seed: int = 0
     extra: dict = field(default_factory=dict)
 
@@ -35,15 +33,15 @@ class Skipping:
 
 
 METHODS = {
-    "npo": Npo(**FAST),
-    "npo by entity": Npo(retain_sampling="entity", **FAST),
-    "npo one to one": Npo(retain_sampling="1:1", **FAST),
-    "gu over wagle": Gu(base=Wagle(base=Npo(**FAST), rho=0.3), k=2),
-    "lora": Lora(base=Npo(**FAST), rank=2),
-    "klue": Klue(**FAST),
+    "npo": Npo(schedule=FAST),
+    "npo by entity": Npo(schedule=replace(FAST, retain_sampling="entity")),
+    "npo one to one": Npo(schedule=replace(FAST, retain_sampling="1:1")),
+    "gu over wagle": Gu(base=Wagle(base=Npo(schedule=FAST), rho=0.3), k=2),
+    "lora": Lora(base=Npo(schedule=FAST), rank=2),
+    "klue": Klue(schedule=replace(FAST, weight_decay=0.0, skip_forgotten=True)),
     "skipping": Skipping(),
-    "srmu": Srmu(every=2, ema=0.5, alpha=1.0, **FAST),
-    "a last layer without gradient": Npo(trainable=r"layers\.[013]\.", **FAST),
+    "srmu": Srmu(schedule=FAST, every=2, ema=0.5, alpha=1.0),
+    "a last layer without gradient": Npo(schedule=FAST, trainable=r"layers\.[013]\."),
 }
 
 
@@ -59,7 +57,9 @@ def learned():
     retain = RetainSet(neighbors=tiny_facts(["Cara Moss", "Dan Park", "Eva Reed"]), texts=("Rivers run to the sea .",))
     model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
     known = ForgetSet(facts=(*forget.facts, *retain.facts))
-    edit = TaskVector(scale=1.0, lr=3e-3, epochs=12, batch_size=8).fit(model, known, retain)
+    edit = TaskVector(schedule=Schedule(lr=3e-3, epochs=12, batch_size=8, weight_decay=0.0), scale=1.0).fit(
+        model, known, retain
+    )
     with torch.no_grad():
         for name, delta in edit.deltas.items():
             model.held[name].sub_(delta)
@@ -128,7 +128,7 @@ def test_skipping_leaves_rows_out_so_that_resuming_it_means_something(learned):
 
 def test_the_noise_goes_on_where_it_was(learned, tmp_path, monkeypatch):
     model, sets = learned
-    method = Npo(**FAST)
+    method = Npo(schedule=FAST)
     noisy = Around(retain="kl", noise=Noise(1, 0.05, 0))
     whole = method.fit(model, *sets, around=noisy)
     saved = replace(noisy, checkpoint=tmp_path / "c.safetensors", checkpoint_seconds=0.0)
@@ -144,7 +144,7 @@ def test_a_weight_that_has_had_no_gradient_is_restored_too(learned, tmp_path, mo
 
     @dataclass(frozen=True, kw_only=True)
     class Low(Skipping):
-        skip_forgotten: bool = False
+        schedule: Schedule = replace(Skipping.schedule, skip_forgotten=False)
 
         def fit(self, model, forget, retain, around=Around()):  # noqa: B008 - frozen
             def loss(now: AnswerScores):
@@ -163,22 +163,22 @@ def test_a_checkpoint_of_something_else_is_refused_by_name_and_says_what_differs
     model, sets = learned
     path = tmp_path / "c.safetensors"
     around = Around(checkpoint=path, checkpoint_seconds=0.0)
-    interrupted(monkeypatch, lambda: Npo(**FAST).fit(model, *sets, around=around), 2)
+    interrupted(monkeypatch, lambda: Npo(schedule=FAST).fit(model, *sets, around=around), 2)
     for method, forget, differs in (
-        (Npo(lr=1e-4, epochs=3, batch_size=3), sets[0], "settings differ"),
-        (Gu(base=Npo(**FAST)), sets[0], "settings differ"),
-        (Npo(**FAST), ForgetSet(facts=sets[0].facts[:2]), "data set differ"),
+        (Npo(schedule=Schedule(lr=1e-4, epochs=3, batch_size=3)), sets[0], "settings differ"),
+        (Gu(base=Npo(schedule=FAST)), sets[0], "settings differ"),
+        (Npo(schedule=FAST), ForgetSet(facts=sets[0].facts[:2]), "data set differ"),
     ):
         with pytest.raises(ValueError, match=f"c.safetensors.*{differs}"):
             method.fit(model, forget, sets[1], around=around)
     assert path.exists()
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read"):
-        Npo(**FAST).fit(model, *sets, around=around)
+        Npo(schedule=FAST).fit(model, *sets, around=around)
 
 
 def test_nothing_is_written_before_its_time(learned, tmp_path):
     model, sets = learned
     around = Around(checkpoint=tmp_path / "new" / "c.safetensors", checkpoint_seconds=3600.0)
-    equal(Npo(**FAST).fit(model, *sets, around=around), Npo(**FAST).fit(model, *sets))
+    equal(Npo(schedule=FAST).fit(model, *sets, around=around), Npo(schedule=FAST).fit(model, *sets))
     assert not (tmp_path / "new").exists()

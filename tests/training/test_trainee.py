@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from mech_unlearn.model.load import load
-from mech_unlearn.training.objective import PLAIN, Noise, Objective
+from mech_unlearn.training.around import PLAIN
+from mech_unlearn.training.objective import Noise, Objective
 from mech_unlearn.training.rows import answer_rows, collate, nll
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held
-from mech_unlearn.training.training import Schedule, _trainee, train
+from mech_unlearn.training.training import _trainee, train
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
 ROWS = [((2, 5, 6, 7, 8), 3), ((2, 9, 10), 2), (tuple(range(2, 20)), 9)]
-SCHEDULE = dict(lr=1e-3, epochs=1, batch_size=2, weight_decay=0.0, clip=1.0)
+SCHEDULE = Schedule(lr=1e-3, epochs=1, batch_size=2, weight_decay=0.0, clip=1.0)
 
 
 def started(model, objective, noise=None, rows=ROWS):
@@ -119,7 +121,7 @@ def test_given_rows_are_trained_in_place_of_the_facts_and_recall_is_still_the_fa
     objective = Objective(lambda _: loss, 1.0, rows=given, layer=1, logits=False)
     for some, wanted in ((objective, {2, 9, 10, 11}), (dataclasses.replace(objective, rows=()), None)):
         seen.clear()
-        _, report = train(tiny_model, *tiny_sets, some, Schedule(**SCHEDULE), trainable="", seed=0)
+        _, report = train(tiny_model, *tiny_sets, some, SCHEDULE, trainable="", seed=0)
         rows = answer_rows(tiny_model.tokenizer, tiny_sets[0].facts)
         assert set(seen) == (wanted or {token for ids, _ in rows for token in ids})
         assert report["steps"] == (2 if wanted else len(rows) // 2)

@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 
 from mech_unlearn.core import RetainSet
-from mech_unlearn.methods import LastLayerAscent, Npo
+from mech_unlearn.methods import METHODS, LastLayerAscent, Npo
 from mech_unlearn.methods.last_layer_ascent import ascent_loss
 from mech_unlearn.methods.npo import npo_loss
 from mech_unlearn.model.load import load
@@ -24,11 +26,13 @@ from mech_unlearn.training.rows import (
     score_rows,
     text_rows,
 )
+from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.trainee import trained_copy
+from mech_unlearn.training.wrapping import trains
 from tests.tiny import tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
-FAST = dict(lr=3e-3, batch_size=4)
+FAST = Schedule(lr=3e-3, epochs=1, batch_size=4)
 
 
 def scores_of(logprob, tokens=None):
@@ -141,7 +145,11 @@ def test_ascent_pushes_no_answer_past_its_bound():
 
 
 @pytest.mark.parametrize(
-    "method", (Npo(epochs=6, beta=1.0, **FAST), LastLayerAscent(epochs=6, stop_recall=None, **FAST))
+    "method",
+    (
+        Npo(schedule=replace(FAST, epochs=6), beta=1.0),
+        LastLayerAscent(schedule=replace(FAST, epochs=6, stop_recall=None, weight_decay=0.0)),
+    ),
 )
 def test_training_makes_forgotten_answers_unlikely_and_retained_ones_likely(tiny_model, tiny_sets, method):
     forget, retain = tiny_sets
@@ -152,16 +160,16 @@ def test_training_makes_forgotten_answers_unlikely_and_retained_ones_likely(tiny
 
 
 def test_without_a_retain_term_nothing_else_is_needed_and_with_one_it_is(tiny_model, tiny_sets):
-    bare = Npo(epochs=1, retain_weight=0.0, **FAST).fit(tiny_model, tiny_sets[0], RetainSet())
+    bare = Npo(schedule=FAST, retain_weight=0.0).fit(tiny_model, tiny_sets[0], RetainSet())
     assert bare.deltas
     with pytest.raises(ValueError, match="retain_weight=0"):
-        Npo(epochs=1, **FAST).fit(tiny_model, tiny_sets[0], RetainSet())
+        Npo(schedule=FAST).fit(tiny_model, tiny_sets[0], RetainSet())
 
 
 @pytest.mark.parametrize("architecture", ("gpt2", "gpt_neox", "llama", "gemma2"))
 def test_last_layer_ascent_leaves_everything_below_the_last_layer_bit_identical(architecture, tiny_sets):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
-    edit = LastLayerAscent(epochs=1, **FAST).fit(model, *tiny_sets)
+    edit = LastLayerAscent(schedule=replace(FAST, weight_decay=0.0, stop_recall=0.1)).fit(model, *tiny_sets)
     assert edit.deltas and all(".3." in name for name in edit.deltas)
     ids = torch.tensor([make_queries(model.tokenizer, tiny_sets[0].facts)[0].prompt])
 
@@ -178,23 +186,23 @@ def test_last_layer_ascent_leaves_everything_below_the_last_layer_bit_identical(
 
 
 def test_npo_trains_every_tensor_or_those_it_is_told_to(tiny_model, tiny_sets):
-    every = Npo(epochs=1, **FAST).fit(tiny_model, *tiny_sets)
+    every = Npo(schedule=FAST).fit(tiny_model, *tiny_sets)
     assert every.deltas.keys() == tiny_model.held.keys()
-    some = Npo(epochs=1, trainable=r"layers\.[01]\.mlp", **FAST).fit(tiny_model, *tiny_sets)
+    some = Npo(schedule=FAST, trainable=r"layers\.[01]\.mlp").fit(tiny_model, *tiny_sets)
     assert {name.split(".")[2] for name in some.deltas} == {"0", "1"}
     assert all(".mlp." in name for name in some.deltas)
     with pytest.raises(ValueError, match="nothing would be trained"):
-        Npo(epochs=1, trainable="no such", **FAST).fit(tiny_model, *tiny_sets)
+        Npo(schedule=FAST, trainable="no such").fit(tiny_model, *tiny_sets)
 
 
 def test_a_bfloat16_model_is_trained_in_float32_so_that_small_steps_add_up(tiny_sets):
     model = load(tiny_hf("llama").to(torch.bfloat16), tokenizer=tiny_tokenizer())
-    edit = Npo(epochs=1, lr=1e-6, batch_size=4).fit(model, *tiny_sets)
+    edit = Npo(schedule=Schedule(lr=1e-6, epochs=1, batch_size=4)).fit(model, *tiny_sets)
     delta = edit.deltas["model.layers.0.mlp.up_proj.weight"]
     assert delta.dtype == torch.float32
     assert 0 < delta.abs().max() < 1e-4
     before = model.hash()
-    with Npo(epochs=4, beta=1.0, **FAST).fit(model, *tiny_sets).on(model):
+    with Npo(schedule=replace(FAST, epochs=4), beta=1.0).fit(model, *tiny_sets).on(model):
         assert model.dtype == torch.bfloat16
         after = nll_of(model, tiny_sets[0].facts)
     assert model.hash() == before
@@ -203,16 +211,42 @@ def test_a_bfloat16_model_is_trained_in_float32_so_that_small_steps_add_up(tiny_
 
 def test_training_stops_by_its_rule_and_says_so(tiny_model, tiny_sets):
     forget, _ = tiny_sets
-    at_once = Npo(epochs=5, stop_recall=1.0, **FAST).fit(tiny_model, *tiny_sets).recipe["report"]
+    at_once = Npo(schedule=replace(FAST, epochs=5, stop_recall=1.0)).fit(tiny_model, *tiny_sets).recipe["report"]
     assert (at_once["stopped"], at_once["steps"]) == ("stop_recall", len(forget.facts) * 2 // 4)
-    full = Npo(epochs=2, **FAST).fit(tiny_model, *tiny_sets).recipe["report"]
+    full = Npo(schedule=replace(FAST, epochs=2)).fit(tiny_model, *tiny_sets).recipe["report"]
     assert (full["stopped"], full["steps"]) == ("epochs", 2 * len(forget.facts) * 2 // 4)
     assert full["n_backward"] == 2 * full["steps"]
     assert set(full["final_losses"]) == {"forget_nll", "forget_loss", "retain_nll"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    (
+        ({"lr": -1.0}, "lr must be positive, got -1.0"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"epochs": -1}, "epochs must not be negative, got -1"),
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"clip": 0.0}, "clip must be positive"),
+        ({"retain_sampling": "all"}, "retain_sampling must be 'cyclic', '1:1' or 'entity', got 'all'"),
+    ),
+)
+def test_a_schedule_that_cannot_work_is_refused_when_it_is_made(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace(FAST, **settings)
+
+
+def test_every_method_that_trains_holds_its_settings_of_training_in_its_schedule(tiny_model, tiny_sets):
+    names = {field.name for field in fields(Schedule)}
+    for kind in METHODS.values():
+        own = {field.name for field in fields(kind)}
+        assert not trains(kind) or {"schedule", "base"} & own
+        assert "schedule" not in own or not names & own, kind
+    settings = Npo(schedule=FAST).fit(tiny_model, *tiny_sets).recipe["settings"]
+    assert settings["schedule"] == asdict(FAST) and settings["beta"] == 0.1 and "lr" not in settings
+
+
 def test_another_seed_gives_another_order_and_so_another_edit(tiny_model, tiny_sets):
-    one, other = (Npo(epochs=1, seed=seed, **FAST).fit(tiny_model, *tiny_sets) for seed in (0, 1))
+    one, other = (Npo(schedule=FAST, seed=seed).fit(tiny_model, *tiny_sets) for seed in (0, 1))
     assert any(not torch.equal(one.deltas[name], other.deltas[name]) for name in one.deltas)
 
 
@@ -220,10 +254,9 @@ def test_another_seed_gives_another_order_and_so_another_edit(tiny_model, tiny_s
     ("method", "message"),
     (
         (Npo(beta=0.0), "beta must be positive"),
-        (Npo(lr=-1.0), "lr must be positive"),
-        (Npo(epochs=0), "epochs must be positive"),
+        (Npo(schedule=Schedule(lr=1e-05, epochs=0)), "epochs must be positive"),
         (LastLayerAscent(max_nll=0.0), "max_nll must be positive"),
-        (Npo(lr=1e30, epochs=4, batch_size=4, clip=1e30), "lower lr"),
+        (Npo(schedule=Schedule(lr=1e30, epochs=4, batch_size=4, clip=1e30)), "lower lr"),
     ),
 )
 def test_settings_that_cannot_work_are_refused(tiny_model, tiny_sets, method, message):
@@ -239,7 +272,7 @@ def test_nothing_is_trained_that_an_export_would_lose(architecture, tiny_sets, t
     assert added, "the bridge adds nothing any more: this test can go"
     trained = {name for name, p in trained_copy(model, "").named_parameters() if p.requires_grad}
     assert trained == set(model.held)
-    edit = Npo(epochs=2, **FAST).fit(model, *tiny_sets)
+    edit = Npo(schedule=replace(FAST, epochs=2)).fit(model, *tiny_sets)
     assert edit.deltas.keys() <= set(model.held)
     worst, bound = edit.export(model, tmp_path / "out")
     assert worst <= bound
@@ -248,5 +281,5 @@ def test_nothing_is_trained_that_an_export_would_lose(architecture, tiny_sets, t
 def test_a_model_whose_blocks_hold_no_module_named_mlp_is_trained(tiny_sets):
     model = load(tiny_hf("opt"), tokenizer=tiny_tokenizer())
     before = nll_of(model, tiny_sets[0].facts)
-    with Npo(**FAST, epochs=1).fit(model, *tiny_sets).on(model):
+    with Npo(schedule=FAST).fit(model, *tiny_sets).on(model):
         assert nll_of(model, tiny_sets[0].facts) > before + 0.1
