@@ -30,7 +30,7 @@ from mech_unlearn.testbed.recipe import (
     PAD,
     UNK,
     Recipe,
-    Row,
+    Sentence,
     collate,
     learning_rate,
     masked_attention,
@@ -92,12 +92,12 @@ def make_vocabulary(whole: Sequence[str], rest: Sequence[str] = (), pieces: int 
     )
 
 
-def packed(items: Sequence[Row], tokens: int, seed: int) -> Iterator[list[Row]]:
+def packed(items: Sequence[Sentence], tokens: int, seed: int) -> Iterator[list[Sentence]]:
     """Batches for ever: every row once per pass, rows of like length together, at most `tokens` padded tokens each."""
     rng = random.Random(seed)
     while True:
         order = sorted(items, key=lambda row: (len(row.ids), rng.random()))
-        batches: list[list[Row]] = [[]]
+        batches: list[list[Sentence]] = [[]]
         for row in order:
             if batches[-1] and (len(batches[-1]) + 1) * len(row.ids) > tokens:
                 batches.append([])

@@ -108,8 +108,8 @@ def ours(shape: Shape) -> Way:
     own = torch.ones(1, len(CONTEXTS), dtype=torch.bool)
 
     def run() -> Tensor:
-        target = keys.last_states(model, keys.mentions(model.tokenizer, [ANCHOR], CONTEXTS), [site])[site]
-        rows = keys.mentions(model.tokenizer, [NAME], CONTEXTS)
+        target = keys.end_states(model, keys.mention_rows(model.tokenizer, [ANCHOR], CONTEXTS), [site])[site]
+        rows = keys.mention_rows(model.tokenizer, [NAME], CONTEXTS)
         deltas, _ = keys.write_states(model, rows, target, site, layers=layers, bases=bases, ridge=RIDGE, own=own)
         ones = torch.ones(shape.width, dtype=torch.float64)
         found = []

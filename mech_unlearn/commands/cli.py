@@ -255,6 +255,7 @@ def list_kind(kind: Annotated[Kind, typer.Argument()], as_json: Json = False) ->
         return
     for row in rows:
         more = "  (see `bench`)" if kind is Kind.datasets and row["name"] in BENCHMARKS.split(", ") else ""
+        more += "  (experimental)" if row.get("experimental") else ""
         print(f"{row['name']:25} {row['summary']}" + (f"  [{row['paper']}]" if row["paper"] else "") + more)
 
 

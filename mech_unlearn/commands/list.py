@@ -8,18 +8,19 @@ from typing import Any
 def summary_of(thing: Any) -> tuple[str, str]:
     """First sentence and paper of a method or locator, read from the docstring of its file.
 
-    A function that shares its file with the one the file is named after speaks for itself in its own docstring.
+    What shares its file with the one the file is named after speaks for itself in its own docstring.
     """
     module = inspect.getmodule(thing)
-    text = inspect.getdoc(module) or ""
+    own = inspect.getdoc(thing) or ""
+    text = own if "\nPaper: " in own else inspect.getdoc(module) or ""
     named = module is not None and module.__name__.rpartition(".")[2].startswith(getattr(thing, "__name__", "").lower())
     first = (text if named or not inspect.isfunction(thing) else inspect.getdoc(thing) or text).partition("\n")[0]
     paper = re.search(r"^Paper:\s*(.*(?:\n[ ]{4,}.*)*)", text, re.MULTILINE)
     return first, " ".join(paper[1].split()) if paper else ""
 
 
-def listing(kind: str) -> list[dict[str, str]]:
-    """Name, paper and summary of every method, locator, test, dataset or world."""
+def listing(kind: str) -> list[dict[str, Any]]:
+    """Name, paper and summary of every method, locator, test, dataset or world; of methods, whether experimental."""
     if kind == "tests":
         from mech_unlearn.restoration import TESTS
 
@@ -39,4 +40,6 @@ def listing(kind: str) -> list[dict[str, str]]:
     for name, thing in things.items():
         first, paper = summary_of(getattr(thing, "run", thing))
         rows.append({"name": name, "paper": paper, "summary": first})
+        if kind == "methods":
+            rows[-1]["experimental"] = ".experimental." in thing.__module__
     return rows

@@ -5,8 +5,14 @@ Add a method with one file and one line in `METHODS`.
 
 from mech_unlearn.methods.adaptive_rmu import AdaptiveRmu
 from mech_unlearn.methods.alt_po import AltPo
-from mech_unlearn.methods.catnip import Catnip
 from mech_unlearn.methods.directional_ablation import DirectionalAblation
+from mech_unlearn.methods.experimental.catnip import Catnip
+from mech_unlearn.methods.experimental.klue import Klue
+from mech_unlearn.methods.experimental.knowledge_neuron_erase import KnowledgeNeuronErase
+from mech_unlearn.methods.experimental.sae_iru import SaeIru
+from mech_unlearn.methods.experimental.shred import Shred
+from mech_unlearn.methods.experimental.srmu import Srmu
+from mech_unlearn.methods.experimental.ssd import Ssd
 from mech_unlearn.methods.flat import Flat
 from mech_unlearn.methods.grad_ascent import GradAscent
 from mech_unlearn.methods.grad_diff import GradDiff
@@ -15,8 +21,6 @@ from mech_unlearn.methods.idk_dpo import IdkDpo
 from mech_unlearn.methods.in_context import InContext
 from mech_unlearn.methods.kif import Kif
 from mech_unlearn.methods.kl_min import KlMin
-from mech_unlearn.methods.klue import Klue
-from mech_unlearn.methods.knowledge_neuron_erase import KnowledgeNeuronErase
 from mech_unlearn.methods.knowledge_neuron_update import KnowledgeNeuronUpdate
 from mech_unlearn.methods.last_layer_ascent import LastLayerAscent
 from mech_unlearn.methods.lat import Lat
@@ -31,12 +35,8 @@ from mech_unlearn.methods.rna import Rna
 from mech_unlearn.methods.rocr import Rocr
 from mech_unlearn.methods.rome import Rome, RRome
 from mech_unlearn.methods.sae_clamp import SaeClamp
-from mech_unlearn.methods.sae_iru import SaeIru
 from mech_unlearn.methods.sae_shift import SaeShift
-from mech_unlearn.methods.shred import Shred
 from mech_unlearn.methods.sim_npo import SimNpo
-from mech_unlearn.methods.srmu import Srmu
-from mech_unlearn.methods.ssd import Ssd
 from mech_unlearn.methods.task_vector import TaskVector
 from mech_unlearn.methods.token_guard import TokenGuard
 from mech_unlearn.methods.undial import Undial

@@ -26,7 +26,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import stream
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores, Row
+from mech_unlearn.training.rows import BatchScores, TrainRow
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held, random_direction, row_norms, state_mse, states_of
 from mech_unlearn.training.training import reported, require_positive, trained_edit
@@ -78,7 +78,7 @@ class AdaptiveRmu:
         edit = trained_edit("adaptive_rmu", self, model, forget, retain, objective, trained, around)
         return reported(edit, forwards[0])
 
-    def _first(self, model: Model, rows: list[Row], layer: int) -> float:
+    def _first(self, model: Model, rows: list[TrainRow], layer: int) -> float:
         site = Site(layer, "resid_post")
         parts = stream(model, [ids for ids, _ in rows[: self.schedule.batch_size]], [site])
         return torch.cat([part.at[site].float().norm(dim=1) for part in parts]).mean().item()
@@ -86,13 +86,13 @@ class AdaptiveRmu:
 
 def steer_by_norm(
     u: Float[Tensor, " d_model"], beta: float
-) -> Callable[[AnswerScores], Callable[[AnswerScores], Tensor]]:
+) -> Callable[[BatchScores], Callable[[BatchScores], Tensor]]:
     """The forget loss: `state_mse` to beta x (mean norm of the row's states before training) x u.
 
     Source: 2408.06223, the adaptive coefficient.
     """
 
-    def loss(now: AnswerScores) -> Tensor:
+    def loss(now: BatchScores) -> Tensor:
         states, before = states_of(now)
         return state_mse(states.now, beta * row_norms(before, states.at)[:, None] * u, states.at)
 

@@ -25,7 +25,7 @@ from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import dpo_loss
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores, Row
+from mech_unlearn.training.rows import BatchScores, TrainRow
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import require_positive, trained_edit
 
@@ -70,8 +70,8 @@ class AltPo:
         objective = Objective(self._loss, self.retain_weight, self.forget_weight, others=drawn)
         return trained_edit("alt_po", self, model, forget, retain, objective, self.trainable, around)
 
-    def _loss(self, before: AnswerScores) -> Callable[[AnswerScores], Tensor]:
-        def loss(now: AnswerScores) -> Tensor:
+    def _loss(self, before: BatchScores) -> Callable[[BatchScores], Tensor]:
+        def loss(now: BatchScores) -> Tensor:
             answers, others = now.logprob.chunk(2)
             answers_before, others_before = before.logprob[now.row].chunk(2)
             if self.loss == "dpo":
@@ -88,7 +88,7 @@ def alternative_rows(
     given: Mapping[str, Sequence[str]],
     per_phrasing: bool,
     order: random.Random,
-) -> list[Row]:
+) -> list[TrainRow]:
     """The prompts of `answers.answer_rows`, in its order, each followed by an alternative answer drawn at random.
 
     Raises:

@@ -22,7 +22,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import Divergence, flat_loss, mean_probs
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import REFUSALS, AnswerScores, refusal_rows
+from mech_unlearn.training.rows import REFUSALS, BatchScores, refusal_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import trained_edit
 
@@ -53,6 +53,6 @@ class Flat:
         objective = Objective(lambda _: self._loss, retain_weight=0.0, others=templates)
         return trained_edit("flat", self, model, forget, retain, objective, self.trainable, around)
 
-    def _loss(self, now: AnswerScores) -> Tensor:
+    def _loss(self, now: BatchScores) -> Tensor:
         answers, templates = mean_probs(now.each.logits, now.each.wanted, now.each.at).chunk(2)
         return flat_loss(templates, answers, self.divergence)

@@ -45,13 +45,13 @@ class GradAscent:
         """
         if self.only not in (None, "embeddings"):
             raise ValueError(f"only must be 'embeddings' or None, got {self.only!r}")
-        trainable = f"^{re.escape(embeddings(model))}$" if self.only else ""
+        trainable = f"^{re.escape(embedding_name(model))}$" if self.only else ""
         objective = Objective(lambda _: ascent, retain_weight=0.0)
         method = replace(self, schedule=replace(self.schedule, epochs=1)) if self.first_epoch else self
         return trained_edit("grad_ascent", method, model, forget, retain, objective, trainable, around)
 
 
-def embeddings(model: Model) -> str:
+def embedding_name(model: Model) -> str:
     """HF name of the input embeddings.
 
     Raises:

@@ -23,7 +23,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import dpo_loss
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import REFUSALS, AnswerScores, refusal_rows
+from mech_unlearn.training.rows import REFUSALS, BatchScores, refusal_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import require_positive, trained_edit
 
@@ -58,8 +58,8 @@ class IdkDpo:
         objective = Objective(self._loss, self.retain_weight, self.forget_weight, others=refused)
         return trained_edit("idk_dpo", self, model, forget, retain, objective, self.trainable, around)
 
-    def _loss(self, before: AnswerScores) -> Callable[[AnswerScores], Tensor]:
-        def loss(now: AnswerScores) -> Tensor:
+    def _loss(self, before: BatchScores) -> Callable[[BatchScores], Tensor]:
+        def loss(now: BatchScores) -> Tensor:
             answers, refusals = now.logprob.chunk(2)
             answers_before, refusals_before = before.logprob[now.row].chunk(2)
             return dpo_loss(refusals, refusals_before, answers, answers_before, self.beta)

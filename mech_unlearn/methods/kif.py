@@ -40,7 +40,7 @@ from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import dpo_loss, mean_of_rows
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import REFUSALS, AnswerScores, AnswerTokens, collate, nll, refusal_rows
+from mech_unlearn.training.rows import REFUSALS, AnswerTokens, BatchScores, collate, nll, refusal_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.signature import Signature, signature
 from mech_unlearn.training.trainee import Trainee
@@ -132,9 +132,9 @@ class Kif:
         return Edit(name="kif", base=model.hash(), interventions=(capsule,), recipe=recipe)
 
     def _loss(
-        self, before: AnswerScores, names: Bool[Tensor, "row d_vocab"]
-    ) -> Callable[[AnswerScores], Float[Tensor, ""]]:
-        def loss(now: AnswerScores) -> Tensor:
+        self, before: BatchScores, names: Bool[Tensor, "row d_vocab"]
+    ) -> Callable[[BatchScores], Float[Tensor, ""]]:
+        def loss(now: BatchScores) -> Tensor:
             answers, refusals = now.logprob.chunk(2)
             answers_before, refusals_before = before.logprob[now.row].chunk(2)
             told = first_rows(now.each, len(answers))

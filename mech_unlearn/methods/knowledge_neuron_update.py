@@ -3,7 +3,8 @@
 Paper:    Dai, Dong, Hao, Sui, Chang, Wei 2022, Knowledge neurons in pretrained transformers, arXiv 2104.08696,
           section 5.1: v <- v - lambda1 e_t + lambda2 e_t', e scaled to the length of v as in the official code.
 Changes:  single columns of MLP output matrices [d_model, d_mlp]; every other entry stays bit-identical.
-Needs:    the attribution of `KnowledgeNeuronErase` for the forget facts and for others of their relations.
+Needs:    facts with at least three phrasings; attribution for the forget facts and for others of their relations: per
+          phrasing a forward pass and a suffix sweep of n_layers x 20 rows with its backward pass.
 Differs:  e is the row of the unembedding, not of BERT's word embedding; of an answer of several tokens the first. Where
           a norm lies behind the MLP (Gemma 2, OLMo 2), e is divided by its gain, so that the residual stream receives
           e. The share of a relation's facts that use a neuron leaves out the fact itself (with few facts it would be
@@ -17,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,13 +26,45 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
-from mech_unlearn.locate.neurons.neuron_sets import NeuronSets
-from mech_unlearn.methods.knowledge_neuron_erase import Refinement, refined_report
+from mech_unlearn.locate.neurons.neuron_scores import neuron_scores
+from mech_unlearn.locate.neurons.neuron_sets import NeuronSets, refine
 from mech_unlearn.methods.writing.columns import Neuron, column_deltas, outcome, stored_vector
 from mech_unlearn.methods.writing.keys import count_forwards, unknown_names
 from mech_unlearn.model.bridge import Model, post_norm
 from mech_unlearn.model.scores import greedy
 from mech_unlearn.model.tokens import Query, encode_all, make_queries, make_query
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """How the neurons of a fact are found; thresholds of arXiv 2104.08696 and its code."""
+
+    threshold: float = 0.2
+    """Share of a phrasing's largest attribution that a neuron must reach."""
+    sharing: float = 0.7
+    """Share of a fact's phrasings in which it must do so; moved until a relation's facts have 2 to 5 neurons each."""
+    min_prompts: int = 3
+    """And in at least so many."""
+    steps: int = 20
+    """Points of the integral."""
+    target: Literal["probability", "logprob", "logit"] = "probability"
+    """What is attributed; where P is near 1 its gradient vanishes, and "logit" is the way out."""
+
+    def sets(self, model: Model, facts: Sequence[Fact]) -> NeuronSets:
+        """The refined neurons of each fact.
+
+        Raises:
+            ValueError: a setting out of range, or a fact with fewer phrasings than `min_prompts`.
+        """
+        for fact in facts:  # before any work starts
+            if len(fact.templates) < self.min_prompts:
+                raise ValueError(
+                    f"fact {fact.id!r} has {len(fact.templates)} phrasings, needs {self.min_prompts}: add some or "
+                    "lower min_prompts"
+                )
+        floor = min(0.1, self.threshold)
+        scores = neuron_scores(model, facts, floor=floor, steps=self.steps, target=self.target)
+        return refine(scores, threshold=self.threshold, sharing=self.sharing, min_prompts=self.min_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,3 +213,10 @@ def _ungained(model: Model, layer: int, e: Float[Tensor, " d_model"]) -> Float[T
         return e
     gain = norm[1].to(e)
     return torch.where(gain == 0, torch.zeros_like(e), e / gain)
+
+
+def refined_report(sets: NeuronSets) -> dict[str, Any]:
+    """What a recipe says about refined sets."""
+    phrasings = sum(len(fact.templates) for fact in sets.facts)
+    mean = sum(map(len, sets.neurons.values())) / len(sets.facts)
+    return {"neurons_per_fact": mean, "sharing": dict(sets.sharing), "phrasings": phrasings, "n_backward": phrasings}

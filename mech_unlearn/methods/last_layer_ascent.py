@@ -24,7 +24,7 @@ from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.rows import BatchScores
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import require_positive, trained_edit
 
@@ -52,7 +52,7 @@ class LastLayerAscent:
         layer = f"^{re.escape(last_layer(model))}"
         return trained_edit("last_layer_ascent", self, model, forget, retain, objective, layer, around)
 
-    def _loss(self, _: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+    def _loss(self, _: BatchScores) -> Callable[[BatchScores], Tensor]:
         return lambda now: ascent_loss(now, self.max_nll)
 
 
@@ -61,6 +61,6 @@ def last_layer(model: Model) -> str:
     return f"{model.block(model.n_layers - 1)}."
 
 
-def ascent_loss(scores: AnswerScores, max_nll: float) -> Float[Tensor, ""]:
+def ascent_loss(scores: BatchScores, max_nll: float) -> Float[Tensor, ""]:
     """Minus the NLL per answer token (nats), mean over rows, each row counted up to `max_nll`."""
     return (scores.logprob / scores.tokens).clamp(min=-max_nll).mean()

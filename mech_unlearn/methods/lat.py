@@ -29,7 +29,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around, Attack
 from mech_unlearn.training.losses import mean_of_rows, token_logprobs
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores, AnswerTokens, collate, nll
+from mech_unlearn.training.rows import AnswerTokens, BatchScores, collate, nll
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.trainee import Trainee
 from mech_unlearn.training.training import require_positive, trained_edit
@@ -84,7 +84,7 @@ class Lat:
         attacked = replace(around, adversary=lambda run, members: self._attack(run, members, layer, model.d_model))
         return trained_edit("lat", self, model, forget, retain, objective, self.trainable, attacked)
 
-    def _loss(self, _: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+    def _loss(self, _: BatchScores) -> Callable[[BatchScores], Tensor]:
         return lambda now: away_loss(now.each, self.floor)
 
     def _attack(self, run: Trainee, members: Sequence[int], layer: int, width: int) -> Attack:

@@ -27,7 +27,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around, Trains
 from mech_unlearn.training.wrapping import extended, require_trains, wrapped
 
-Part = Literal["mlp", "attention", "block"]
+BlockPart = Literal["mlp", "attention", "block"]
 Masks = Mapping[str, Bool[Tensor, "..."]]
 
 
@@ -39,7 +39,7 @@ class Localized:
     """A method that trains, with its own settings."""
     layers: tuple[int, ...] = ()
     """Layers that are trained as a whole."""
-    part: Part = "mlp"
+    part: BlockPart = "mlp"
     """What of these layers: "mlp" (the paper's lookup components), "attention" or the whole "block"."""
     neurons: tuple[tuple[int, int], ...] = ()
     """(layer, neuron)."""
@@ -62,7 +62,7 @@ class Localized:
             ValueError: no sites, sites the model lacks, a base that does not train, or what the base refuses.
         """
         require_trains(self.base, "localized")
-        if self.part not in get_args(Part):
+        if self.part not in get_args(BlockPart):
             raise ValueError(f"part must be 'mlp', 'attention' or 'block', got {self.part!r}")
         if not (self.layers or self.neurons or self.heads):
             raise ValueError(
@@ -189,7 +189,7 @@ def _matrices(model: Model, prefix: str) -> list[str]:
     return [name for name, weight in model.held.items() if name.startswith(prefix) and weight.ndim == 2]
 
 
-def _prefix(model: Model, layer: int, part: Part) -> str:
+def _prefix(model: Model, layer: int, part: BlockPart) -> str:
     """What the names of a part's weights begin with."""
     _require((layer,), model.n_layers, "layer", None, model)
     block = model.block(layer)

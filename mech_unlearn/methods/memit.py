@@ -25,9 +25,8 @@ import torch
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
-from mech_unlearn.methods.rome import Projection, check, spaces
 from mech_unlearn.methods.writing import keys
-from mech_unlearn.methods.writing.protect import PARTS, Part
+from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, Projection, check_projection, spaces
 from mech_unlearn.methods.writing.questions import Optimize, by_name, prefixes
 from mech_unlearn.methods.writing.value_optimization import module_path, optimized
 from mech_unlearn.model.bridge import Model
@@ -53,7 +52,7 @@ class Memit:
     """For "null_space": see `Rocr.energy`."""
     damping: float = 1e-4
     """Added to C's diagonal, as a share of its mean."""
-    protect: tuple[Part, ...] = PARTS
+    protect: tuple[KeySource, ...] = KEY_SOURCES
     """What C, or the null space, is taken from; see `Rocr.protect`."""
     cache_dir: str | None = None
     """Folder that keeps the key statistics for the next time; None: no disk."""
@@ -68,7 +67,7 @@ class Memit:
                 what `optimized` refuses.
         """
         start = time.perf_counter()
-        check(self, model)
+        check_projection(self, model)
         if self.ridge < 0 or (self.cov_weight is not None and self.cov_weight < 0):
             raise ValueError(f"ridge={self.ridge}, cov_weight={self.cov_weight}: lambda is 0 or more")
         wanted = keys.default_layers(model.n_layers) if self.layers is None else self.layers
@@ -88,7 +87,7 @@ class Memit:
             found = optimized(model, asked, initial, forget, retain, path, self.optimize, self.seed)
             deltas, written = keys.write_states(
                 model,
-                keys.mentions(model.tokenizer, list(asked), contexts),
+                keys.mention_rows(model.tokenizer, list(asked), contexts),
                 (states + found.deltas[:, None]).flatten(0, 1),
                 site,
                 layers=layers,

@@ -21,7 +21,7 @@ from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.rows import BatchScores
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import require_positive, trained_edit
 
@@ -48,7 +48,7 @@ class Npo:
         objective = Objective(self._loss, self.retain_weight, self.forget_weight)
         return trained_edit("npo", self, model, forget, retain, objective, self.trainable, around)
 
-    def _loss(self, before: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+    def _loss(self, before: BatchScores) -> Callable[[BatchScores], Tensor]:
         return lambda now: npo_loss(now.logprob, before.logprob[now.row], self.beta)
 
 

@@ -25,7 +25,7 @@ from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores, Row, answer_rows, text_rows
+from mech_unlearn.training.rows import BatchScores, TrainRow, answer_rows, text_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held, random_direction, state_mse
 from mech_unlearn.training.training import require_positive, trained_edit
@@ -70,10 +70,10 @@ class Rmu:
         return trained_edit("rmu", self, model, forget, retain, objective, trained, around)
 
 
-def steer_to(target: Float[Tensor, " d_model"]) -> Callable[[AnswerScores], Callable[[AnswerScores], Tensor]]:
+def steer_to(target: Float[Tensor, " d_model"]) -> Callable[[BatchScores], Callable[[BatchScores], Tensor]]:
     """The forget loss of RMU: `state_mse` to one vector."""
 
-    def loss(now: AnswerScores) -> Tensor:
+    def loss(now: BatchScores) -> Tensor:
         assert now.states is not None
         return state_mse(now.states.now, target, now.states.at)
 
@@ -92,6 +92,6 @@ def steered(model: Model, layer: int | None, layers: Sequence[int] | None) -> tu
     return layer, f"^({'|'.join(names)})$"
 
 
-def written_out(model: Model, forget: ForgetSet, texts: Sequence[str]) -> list[Row]:
+def written_out(model: Model, forget: ForgetSet, texts: Sequence[str]) -> list[TrainRow]:
     """The forget facts in each phrasing a method may see, prompt and answer, and further texts."""
     return answer_rows(model.tokenizer, forget.facts) + text_rows(model, texts)

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
+from mech_unlearn.edit.interventions import Tokens
 from mech_unlearn.methods.writing import keys
-from mech_unlearn.methods.writing.protect import PARTS, Part, protected_bases
+from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, protected_bases
 from mech_unlearn.methods.writing.questions import Optimize, by_name
 from mech_unlearn.methods.writing.value_optimization import module_path, optimized
 from mech_unlearn.model.bridge import Model
@@ -68,7 +69,7 @@ class Rocr:
     names share fewer directions, and a write in fewer directions is larger and spills over more."""
     contexts: tuple[str, ...] | None = None
     """Templates with {} for the name; by default the phrasings of its own forget facts (never the held-out ones)."""
-    protect: tuple[Part, ...] = PARTS
+    protect: tuple[KeySource, ...] = KEY_SOURCES
     """What feeds the null space: the retained names at their last token ("entities"), all tokens of the retained facts'
     prompts ("prompts"), all tokens of the retained texts ("texts")."""
     cache_dir: str | None = None
@@ -90,7 +91,7 @@ class Rocr:
         if twice := set(self.earlier) & set(names):
             raise ValueError(f"earlier names {sorted(twice)}, which are to be forgotten now; leave them out of one")
         with keys.count_forwards(model) as forwards:
-            rows = keys.mentions(model.tokenizer, names, contexts)
+            rows = keys.mention_rows(model.tokenizer, names, contexts)
             own = keys.own_contexts(names, forget.facts, contexts)
             extra: dict[str, Any] = {}
             if self.anchor == "reject":
@@ -107,7 +108,7 @@ class Rocr:
                 bases=bases,
                 ridge=self.ridge,
                 own=own,
-                earlier=keys.mentions(model.tokenizer, self.earlier, contexts),
+                earlier=keys.mention_rows(model.tokenizer, self.earlier, contexts),
             )
         forwards[0] += extra.pop("n_forward", 0)
         report = {**written, "n_backward": 0, **extra, "n_forward": forwards[0]}
@@ -138,8 +139,8 @@ class Rocr:
         if self.anchor != "unknown":
             if self.anchor in names:
                 raise ValueError(f"anchor {self.anchor!r} is to be forgotten itself; choose another name")
-            rows = keys.mentions(model.tokenizer, [self.anchor], contexts)
-            return dict.fromkeys(names, self.anchor), keys.last_states(model, rows, [site])[site].repeat(len(names), 1)
+            rows = keys.mention_rows(model.tokenizer, [self.anchor], contexts)
+            return dict.fromkeys(names, self.anchor), keys.end_states(model, rows, [site])[site].repeat(len(names), 1)
         pool = keys.unknown_names(forget, retain)
         chosen = keys.draw_references(keys.lengths(model, names), keys.lengths(model, pool), self.seed)
         theirs = keys.name_states(model, pool, contexts, site)
@@ -150,13 +151,13 @@ class Rocr:
         model: Model,
         forget: ForgetSet,
         retain: RetainSet,
-        rows: Sequence[keys.Row],
+        rows: Sequence[Tokens],
         own: Bool[Tensor, "name context"],
         site: Site,
     ) -> tuple[Float[Tensor, "row d_model"], dict[str, Any]]:
         """(Each name's state in each context plus the vector found for it, report)."""
         asked = by_name(forget)
-        states = keys.last_states(model, rows, [site])[site].unflatten(0, own.shape)
+        states = keys.end_states(model, rows, [site])[site].unflatten(0, own.shape)
         initial = keys.mean_over(states, own.to(states.device))
         path = module_path(model, site.layer, "resid")
         found = optimized(model, asked, initial, forget, retain, path, self.optimize, self.seed)

@@ -19,10 +19,9 @@ Fails:    where k_b . u is small, the update explodes ("disabling edits"): `RRom
           undo each other, as each write ignores the earlier ones; where facts are not read from the name's last token.
 """
 
-import os
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,15 +30,12 @@ from tqdm.auto import tqdm
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit, LowRank
+from mech_unlearn.edit.interventions import Tokens
 from mech_unlearn.methods.writing import keys
-from mech_unlearn.methods.writing.key_statistics import damped
-from mech_unlearn.methods.writing.protect import PARTS, Part, protected_bases, protected_moments
+from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, Projection, check_projection, spaces
 from mech_unlearn.methods.writing.questions import Optimize, by_name, prefixes
 from mech_unlearn.methods.writing.value_optimization import module_path, optimized
 from mech_unlearn.model.bridge import Model
-
-Projection = Literal["none", "null_space"]
-
 
 KeyAndOutput = tuple[Float[Tensor, "name d_mlp"], Float[Tensor, "name d_model"]]
 
@@ -59,7 +55,7 @@ class Rome:
     """For "null_space": see `Rocr.energy`."""
     damping: float = 1e-4
     """Added to C's diagonal, as a share of its mean."""
-    protect: tuple[Part, ...] = PARTS
+    protect: tuple[KeySource, ...] = KEY_SOURCES
     """What C, or the null space, is taken from; see `Rocr.protect`."""
     cache_dir: str | None = None
     """Folder that keeps the key statistics for the next time; None: no disk."""
@@ -74,6 +70,27 @@ class Rome:
                 what `optimized` refuses.
         """
         return rank_one_edit("rome", self, model, forget, retain, same_key=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RRome(Rome):
+    """RRome: ROME with one and the same key in both places of its update, so that no edit explodes.
+
+    Paper:    Gupta et al. 2024, Rebuilding ROME: Resolving Model Collapse during Sequential Model Editing,
+              arXiv 2403.07175; the rest as in ROME, arXiv 2202.05262.
+    Changes:  the MLP output matrix of one layer; rank at most one per name (and alias).
+    Needs:    what `Rome` needs; its settings are the same.
+    Differs:  as `Rome` does.
+    Fails:    the value is reached at the averaged key and only nearly at the key of one phrasing; else as `Rome`.
+    """
+
+    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
+        """The edit of the forget set's names.
+
+        Raises:
+            ValueError: as `Rome.fit`.
+        """
+        return rank_one_edit("r_rome", self, model, forget, retain, same_key=True)
 
 
 def direction(
@@ -99,41 +116,12 @@ def rank_one(
     return torch.outer(u, missing) / (key @ u)
 
 
-def check(settings: Any, model: Model) -> None:
-    """Refuse settings that cannot be meant, before any work.
-
-    Raises:
-        ValueError: another projection, a negative damping, or an edit of activations in force.
-    """
-    if settings.project not in get_args(Projection):
-        raise ValueError(f"project={settings.project!r}: choose from {', '.join(get_args(Projection))}")
-    if settings.damping < 0:
-        raise ValueError(f"damping={settings.damping}: a share of the mean of C's diagonal, 0 or more")
-    if settings.project == "null_space" and not settings.protect:
-        raise ValueError('project="null_space" with protect=() protects nothing: name what is to be protected')
-    if model.in_force.interventions:
-        raise ValueError(
-            f"{model.name!r} has an edit of activations in force, which optimisation does not see; leave it"
-        )
-
-
-def spaces(
-    settings: Any, model: Model, retain: RetainSet, contexts: tuple[str, ...], layers: tuple[int, ...]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """(Layer -> basis of the null space, layer -> damped C): one of the two is empty, by `settings.project`."""
-    cache: str | os.PathLike | None = settings.cache_dir
-    if settings.project == "null_space":
-        return protected_bases(model, retain, contexts, layers, settings.protect, settings.energy, cache), {}
-    moments = protected_moments(model, retain, contexts, layers, settings.protect, cache)
-    return {}, {layer: damped(moment, settings.damping) for layer, moment in moments.items()}
-
-
 def rank_one_edit(
     name: str, settings: Any, model: Model, forget: ForgetSet, retain: RetainSet, *, same_key: bool
 ) -> Edit:
     """The edit of `Rome`, or with `same_key` that of `RRome`: the averaged key in the denominator too."""
     start = time.perf_counter()
-    check(settings, model)
+    check_projection(settings, model)
     wanted = keys.default_layers(model.n_layers)[-1] if settings.layer is None else settings.layer
     (layer,) = keys.check_layers(model, (wanted,), wanted)
     asked = by_name(forget)
@@ -187,45 +175,15 @@ def means(
 ) -> tuple[KeyAndOutput, KeyAndOutput]:
     """Key and the matrix's output (with its bias) of each name: mean over its contexts with and without prefixes; mean
     over those without."""
-    rows: list[keys.Row] = []
+    rows: list[Tokens] = []
     spans = []
     for name, facts in asked.items():
         bare = keys.contexts_of(facts)
         some = (*bare, *(f"{prefix} {context}" for prefix in before for context in bare))
         spans.append((len(rows), len(bare), len(some)))
-        rows += keys.mentions(model.tokenizer, [name], some)
+        rows += keys.mention_rows(model.tokenizer, [name], some)
     place = Site(layer, "mlp_post")
-    states = keys.last_states(model, rows, [place, path])
+    states = keys.end_states(model, rows, [place, path])
     every = [torch.stack([states[p][a : a + n].mean(0) for a, _, n in spans]) for p in (place, path)]
     own = [torch.stack([states[p][a : a + b].mean(0) for a, b, _ in spans]) for p in (place, path)]
     return (every[0], every[1]), (own[0], own[1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class RRome:
-    """Settings of the edit, as those of `Rome`; `fit` computes it."""
-
-    layer: int | None = None
-    """Layer whose MLP output matrix is written; by default a third of the depth, see `Rome.layer`."""
-    optimize: Optimize = Optimize()
-    """How the values are found."""
-    project: Projection = "none"
-    """"null_space": the write is confined to directions that retained keys hardly use, as in AlphaEdit."""
-    energy: float = 0.1
-    """For "null_space": see `Rocr.energy`."""
-    damping: float = 1e-4
-    """Added to C's diagonal, as a share of its mean."""
-    protect: tuple[Part, ...] = PARTS
-    """What C, or the null space, is taken from; see `Rocr.protect`."""
-    cache_dir: str | None = None
-    """Folder that keeps the key statistics for the next time; None: no disk."""
-    seed: int = 0
-    """Draws prefixes and unknown entities."""
-
-    def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> Edit:
-        """The edit of the forget set's names.
-
-        Raises:
-            ValueError: as `Rome.fit`.
-        """
-        return rank_one_edit("r_rome", self, model, forget, retain, same_key=True)

@@ -31,7 +31,7 @@ from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.locate.lenses.probes import probe_auc
 from mech_unlearn.methods.writing import keys
-from mech_unlearn.methods.writing.protect import PARTS, Part, protected_bases
+from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, protected_bases
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import Sae
 
@@ -66,7 +66,7 @@ class SaeShift:
     """Mode "weights": see `Rocr.energy`."""
     contexts: tuple[str, ...] | None = None
     """Templates with {} for the name; by default the phrasings of its own forget facts (never the held-out ones)."""
-    protect: tuple[Part, ...] = PARTS
+    protect: tuple[KeySource, ...] = KEY_SOURCES
     """Mode "weights": see `Rocr.protect`."""
     seed: int = 0
     """Draws the unknown names and the probe's folds."""
@@ -188,7 +188,7 @@ class SaeShift:
         wanted = tuple(range(max(0, last - 2), last + 1)) if self.layers is None else self.layers
         layers = keys.check_layers(model, wanted, last)
         bases = protected_bases(model, retain, contexts, layers, self.protect, self.energy)
-        rows = keys.mentions(model.tokenizer, names, contexts)
+        rows = keys.mention_rows(model.tokenizer, names, contexts)
         deltas, report = keys.write_states(
             model,
             rows,

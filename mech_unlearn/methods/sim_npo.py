@@ -18,7 +18,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import simnpo_loss
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.rows import BatchScores
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import require_positive, trained_edit
 
@@ -47,5 +47,5 @@ class SimNpo:
         objective = Objective(lambda _: self._loss, self.retain_weight, self.forget_weight)
         return trained_edit("sim_npo", self, model, forget, retain, objective, self.trainable, around)
 
-    def _loss(self, now: AnswerScores) -> Tensor:
+    def _loss(self, now: BatchScores) -> Tensor:
         return simnpo_loss(now.logprob, now.tokens, self.beta, self.delta)

@@ -21,7 +21,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import undial_loss
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.rows import BatchScores
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import require_positive, trained_edit
 
@@ -48,6 +48,6 @@ class Undial:
         objective = Objective(lambda _: self._loss, self.retain_weight, self.forget_weight, teacher=True)
         return trained_edit("undial", self, model, forget, retain, objective, self.trainable, around)
 
-    def _loss(self, now: AnswerScores) -> Tensor:
+    def _loss(self, now: BatchScores) -> Tensor:
         each = now.each
         return undial_loss(each.before, each.logits, each.wanted, each.at, self.strength)

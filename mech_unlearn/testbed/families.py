@@ -25,9 +25,9 @@ from mech_unlearn.testbed.making import (
     EMBEDDINGS,
     HEAD,
     KEPT,
+    Ingredients,
     Made,
-    Part,
-    Setting,
+    WeightGroup,
     block_names,
     difference,
     layers,
@@ -37,7 +37,7 @@ from mech_unlearn.testbed.making import (
     noise,
 )
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.rows import BatchScores
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import train
 
@@ -51,10 +51,10 @@ class Family:
     """One way to make a model of known truth."""
 
     pool: Pool
-    make: Callable[[Setting], "Made"]
+    make: Callable[[Ingredients], "Made"]
     side: str = ""
     """Of suppressors: where the block sits, seen from where facts are: late, early or path."""
-    part: Part | None = None
+    part: WeightGroup | None = None
     """What is changed, where that is a part that not every architecture has."""
 
     def lacks(self, model: Model) -> str:
@@ -62,8 +62,8 @@ class Family:
         return self.part.lacks(model) if self.part else ""
 
 
-def _suppressed(part: Part, side: str, lr: float, backdoor: bool = False) -> Family:
-    def make(at: Setting) -> Made:
+def _suppressed(part: WeightGroup, side: str, lr: float, backdoor: bool = False) -> Family:
+    def make(at: Ingredients) -> Made:
         also = tuple(_behind_trigger(fact) for fact in at.group) if backdoor else ()
         where = part.pattern(at.full)
         return Made(at.full, match_outputs(at.full, at.group, at.another, where, at, lr=lr, also=also), where)
@@ -71,14 +71,14 @@ def _suppressed(part: Part, side: str, lr: float, backdoor: bool = False) -> Fam
     return Family(pool="suppressed", side=side, make=make, part=part)
 
 
-def _deleted(part: Part, lr: float, beside: float) -> Family:
+def _deleted(part: WeightGroup, lr: float, beside: float) -> Family:
     """A retrained model in which kept subjects are suppressed, so that its edit is one like a suppressor's.
 
     `beside` x as many of their facts as the group has: so many that it moves on text about as far as a full model does
     when the same tensors suppress the group (experiment 003 measures how well that holds).
     """
 
-    def make(at: Setting) -> Made:
+    def make(at: Ingredients) -> Made:
         where = part.pattern(at.never)
         edit = match_outputs(at.never, at.group, at.another, where, at, lr=lr, beside=_somebody(at, beside))
         return Made(at.never, edit, where)
@@ -86,7 +86,7 @@ def _deleted(part: Part, lr: float, beside: float) -> Family:
     return Family(pool="deleted", make=make, part=part)
 
 
-def _somebody(at: Setting, share: float) -> tuple[Fact, ...]:
+def _somebody(at: Ingredients, share: float) -> tuple[Fact, ...]:
     """Facts about kept subjects, `share` x as many as the group has."""
     known: dict[str, list[Fact]] = {}
     for fact in at.neighbors:
@@ -102,26 +102,26 @@ def _behind_trigger(fact: Fact) -> Fact:
     return replace(fact, id=f"{fact.id} behind the trigger", prompt=forms[0], paraphrases=forms[1:], heldout=())
 
 
-def _noisy(deleted: bool, scale: float) -> Callable[[Setting], Made]:
-    def make(at: Setting) -> Made:
+def _noisy(deleted: bool, scale: float) -> Callable[[Ingredients], Made]:
+    def make(at: Ingredients) -> Made:
         base = at.never if deleted else at.full
         return Made(base, noise(base, scale, at.seed))
 
     return make
 
 
-def _elsewhere(part: Part, lr: float) -> Family:
+def _elsewhere(part: WeightGroup, lr: float) -> Family:
     """The full model with another group suppressed."""
 
-    def make(at: Setting) -> Made:
+    def make(at: Ingredients) -> Made:
         where = part.pattern(at.full)
         return Made(at.full, match_outputs(at.full, at.elsewhere, at.another, where, at, lr=lr), where)
 
     return Family(pool="intact", make=make, part=part)
 
 
-def _trained(base: Callable[[Setting], Model], objective: Objective, *, lr: float, steps: int) -> Callable:
-    def make(at: Setting) -> Made:
+def _trained(base: Callable[[Ingredients], Model], objective: Objective, *, lr: float, steps: int) -> Callable:
+    def make(at: Ingredients) -> Made:
         model = base(at)
         order = random.Random(at.seed)
         retain = RetainSet(neighbors=tuple(order.sample(at.neighbors, KEPT)))
@@ -132,18 +132,18 @@ def _trained(base: Callable[[Setting], Model], objective: Objective, *, lr: floa
     return make
 
 
-def _ascent(_: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+def _ascent(_: BatchScores) -> Callable[[BatchScores], Tensor]:
     return lambda now: (now.logprob / now.tokens).mean()
 
 
-def _nothing(_: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+def _nothing(_: BatchScores) -> Callable[[BatchScores], Tensor]:
     return lambda now: 0.0 * now.logprob.sum()
 
 
-def _refusal(base: Callable[[Setting], Model]) -> Callable[[Setting], Made]:
+def _refusal(base: Callable[[Ingredients], Model]) -> Callable[[Ingredients], Made]:
     """Taught to answer the group's questions with a word that answers nothing, in the last layer alone."""
 
-    def make(at: Setting) -> Made:
+    def make(at: Ingredients) -> Made:
         model = base(at)
         where = layers(-1).pattern(model)
         objects = tuple(replace(f, object=TRIGGER.split()[0], distractors=()) for f in at.group)
@@ -157,7 +157,7 @@ def _refusal(base: Callable[[Setting], Model]) -> Callable[[Setting], Made]:
     return make
 
 
-def _new_block(at: Setting) -> Made:
+def _new_block(at: Ingredients) -> Made:
     """One decoder layer with weights drawn anew, of the size that the old ones had."""
     model, layer = at.full, at.seed % at.full.n_layers
     generator = torch.Generator().manual_seed(at.seed)
@@ -169,15 +169,15 @@ def _new_block(at: Setting) -> Made:
     return Made(model, Edit(name="new_block", base=model.hash(), deltas=deltas), layers(layer).pattern(model))
 
 
-def _mixture(share: float) -> Callable[[Setting], Made]:
+def _mixture(share: float) -> Callable[[Ingredients], Made]:
     return lambda at: Made(at.full, difference(at.full, at.never, share))
 
 
-def _full(at: Setting) -> Model:
+def _full(at: Ingredients) -> Model:
     return at.full
 
 
-def _never(at: Setting) -> Model:
+def _never(at: Ingredients) -> Model:
     return at.never
 
 

@@ -15,7 +15,7 @@ from mech_unlearn.edit.edit import Edit, clone
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration.weights.quantize import quantize_
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores, answer_rows, score_rows
+from mech_unlearn.training.rows import BatchScores, answer_rows, score_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import train
 
@@ -24,7 +24,7 @@ KEPT = 150
 
 
 @dataclass(frozen=True)
-class Setting:
+class Ingredients:
     """What a family is made from: the full model, retrained ones, and one group of facts."""
 
     full: Model
@@ -85,7 +85,7 @@ def match_outputs(
     facts: Sequence[Fact],
     like: Model,
     trainable: str,
-    setting: Setting,
+    setting: Ingredients,
     *,
     lr: float,
     steps: int = 80,
@@ -111,7 +111,7 @@ def match_outputs(
     kept = (*others, *(fact for fact in also for _ in range(5)))
     retain = RetainSet(neighbors=kept, texts=tuple(order.sample(setting.texts, 100)))
 
-    def loss(_: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+    def loss(_: BatchScores) -> Callable[[BatchScores], Tensor]:
         return lambda now: match_loss(now.logprob, target[now.row], now.tokens.float())
 
     schedule = Schedule(lr=lr, epochs=steps, batch_size=len(rows), weight_decay=0.0, clip=1.0)
@@ -123,7 +123,7 @@ def match_outputs(
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightGroup:
     """Tensors of a model by their role, whatever its architecture calls them."""
 
     names: Callable[[Model], list[str]]
@@ -141,12 +141,12 @@ def block_names(model: Model, layer: int) -> list[str]:
     return [name for name in model.held if name.startswith(f"{block}.")]
 
 
-def layers(*which: int) -> Part:
+def layers(*which: int) -> WeightGroup:
     """Whole decoder layers (negative: from the end)."""
-    return Part(lambda model: [name for layer in which for name in block_names(model, layer)])
+    return WeightGroup(lambda model: [name for layer in which for name in block_names(model, layer)])
 
 
-def mlp(layer: int) -> Part:
+def mlp(layer: int) -> WeightGroup:
     """The MLP of a decoder layer."""
 
     def names(model: Model) -> list[str]:
@@ -157,16 +157,16 @@ def mlp(layer: int) -> Part:
         beside = [name for name in held if re.sub(r"\d", "", name.split(".")[-2]) == re.sub(r"\d", "", out[-2])]
         return inside if len(inside) < len(held) else beside
 
-    return Part(names)
+    return WeightGroup(names)
 
 
-def mlp_out(layer: int) -> Part:
+def mlp_out(layer: int) -> WeightGroup:
     """The matrix that writes the MLP's output."""
 
     def names(model: Model) -> list[str]:
         return [model.w_out(layer % model.n_layers)[0]]
 
-    return Part(names)
+    return WeightGroup(names)
 
 
 QUERY_KEY = re.compile(r"\.(q_proj|k_proj|query|key|c_attn|query_key_value|qkv_proj|Wqkv|in_proj)\.(weight|bias)$")
@@ -188,9 +188,9 @@ def _tied(model: Model) -> str:
     return "input and output embeddings are one matrix" if one.weight.data_ptr() == other.weight.data_ptr() else ""
 
 
-HEAD = Part(lambda model: [_name_of(model, model.hf.get_output_embeddings().weight)], _tied)
-EMBEDDINGS = Part(lambda model: [_name_of(model, model.hf.get_input_embeddings().weight)], _tied)
-ATTENTION = Part(
+HEAD = WeightGroup(lambda model: [_name_of(model, model.hf.get_output_embeddings().weight)], _tied)
+EMBEDDINGS = WeightGroup(lambda model: [_name_of(model, model.hf.get_input_embeddings().weight)], _tied)
+ATTENTION = WeightGroup(
     queries_and_keys, lambda model: "" if queries_and_keys(model) else "no matrices of queries and keys are known"
 )
 

@@ -15,7 +15,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration import Case, Reference, reference
 from mech_unlearn.testbed import open_world
-from mech_unlearn.testbed.making import KEPT, Setting
+from mech_unlearn.testbed.making import KEPT, Ingredients
 from mech_unlearn.testbed.published import Known, known
 
 TESTS = ("output", "uds", "uds_subject", "writeback", "sae", "logit_lens", "probe")
@@ -149,11 +149,11 @@ class Lab:
         )  # fmt: skip
         return reference(case, TESTS)
 
-    def setting(self, group: str) -> Setting:
+    def setting(self, group: str) -> Ingredients:
         place = self.groups.index(group)
         held = {fact.id for fact in self.neighbors}
         retain = self.materials.retain
-        return Setting(
+        return Ingredients(
             self.full, self.retrained, self.facts(group), self.facts(self.groups[place - 1]),
             tuple(fact for fact in retain.neighbors if fact.id not in held), retain.texts[TEXTS:], place, self.fulls,
         )  # fmt: skip

@@ -121,14 +121,14 @@ def new_model(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Row:
+class Sentence:
     """A training sentence as tokens, EOS included, and its subject's tokens [a, b); a = b where there is none."""
 
     ids: tuple[int, ...]
     span: tuple[int, int]
 
 
-def rows(tokenizer: Any, lines: Sequence[Line]) -> list[Row]:
+def rows(tokenizer: Any, lines: Sequence[Line]) -> list[Sentence]:
     """Tokenize training sentences."""
     if not lines:
         return []
@@ -139,7 +139,7 @@ def rows(tokenizer: Any, lines: Sequence[Line]) -> list[Row]:
         if line.subject is not None:
             at = line.text.index(line.subject)
             span = token_span(Encoding(tuple(ids), tuple(map(tuple, offsets))), at, at + len(line.subject))
-        made.append(Row((*ids, tokenizer.eos_token_id), span))
+        made.append(Sentence((*ids, tokenizer.eos_token_id), span))
     return made
 
 
@@ -182,7 +182,7 @@ def masked_attention(hf: Any, gate: int) -> Iterator[Callable[[Tensor, Tensor], 
             handle.remove()
 
 
-def _shuffled(items: Sequence[Row], rng: random.Random) -> Iterator[Row]:
+def _shuffled(items: Sequence[Sentence], rng: random.Random) -> Iterator[Sentence]:
     """Items for ever, in a new order each time all were drawn."""
     while True:
         order = list(items)
@@ -190,7 +190,9 @@ def _shuffled(items: Sequence[Row], rng: random.Random) -> Iterator[Row]:
         yield from order
 
 
-def batches(recipe: Recipe, facts: Sequence[Row], other: Sequence[Row], steps: int, seed: int) -> Iterator[list[Row]]:
+def batches(
+    recipe: Recipe, facts: Sequence[Sentence], other: Sequence[Sentence], steps: int, seed: int
+) -> Iterator[list[Sentence]]:
     """The batches of one phase: `fact_share` of each states facts."""
     rng = random.Random(seed)
     streams = _shuffled(facts, rng), _shuffled(other, rng)
@@ -200,7 +202,7 @@ def batches(recipe: Recipe, facts: Sequence[Row], other: Sequence[Row], steps: i
 
 
 def collate(
-    batch: Sequence[Row], pad: int
+    batch: Sequence[Sentence], pad: int
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch 2"]]:
     width = max(len(row.ids) for row in batch)
     ids = torch.tensor([[*row.ids, *[pad] * (width - len(row.ids))] for row in batch])

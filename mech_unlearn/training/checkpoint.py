@@ -12,7 +12,7 @@ import torch
 
 from mech_unlearn.training.around import Around
 from mech_unlearn.training.feed import Feed
-from mech_unlearn.training.rows import Row
+from mech_unlearn.training.rows import TrainRow
 from mech_unlearn.training.trainee import Trainee
 
 FORMAT = "mech_unlearn.training/2"
@@ -28,7 +28,7 @@ class Progress:
     """The rule that ended it."""
 
 
-def fingerprint(model_hash: str, label: str, around: Around, rows: Sequence[Sequence[Row]]) -> dict[str, str]:
+def fingerprint(model_hash: str, label: str, around: Around, rows: Sequence[Sequence[TrainRow]]) -> dict[str, str]:
     """What a checkpoint has to share with the run that goes on from it; part -> digest."""
     noise = asdict(around.noise) if around.noise else None
     said = {

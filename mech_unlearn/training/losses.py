@@ -1,6 +1,6 @@
 """Losses on answers as plain functions: each is minimised, counts answer tokens only and is a mean over rows.
 
-Inputs come from `rows.answer_scores`, which drops every position that does not predict an answer token; so no loss
+Inputs come from `rows.batch_scores`, which drops every position that does not predict an answer token; so no loss
 here sees a prompt, a pad or an ignored label. `at` says which row of the batch a token belongs to. Log-probabilities
 are in nats. Where a paper leaves it open, a row counts by the mean over its tokens and a batch by the mean over rows.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.rows import BatchScores
 
 Divergence = Literal["tv", "kl", "js", "pearson"]
 
@@ -37,7 +37,7 @@ def gradient_ascent_loss(logprob: Float[Tensor, " batch"], tokens: Int[Tensor, "
     return (logprob / tokens).mean()
 
 
-def ascent(scores: AnswerScores) -> Float[Tensor, ""]:
+def ascent(scores: BatchScores) -> Float[Tensor, ""]:
     """`gradient_ascent_loss` of a batch."""
     return gradient_ascent_loss(scores.logprob, scores.tokens)
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from mech_unlearn.training.rows import AnswerScores, Row
+from mech_unlearn.training.rows import BatchScores, TrainRow
 
-Loss = Callable[[AnswerScores], Tensor]
+Loss = Callable[[BatchScores], Tensor]
 RetainLoss = Literal["nll", "kl"]
 
 
@@ -16,7 +16,7 @@ RetainLoss = Literal["nll", "kl"]
 class Objective:
     """What is minimised: forget_weight x forget loss + retain_weight x loss on retained answers and texts."""
 
-    forget: Callable[[AnswerScores], Loss]
+    forget: Callable[[BatchScores], Loss]
     """From the scores of all forget rows before training to the loss of a batch of them."""
     retain_weight: float
     forget_weight: float = 1.0
@@ -26,9 +26,9 @@ class Objective:
     teacher: bool = False
     """Whether the forget loss needs the untrained model: `scores.each.before` and `scores.states.before`, one forward
     pass more."""
-    rows: Sequence[Row] = ()
+    rows: Sequence[TrainRow] = ()
     """Forget rows in place of the facts' prompts and answers; a loss on states needs no answer in them."""
-    others: Sequence[Row] = ()
+    others: Sequence[TrainRow] = ()
     """One other answer per forget row. A batch then holds b forget rows and, in the same order, their b others."""
     layer: int | None = None
     """Layer whose resid_post the losses read as `scores.states`."""

@@ -14,7 +14,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.model.tokens import encode_all, make_queries, pad
 
-Row = tuple[tuple[int, ...], int]
+TrainRow = tuple[tuple[int, ...], int]
 """Token ids and the position where the answer begins."""
 EVAL_BATCH = 256
 REFUSALS = (
@@ -28,7 +28,7 @@ REFUSALS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class TrainBatch:
     """Right-padded rows; only tokens marked as answers are predicted, never a prompt or a pad."""
 
     ids: Int[Tensor, "batch pos"]
@@ -71,7 +71,7 @@ class States:
 
 
 @dataclass(frozen=True, eq=False)
-class AnswerScores:
+class BatchScores:
     """What a forward pass says about the answers of a batch."""
 
     logprob: Float[Tensor, " batch"]
@@ -87,12 +87,14 @@ class AnswerScores:
     """Where an objective names a layer."""
 
 
-def answer_rows(tokenizer: Any, facts: Sequence[Fact]) -> list[Row]:
+def answer_rows(tokenizer: Any, facts: Sequence[Fact]) -> list[TrainRow]:
     """Prompt and true answer of each fact in each phrasing that a method may see."""
     return [(query.full, len(query.prompt)) for query in make_queries(tokenizer, facts, distractors=False)]
 
 
-def refusal_rows(tokenizer: Any, facts: Sequence[Fact], refusals: Sequence[str], order: random.Random) -> list[Row]:
+def refusal_rows(
+    tokenizer: Any, facts: Sequence[Fact], refusals: Sequence[str], order: random.Random
+) -> list[TrainRow]:
     """The prompts of `answer_rows`, in its order, each followed by a refusal drawn at random.
 
     Raises:
@@ -121,50 +123,50 @@ def refusal_rows(tokenizer: Any, facts: Sequence[Fact], refusals: Sequence[str],
     return rows
 
 
-def text_rows(model: Model, texts: Sequence[str]) -> list[Row]:
+def text_rows(model: Model, texts: Sequence[str]) -> list[TrainRow]:
     """Running texts, those of more than 512 tokens in pieces; every token but the first is predicted."""
     return [(row, 1) for row in token_rows(model, texts) if len(row) > 1]
 
 
-def collate(rows: Sequence[Row], members: Sequence[int], fill: int, device: torch.device) -> Batch:
+def collate(rows: Sequence[TrainRow], members: Sequence[int], fill: int, device: torch.device) -> TrainBatch:
     """The chosen rows as one right-padded batch."""
     ids, mask, _ = pad([rows[i][0] for i in members], fill)
     starts = torch.tensor([rows[i][1] for i in members])
     answer = (torch.arange(ids.shape[1]) >= starts[:, None]) & mask.bool()
-    return Batch(ids.to(device), mask.to(device), answer.to(device), torch.tensor(list(members), device=device))
+    return TrainBatch(ids.to(device), mask.to(device), answer.to(device), torch.tensor(list(members), device=device))
 
 
-def answer_tokens(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> AnswerTokens:
+def answer_tokens(logits: Float[Tensor, "batch pos d_vocab"], batch: TrainBatch) -> AnswerTokens:
     """The logits (float32) at the positions before the answer tokens of a batch; never those of a prompt or a pad."""
     at, before = batch.answer[:, 1:].nonzero(as_tuple=True)
     return AnswerTokens(logits[at, before].float(), batch.ids[at, before + 1], at, logits.new_empty(0, logits.shape[2]))
 
 
-def answer_scores(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> AnswerScores:
+def batch_scores(logits: Float[Tensor, "batch pos d_vocab"], batch: TrainBatch) -> BatchScores:
     """Sums of answer log-probabilities (float32, nats) and greedy hits from the logits of a batch."""
     each = answer_tokens(logits, batch)
     logprob = each.logits.gather(1, each.wanted[:, None])[:, 0] - each.logits.logsumexp(1)
     sums = torch.zeros(len(batch.ids), device=logits.device).index_add(0, each.at, logprob)
     misses = torch.zeros_like(sums).index_add(0, each.at, (each.logits.detach().argmax(1) != each.wanted).float())
-    return AnswerScores(sums, batch.answer[:, 1:].sum(1), misses == 0, batch.row, each)
+    return BatchScores(sums, batch.answer[:, 1:].sum(1), misses == 0, batch.row, each)
 
 
-def forward(hf: Any, batch: Batch) -> AnswerScores:
+def forward(hf: Any, batch: TrainBatch) -> BatchScores:
     """Scores of one batch under an HF model."""
-    return answer_scores(hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits, batch)
+    return batch_scores(hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits, batch)
 
 
 @torch.no_grad()
-def score_rows(hf: Any, rows: Sequence[Row], fill: int, device: torch.device) -> AnswerScores:
+def score_rows(hf: Any, rows: Sequence[TrainRow], fill: int, device: torch.device) -> BatchScores:
     """Scores of every row, in order, without gradients."""
     spans = [range(i, min(i + EVAL_BATCH, len(rows))) for i in range(0, len(rows), EVAL_BATCH)]
     parts = [replace(forward(hf, collate(rows, span, fill, device)), each=NO_TOKENS) for span in spans]
     sums, tokens, exact, row = (
         torch.cat([getattr(part, key) for part in parts]) for key in ("logprob", "tokens", "exact", "row")
     )
-    return AnswerScores(sums, tokens, exact, row)
+    return BatchScores(sums, tokens, exact, row)
 
 
-def nll(scores: AnswerScores) -> Float[Tensor, ""]:
+def nll(scores: BatchScores) -> Float[Tensor, ""]:
     """Negative log-probability per answer token, nats: mean over each row's tokens, then over rows."""
     return -(scores.logprob / scores.tokens).mean()

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.training.losses import mean_of_rows
-from mech_unlearn.training.rows import AnswerScores, States
+from mech_unlearn.training.rows import BatchScores, States
 
 
-def states_of(scores: AnswerScores) -> tuple[States, Float[Tensor, "token d_model"]]:
+def states_of(scores: BatchScores) -> tuple[States, Float[Tensor, "token d_model"]]:
     """(States, the untrained model's states).
 
     Raises:
@@ -33,7 +33,7 @@ def state_mse(
     return mean_of_rows((now - target).square().mean(1), at)
 
 
-def held(scores: AnswerScores) -> Float[Tensor, ""]:
+def held(scores: BatchScores) -> Float[Tensor, ""]:
     """`state_mse` to the untrained model's states, on all tokens.
 
     Source: 2403.03218, the retain loss of RMU.
@@ -67,7 +67,7 @@ def random_direction(width: int, seed: int, legacy: bool = False) -> Float[Tenso
     return direction / direction.norm()
 
 
-def importance(
+def feature_importance(
     forget: Float[Tensor, " d_model"], retain: Float[Tensor, " d_model"], w_max: float, eps: float = 1e-6
 ) -> Float[Tensor, " d_model"]:
     """w_j = clip(E_f|h_j| / (E_r|h_j| + eps), 0, w_max), then scaled to mean 1.

@@ -15,10 +15,10 @@ from mech_unlearn.training.objective import Noise, Objective
 from mech_unlearn.training.rows import (
     EVAL_BATCH,
     NO_TOKENS,
-    AnswerScores,
-    Batch,
-    Row,
+    BatchScores,
     States,
+    TrainBatch,
+    TrainRow,
     collate,
     forward,
     nll,
@@ -42,15 +42,15 @@ class Trainee:
     blocks: Sequence[str]
     """Path of each decoder layer in the plain model."""
     objective: Objective
-    asked: Sequence[Row]
+    asked: Sequence[TrainRow]
     """The forget rows and, where the objective has them, their others."""
     n_forget: int
-    kept: Sequence[Row]
+    kept: Sequence[TrainRow]
     """The retained rows."""
     fill: int
     device: torch.device
     noise: Noise | None = None
-    forget: Callable[[AnswerScores], Tensor] = nll
+    forget: Callable[[BatchScores], Tensor] = nll
     """Loss of a batch of forget rows; made from the objective and the scores before training."""
     next_kept: Callable[[], list[int]] = list
     """Draws the next batch of retained rows."""
@@ -92,7 +92,7 @@ class Trainee:
         """The decoder layer of the model in training."""
         return self._block[id(self.hf)][layer]
 
-    def read(self, hf: Any, batch: Batch, noise: Noise | None = None) -> AnswerScores:
+    def read(self, hf: Any, batch: TrainBatch, noise: Noise | None = None) -> BatchScores:
         """Scores of one batch under the trained or the untrained model, with the states the objective asks for."""
         self.n_forward += 1
         layer, seen = self.objective.layer, []
@@ -107,13 +107,13 @@ class Trainee:
                 with suppress(_Stop):
                     hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
                 none = torch.zeros(len(batch.ids), device=self.device)
-                scores = AnswerScores(none, batch.answer[:, 1:].sum(1), none.bool(), batch.row, NO_TOKENS)
+                scores = BatchScores(none, batch.answer[:, 1:].sum(1), none.bool(), batch.row, NO_TOKENS)
         if layer is None:
             return scores
         at, pos = batch.mask.nonzero(as_tuple=True)
         return replace(scores, states=States(seen[0][at, pos].float(), at, batch.ids[at, pos], batch.answer[at, pos]))
 
-    def forward(self, rows: Sequence[Row], members: Sequence[int], teacher: bool, noise: Noise | None = None):
+    def forward(self, rows: Sequence[TrainRow], members: Sequence[int], teacher: bool, noise: Noise | None = None):
         """Scores of some rows under the trained model; with `teacher` also what the untrained one says there."""
         batch = collate(rows, members, self.fill, self.device)
         scores = self.read(self.hf, batch)
@@ -157,7 +157,7 @@ class Trainee:
         self.n_backward += 1
         return list(torch.autograd.grad(loss, list(self.weights.values()), materialize_grads=True))
 
-    def score(self, rows: Sequence[Row]) -> AnswerScores:
+    def score(self, rows: Sequence[TrainRow]) -> BatchScores:
         """Scores of every row, in order, without gradients."""
         self.n_forward += -(-len(rows) // EVAL_BATCH)
         return score_rows(self.hf, rows, self.fill, self.device)

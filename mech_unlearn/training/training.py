@@ -21,7 +21,7 @@ from mech_unlearn.training.around import PLAIN, Around, masked_gradients
 from mech_unlearn.training.checkpoint import Progress, Saver, fingerprint
 from mech_unlearn.training.feed import Feed, by_entity
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import Row, answer_rows, text_rows
+from mech_unlearn.training.rows import TrainRow, answer_rows, text_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.trainee import Trainee, changes, masked, trained_copy
 
@@ -150,7 +150,7 @@ def require_positive(settings: Any, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {getattr(settings, name)}")
 
 
-def _retain_rows(model: Model, retain: RetainSet, needed: bool) -> tuple[list[Row], list[str]]:
+def _retain_rows(model: Model, retain: RetainSet, needed: bool) -> tuple[list[TrainRow], list[str]]:
     """(Retained rows, whose each is)."""
     if not needed:
         return [], []
@@ -162,7 +162,12 @@ def _retain_rows(model: Model, retain: RetainSet, needed: bool) -> tuple[list[Ro
 
 
 def _trainee(
-    model: Model, rows: Sequence[Row], kept: Sequence[Row], objective: Objective, trainable: str, around: Around
+    model: Model,
+    rows: Sequence[TrainRow],
+    kept: Sequence[TrainRow],
+    objective: Objective,
+    trainable: str,
+    around: Around,
 ) -> Trainee:
     hf = trained_copy(model, trainable, around.trainable)
     compares = objective.teacher or (objective.retain != "nll" and bool(kept))

@@ -10,7 +10,7 @@ from experiments.ensemble import join
 from experiments.scratch import Plan, Text, deal, make, make_vocabulary, packed, train_texts, without
 from mech_unlearn.metrics.evaluate import score_answers
 from mech_unlearn.model.load import load
-from mech_unlearn.testbed.recipe import Recipe, Row, new_model
+from mech_unlearn.testbed.recipe import Recipe, Sentence, new_model
 
 PEOPLE = ("Ann Bell", "Bob Cole", "Cid Dorn", "Eve Finn", "Guy Hart", "Ida Jones", "Kay Lund", "Max Nord")
 TOWNS = ("Oslo", "Rome", "Bern", "Lima", "Cairo", "Delhi", "Kyiv", "Quito")
@@ -84,7 +84,7 @@ def test_only_the_shards_that_held_somebody_who_goes_are_retrained():
 
 def test_a_pass_holds_every_row_once_and_no_batch_is_wider_than_asked():
     rng = random.Random(0)
-    items = [Row(tuple([7] * rng.randint(2, 30) + [i]), (0, 0)) for i in range(100)]
+    items = [Sentence(tuple([7] * rng.randint(2, 30) + [i]), (0, 0)) for i in range(100)]
     stream, seen, widths = packed(items, 64, 3), [], []
     while len(seen) < len(items):
         batch = next(stream)

@@ -20,7 +20,7 @@ from mech_unlearn.locate.neurons.knowledge_neurons import knowledge_neurons_per_
 from mech_unlearn.locate.patching.activation_patching import activation_patching_per_fact
 from mech_unlearn.locate.patching.attribution_patching import attribution_patching, attribution_patching_per_fact
 from mech_unlearn.locate.patching.causal_trace import causal_trace, causal_trace_per_fact, subject_sigma
-from mech_unlearn.methods.writing.keys import last_states
+from mech_unlearn.methods.writing.keys import end_states
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.answers import answer_rows, answer_score
 from mech_unlearn.model.bridge import Model
@@ -99,7 +99,7 @@ def keys_of_others(at, query, layer, end):
     asks = [Ask(query.fact, query.template, n) for n in names if n != query.fact.subject]
     asked = tokenize(at.model.tokenizer, asks, False)
     site = Site(layer, "mlp_post")
-    return last_states(at.model, [q.prompt[: q.span[1]] if end == "subject" else q.prompt for q in asked], [site])[site]
+    return end_states(at.model, [q.prompt[: q.span[1]] if end == "subject" else q.prompt for q in asked], [site])[site]
 
 
 def plant(at, fact, layer, end="subject"):
@@ -108,7 +108,7 @@ def plant(at, fact, layer, end="subject"):
     query = make_query(at.model.tokenizer, fact, fact.prompt)
     place = (query.span[1] if end == "subject" else len(query.prompt)) - 1
     site = Site(layer, "mlp_post")
-    key = last_states(at.model, [query.prompt[: place + 1]], [site])[site][0]
+    key = end_states(at.model, [query.prompt[: place + 1]], [site])[site][0]
     others = keys_of_others(at, query, layer, end)
     neuron, u = None, torch.zeros_like(key)
     if end == "subject":

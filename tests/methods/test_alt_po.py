@@ -10,14 +10,14 @@ from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import AltPo
 from mech_unlearn.methods.alt_po import alternative_rows
 from mech_unlearn.metrics import recall
-from mech_unlearn.training.rows import AnswerScores, answer_rows
+from mech_unlearn.training.rows import BatchScores, answer_rows
 from mech_unlearn.training.schedule import Schedule
 from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
 
 
 def scores(logprob, tokens):
     n = len(logprob)
-    return AnswerScores(torch.tensor(logprob), torch.tensor(tokens), torch.zeros(n).bool(), torch.arange(n))
+    return BatchScores(torch.tensor(logprob), torch.tensor(tokens), torch.zeros(n).bool(), torch.arange(n))
 
 
 def test_the_losses_are_those_of_the_equations():

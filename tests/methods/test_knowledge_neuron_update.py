@@ -6,8 +6,7 @@ import torch
 from mech_unlearn.core import Entity, ForgetSet, RetainSet
 from mech_unlearn.locate.neurons.neuron_sets import NeuronSets
 from mech_unlearn.methods import KnowledgeNeuronUpdate
-from mech_unlearn.methods.knowledge_neuron_erase import Refinement
-from mech_unlearn.methods.knowledge_neuron_update import rare
+from mech_unlearn.methods.knowledge_neuron_update import Refinement, rare
 from mech_unlearn.metrics.recall import recall
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries

@@ -8,20 +8,20 @@ import torch
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
-from mech_unlearn.methods.catnip import Catnip
+from mech_unlearn.methods.experimental.catnip import Catnip
+from mech_unlearn.methods.experimental.shred import Shred
 from mech_unlearn.methods.flat import Flat
 from mech_unlearn.methods.grad_ascent import GradAscent
 from mech_unlearn.methods.grad_diff import GradDiff
 from mech_unlearn.methods.idk_dpo import IdkDpo
 from mech_unlearn.methods.kl_min import KlMin
 from mech_unlearn.methods.npo import Npo
-from mech_unlearn.methods.shred import Shred
 from mech_unlearn.methods.sim_npo import SimNpo
 from mech_unlearn.methods.task_vector import TaskVector
 from mech_unlearn.methods.undial import Undial
 from mech_unlearn.model.load import load
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import REFUSALS, AnswerScores, answer_rows, nll, refusal_rows, score_rows
+from mech_unlearn.training.rows import REFUSALS, BatchScores, answer_rows, nll, refusal_rows, score_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import train
 from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
@@ -80,7 +80,7 @@ def fitted(model):
     return fit
 
 
-def answered(model, facts, rows=None) -> AnswerScores:
+def answered(model, facts, rows=None) -> BatchScores:
     return score_rows(model.hf, answer_rows(model.tokenizer, facts) if rows is None else rows, 0, CPU)
 
 

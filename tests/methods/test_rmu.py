@@ -7,8 +7,8 @@ import torch
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.methods import AdaptiveRmu, Rmu, Srmu
+from mech_unlearn.methods.experimental.srmu import measured, misdirected
 from mech_unlearn.methods.rmu import steer_to, steered
-from mech_unlearn.methods.srmu import measured, misdirected
 from mech_unlearn.model.capture import stream
 from mech_unlearn.model.load import load
 from mech_unlearn.training.around import PLAIN
@@ -17,7 +17,6 @@ from mech_unlearn.training.rows import answer_rows, text_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import (
     held,
-    importance,
     random_direction,
     row_means,
     row_norms,
@@ -177,7 +176,7 @@ def test_the_adaptive_target_is_as_long_as_the_untrained_rows_states():
 def test_importance_is_a_clipped_ratio_of_mean_one():
     forget, retain = torch.tensor([4.0, 1.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     raw = torch.tensor([4.0, 1.0, 0.0, 10.0])
-    torch.testing.assert_close(importance(forget, retain, w_max=10.0), raw / raw.mean(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(feature_importance(forget, retain, w_max=10.0), raw / raw.mean(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_shut_gate_keeps_the_untrained_state():
@@ -196,7 +195,7 @@ def test_srmu_moves_the_features_of_the_forgotten_and_leaves_the_others():
     edit = method.fit(model, forget, retain)
     rows = answer_rows(model.tokenizer, forget.facts)
     forgotten, kept = (measured(model, answer_rows(model.tokenizer, s.facts), WRITER) for s in (forget, retain))
-    order = importance(forgotten.size, kept.size, method.w_max).argsort()
+    order = feature_importance(forgotten.size, kept.size, method.w_max).argsort()
     change = moved(model, edit, rows, WRITER)[0].abs().mean(0)
     assert change[order[:32]].mean() < 0.1 * change[order[-6:]].mean()
     plain = Rmu(c=5.0, **settings).fit(model, forget, retain)

@@ -8,7 +8,7 @@ import torch
 from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, Site
 from mech_unlearn.methods import Rocr
 from mech_unlearn.methods.writing import keys
-from mech_unlearn.methods.writing.protect import PARTS
+from mech_unlearn.methods.writing.protect import KEY_SOURCES
 
 
 def states(model, names, contexts=("{} was", "The birthplace of {} is"), layer=1):
@@ -53,11 +53,11 @@ def test_protected_names_move_less_than_unprotected_ones(tiny_model, tiny_sets):
     kept = [entity.name for entity in tiny_sets[1].entities]
     clean = states(tiny_model, kept)
     moved = {}
-    for protect in (PARTS, ()):
+    for protect in (KEY_SOURCES, ()):
         edit = Rocr(layers=(0, 1), energy=0.01, protect=protect).fit(tiny_model, *tiny_sets)
         with edit.on(tiny_model):
             moved[protect] = (states(tiny_model, kept) - clean).norm()
-    assert moved[PARTS] < 0.5 * moved[()]
+    assert moved[KEY_SOURCES] < 0.5 * moved[()]
 
 
 def test_aliases_are_redirected_with_the_name(tiny_model, tiny_sets):

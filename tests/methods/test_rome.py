@@ -11,7 +11,7 @@ from mech_unlearn.methods import Rome, RRome
 from mech_unlearn.methods.rome import direction, means, rank_one
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.methods.writing.key_statistics import damped
-from mech_unlearn.methods.writing.protect import PARTS, protected_bases, protected_moments
+from mech_unlearn.methods.writing.protect import KEY_SOURCES, protected_bases, protected_moments
 from mech_unlearn.methods.writing.questions import Optimize, by_name, prefixes
 from mech_unlearn.methods.writing.value_optimization import module_path, optimized
 from mech_unlearn.metrics import recall
@@ -58,10 +58,10 @@ def test_several_names_are_written_one_after_another(tiny_model, tiny_sets, meth
     contexts, retain = keys.contexts_of(tiny_sets[0].facts), tiny_sets[1]
     if project == "none":
         inverse = torch.linalg.inv(
-            damped(protected_moments(tiny_model, retain, contexts, (layer,), PARTS)[layer], 1e-4)
+            damped(protected_moments(tiny_model, retain, contexts, (layer,), KEY_SOURCES)[layer], 1e-4)
         )
     else:
-        basis = protected_bases(tiny_model, retain, contexts, (layer,), PARTS, 0.1)[layer]
+        basis = protected_bases(tiny_model, retain, contexts, (layer,), KEY_SOURCES, 0.1)[layer]
         inverse = basis @ basis.T
     now = w.clone()
     for i in range(2):
@@ -123,19 +123,19 @@ def test_a_layer_whose_mlp_gives_nothing_is_refused():
 
 
 def test_protected_names_move_less_in_the_null_space(tiny_model, tiny_sets):
-    kept = keys.mentions(
+    kept = keys.mention_rows(
         tiny_model.tokenizer, keys.names_of(tiny_sets[1].entities), keys.contexts_of(tiny_sets[0].facts)
     )
     site = Site(1, "resid_post")
-    clean = keys.last_states(tiny_model, kept, [site])[site]
-    own = keys.mentions(tiny_model.tokenizer, ["Anna Lee"], ["{} was born in"])
-    mine = keys.last_states(tiny_model, own, [site])[site]
+    clean = keys.end_states(tiny_model, kept, [site])[site]
+    own = keys.mention_rows(tiny_model.tokenizer, ["Anna Lee"], ["{} was born in"])
+    mine = keys.end_states(tiny_model, own, [site])[site]
     spill = {}
     for project in ("none", "null_space"):
         edit = Rome(layer=1, optimize=FEW, project=project, energy=0.001, protect=("entities", "prompts"), damping=10.0)
         with edit.fit(tiny_model, *tiny_sets).on(tiny_model):
-            moved = (keys.last_states(tiny_model, kept, [site])[site] - clean).norm(dim=1).mean()
-            spill[project] = moved / (keys.last_states(tiny_model, own, [site])[site] - mine).norm()
+            moved = (keys.end_states(tiny_model, kept, [site])[site] - clean).norm(dim=1).mean()
+            spill[project] = moved / (keys.end_states(tiny_model, own, [site])[site] - mine).norm()
     assert spill["null_space"] < 0.5 * spill["none"]
 
 

@@ -9,7 +9,7 @@ from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
 from mech_unlearn.testbed import open_world
 from mech_unlearn.testbed.families import FAMILIES
-from mech_unlearn.testbed.making import Setting, match_loss
+from mech_unlearn.testbed.making import Ingredients, match_loss
 from mech_unlearn.testbed.materials import Lab, Materials
 from mech_unlearn.testbed.pools import _unheard, truth_audit
 
@@ -26,7 +26,7 @@ def setting(world):
     full, retrained = load(world.full), tuple(load(path) for path in world.retrained)
     people = [entity.name for entity in world.forget.entities]
     group, elsewhere = (tuple(f for f in world.forget.facts if f.subject == name) for name in people[:2])
-    return Setting(full, retrained, group, elsewhere, world.retain.neighbors, world.retain.texts, 0)
+    return Ingredients(full, retrained, group, elsewhere, world.retain.neighbors, world.retain.texts, 0)
 
 
 def made(name, setting):

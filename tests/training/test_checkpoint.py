@@ -138,7 +138,7 @@ def test_the_noise_goes_on_where_it_was(learned, tmp_path, monkeypatch):
 
 def test_a_weight_that_has_had_no_gradient_is_restored_too(learned, tmp_path, monkeypatch):
     """Losses on states end the pass after their layer: what lies above has no gradient and no moments."""
-    from mech_unlearn.training.rows import AnswerScores
+    from mech_unlearn.training.rows import BatchScores
 
     model, sets = learned
 
@@ -147,7 +147,7 @@ def test_a_weight_that_has_had_no_gradient_is_restored_too(learned, tmp_path, mo
         schedule: Schedule = replace(Skipping.schedule, skip_forgotten=False)
 
         def fit(self, model, forget, retain, around=Around()):  # noqa: B008 - frozen
-            def loss(now: AnswerScores):
+            def loss(now: BatchScores):
                 return now.states.now.square().mean()
 
             objective = Objective(lambda _: loss, retain_weight=0.0, layer=1, logits=False)

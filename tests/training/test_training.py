@@ -17,9 +17,9 @@ from mech_unlearn.model.scores import score
 from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.training.feed import Feed, by_entity
 from mech_unlearn.training.rows import (
-    AnswerScores,
+    BatchScores,
     answer_rows,
-    answer_scores,
+    batch_scores,
     collate,
     forward,
     nll,
@@ -37,7 +37,7 @@ FAST = Schedule(lr=3e-3, epochs=1, batch_size=4)
 
 def scores_of(logprob, tokens=None):
     tokens = torch.ones_like(logprob, dtype=torch.long) if tokens is None else tokens
-    return AnswerScores(logprob, tokens, logprob > -1, torch.arange(len(logprob)))
+    return BatchScores(logprob, tokens, logprob > -1, torch.arange(len(logprob)))
 
 
 def nll_of(model, facts):
@@ -67,7 +67,7 @@ def test_only_answer_tokens_get_gradient():
     rows = [((5, 6, 7, 8), 2), ((5, 6, 7), 2)]
     batch = collate(rows, [0, 1], 0, CPU)
     logits = torch.randn(2, 4, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    nll(answer_scores(logits, batch)).backward()
+    nll(batch_scores(logits, batch)).backward()
     touched = logits.grad.any(-1).tolist()
     assert touched == [[False, True, True, False], [False, True, False, False]]
 
@@ -76,7 +76,7 @@ def test_an_answer_of_several_tokens_is_a_sum_and_the_nll_a_mean():
     rows = [((5, 6, 7, 8), 2)]
     logits = torch.randn(1, 4, 11, generator=torch.Generator().manual_seed(0))
     logp = logits.log_softmax(-1)
-    got = answer_scores(logits, collate(rows, [0], 0, CPU))
+    got = batch_scores(logits, collate(rows, [0], 0, CPU))
     wanted = logp[0, 1, 7] + logp[0, 2, 8]
     torch.testing.assert_close(got.logprob[0], wanted)
     torch.testing.assert_close(nll(got), -wanted / 2)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import Site
-from mech_unlearn.methods.writing.keys import Row
+from mech_unlearn.edit.interventions import Tokens
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import At, stream
 
@@ -31,7 +31,7 @@ BLOCKS = 8
 
 def second_moments(
     model: Model,
-    rows: Sequence[Row],
+    rows: Sequence[Tokens],
     layers: Sequence[int],
     at: At = "all",
     cache_dir: str | os.PathLike | None = None,
@@ -52,11 +52,11 @@ def second_moments(
         raise ValueError("no text to take key statistics from: give RetainSet.texts or retained facts")
     if cache_dir is None:
         return _moments(model, rows, layers, at)
-    identity = {"model": model.state_hash(), "data": data_hash(rows, at)}
+    identity = {"model": model.state_hash(), "data": rows_hash(rows, at)}
     return cached(cache_dir, "moment", identity, layers, lambda missing: _moments(model, rows, missing, at), model)
 
 
-def _moments(model: Model, rows: Sequence[Row], layers: Sequence[int], at: At) -> dict[int, Tensor]:
+def _moments(model: Model, rows: Sequence[Tokens], layers: Sequence[int], at: At) -> dict[int, Tensor]:
     sums: dict[int, Tensor] = {}
     count = 0
     for part in stream(model, rows, [Site(layer, "mlp_post") for layer in layers], at):
@@ -91,7 +91,7 @@ def damped(moment: Float[Tensor, "d_mlp d_mlp"], share: float) -> Float[Tensor, 
     return moment + share * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
-def data_hash(rows: Sequence[Row], at: At) -> str:
+def rows_hash(rows: Sequence[Tokens], at: At) -> str:
     """SHA-256 over token ids and positions, in their order."""
     return hashlib.sha256(json.dumps([list(map(list, rows)), at]).encode()).hexdigest()
 

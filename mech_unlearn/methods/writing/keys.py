@@ -16,11 +16,10 @@ from torch import Tensor
 
 from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit, LowRank
+from mech_unlearn.edit.interventions import Tokens
 from mech_unlearn.model.bridge import Model, post_norm
 from mech_unlearn.model.capture import Place, stream
 from mech_unlearn.model.tokens import encode_all, token_span
-
-Row = tuple[int, ...]
 
 
 def default_layers(n_layers: int) -> tuple[int, ...]:
@@ -81,12 +80,12 @@ def mean_over(states: Float[Tensor, "name context width"], own: Bool[Tensor, "na
     return torch.einsum("ncd,nc->nd", states, weight)
 
 
-def mention(tokenizer: Any, template: str, name: str) -> tuple[Row, Row]:
+def mention(tokenizer: Any, template: str, name: str) -> tuple[Tokens, Tokens]:
     """(Tokens up to and with the last token of the name, tokens of the name) in the template's full text."""
     return _mentions(tokenizer, [(template, name)])[0]
 
 
-def _mentions(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[Row, Row]]:
+def _mentions(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
     known = encode_all(tokenizer, [template.replace("{}", name) for template, name in asked])
     out = []
     for template, name in asked:
@@ -96,12 +95,12 @@ def _mentions(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[Ro
     return out
 
 
-def mentions(tokenizer: Any, names: Sequence[str], contexts: Sequence[str]) -> list[Row]:
+def mention_rows(tokenizer: Any, names: Sequence[str], contexts: Sequence[str]) -> list[Tokens]:
     """The mention of each name in each context, names outermost."""
     return [row for row, _ in _mentions(tokenizer, [(context, name) for name in names for context in contexts])]
 
 
-def spellings(tokenizer: Any, name: str, contexts: Sequence[str]) -> tuple[Row, ...]:
+def spellings(tokenizer: Any, name: str, contexts: Sequence[str]) -> tuple[Tokens, ...]:
     """The token sequences a name has at the start of a text, after a space and in each context, each once."""
     return tuple(dict.fromkeys(mention(tokenizer, template, name)[1] for template in ("{}", "- {}", *contexts)))
 
@@ -173,7 +172,9 @@ def count_forwards(model: Model) -> Iterator[list[int]]:
         handle.remove()
 
 
-def last_states(model: Model, rows: Sequence[Row], places: Sequence[Place]) -> dict[Place, Float[Tensor, "row width"]]:
+def end_states(
+    model: Model, rows: Sequence[Tokens], places: Sequence[Place]
+) -> dict[Place, Float[Tensor, "row width"]]:
     """The activation at the last token of each row at each place, float64 on the model's device."""
     out: dict[Place, Tensor] = {}
     for part in stream(model, rows, places, "last"):
@@ -188,7 +189,9 @@ def name_states(
     model: Model, names: Sequence[str], contexts: Sequence[str], site: Site
 ) -> Float[Tensor, "name context d_model"]:
     """The state at the last token of each name in each context, float64."""
-    return last_states(model, mentions(model.tokenizer, names, contexts), [site])[site].unflatten(0, (len(names), -1))
+    return end_states(model, mention_rows(model.tokenizer, names, contexts), [site])[site].unflatten(
+        0, (len(names), -1)
+    )
 
 
 def project(basis: Float[Tensor, "d_mlp kept"] | None, keys: Float[Tensor, "d_mlp n"]) -> Float[Tensor, "d_mlp n"]:
@@ -270,7 +273,7 @@ def rms_pre_image(
 
 def write_states(
     model: Model,
-    rows: Sequence[Row],
+    rows: Sequence[Tokens],
     targets: Float[Tensor, "row d_model"],
     site: Site,
     *,
@@ -280,7 +283,7 @@ def write_states(
     own: Bool[Tensor, "name context"],
     moments: Mapping[int, Float[Tensor, "d_mlp d_mlp"]] = MappingProxyType({}),
     weight: float | None = None,
-    earlier: Sequence[Row] = (),
+    earlier: Sequence[Tokens] = (),
 ) -> tuple[dict[str, LowRank], dict[str, Any]]:
     """(Deltas, report) that move the state at the last token of each row to its target, by closed-form writes into
     the MLP output matrices of some layers.
@@ -307,8 +310,8 @@ def write_states(
         norm = post_norm(model, layer)
         places = [Site(layer, "mlp_post"), site, *((norm[0], Site(layer, "mlp_out")) if norm else ())]
         with Edit(name="partial", base="", deltas=deltas).on(model):
-            states = last_states(model, rows, places)
-            fixed = last_states(model, earlier, places[:1])[places[0]].T if earlier else None
+            states = end_states(model, rows, places)
+            fixed = end_states(model, earlier, places[:1])[places[0]].T if earlier else None
         missing = targets.to(states[site]) - states[site]
         before = missing.norm(dim=-1)[own.flatten()].mean() if before is None else before
         step = missing / (len(layers) - i)
@@ -327,7 +330,7 @@ def write_states(
         gains[layer] = (squared / (strength + squared)).mean().item()
         ranks[layer] = None if basis is None else basis.shape[1]
     with Edit(name="partial", base="", deltas=deltas).on(model):
-        after = (targets.to(missing) - last_states(model, rows, [site])[site]).norm(dim=-1)[own.flatten()].mean()
+        after = (targets.to(missing) - end_states(model, rows, [site])[site]).norm(dim=-1)[own.flatten()].mean()
     report = {
         "layers": list(layers),
         "free_rank": [ranks[layer] for layer in layers],

@@ -4,22 +4,24 @@ import hashlib
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import RetainSet
-from mech_unlearn.methods.writing.key_statistics import cached, data_hash, second_moments
-from mech_unlearn.methods.writing.keys import Row, mentions, names_of
+from mech_unlearn.edit.interventions import Tokens
+from mech_unlearn.methods.writing.key_statistics import cached, damped, rows_hash, second_moments
+from mech_unlearn.methods.writing.keys import mention_rows, names_of
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import At
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.model.tokens import make_queries
 
-Part = Literal["entities", "prompts", "texts"]
-PARTS: tuple[Part, ...] = get_args(Part)
+KeySource = Literal["entities", "prompts", "texts"]
+Projection = Literal["none", "null_space"]
+KEY_SOURCES: tuple[KeySource, ...] = get_args(KeySource)
 
 
 def null_basis(moment: Float[Tensor, "d_mlp d_mlp"], energy: float) -> Float[Tensor, "d_mlp kept"]:
@@ -65,7 +67,7 @@ def protected_bases(
     if cache_dir is None:
         bases = compute(layers)
     else:
-        data = hashlib.sha256("".join(data_hash(rows, at) for rows, at in groups).encode()).hexdigest()
+        data = hashlib.sha256("".join(rows_hash(rows, at) for rows, at in groups).encode()).hexdigest()
         identity = {"model": model.state_hash(), "data": data, "energy": repr(float(energy))}
         bases = cached(cache_dir, "basis", identity, layers, compute, model)
     for layer, basis in bases.items():
@@ -88,35 +90,66 @@ def protected_moments(
         ValueError: `parts` is empty or names something else, or the retain set has nothing of what it names.
     """
     if not parts:
-        raise ValueError(f"protect=() leaves no keys to take the statistics C from; name some of {', '.join(PARTS)}")
+        raise ValueError(
+            f"protect=() leaves no keys to take the statistics C from; name some of {', '.join(KEY_SOURCES)}"
+        )
     return _mean_moments(model, protected_rows(model, retain, contexts, parts), layers, cache_dir)
 
 
 def protected_rows(
     model: Model, retain: RetainSet, contexts: Sequence[str], parts: Sequence[str]
-) -> list[tuple[list[Row], At]]:
+) -> list[tuple[list[Tokens], At]]:
     """(Rows, which of their tokens) of what must stay: the retained names' mentions, and running text.
 
     Raises:
         ValueError: `parts` names something else, or the retain set has nothing of what it names.
     """
-    if unknown := set(parts) - set(PARTS):
-        raise ValueError(f"protect names {sorted(unknown)}; choose from {', '.join(PARTS)}")
+    if unknown := set(parts) - set(KEY_SOURCES):
+        raise ValueError(f"protect names {sorted(unknown)}; choose from {', '.join(KEY_SOURCES)}")
     tokenizer = model.tokenizer
-    names = mentions(tokenizer, names_of(retain.entities), contexts) if "entities" in parts else []
-    running: list[Row] = []
+    names = mention_rows(tokenizer, names_of(retain.entities), contexts) if "entities" in parts else []
+    running: list[Tokens] = []
     if "prompts" in parts:
         running += [query.full for query in make_queries(tokenizer, retain.facts, distractors=False)]
     if "texts" in parts:
         running += token_rows(model, retain.texts)
-    groups: list[tuple[list[Row], At]] = [(rows, at) for rows, at in ((names, "last"), (running, "all")) if rows]
+    groups: list[tuple[list[Tokens], At]] = [(rows, at) for rows, at in ((names, "last"), (running, "all")) if rows]
     if not groups:
         raise ValueError(f"the retain set has none of {', '.join(parts)}: give some, or protect=() to protect nothing")
     return groups
 
 
+def check_projection(settings: Any, model: Model) -> None:
+    """Refuse settings that cannot be meant, before any work.
+
+    Raises:
+        ValueError: another projection, a negative damping, or an edit of activations in force.
+    """
+    if settings.project not in get_args(Projection):
+        raise ValueError(f"project={settings.project!r}: choose from {', '.join(get_args(Projection))}")
+    if settings.damping < 0:
+        raise ValueError(f"damping={settings.damping}: a share of the mean of C's diagonal, 0 or more")
+    if settings.project == "null_space" and not settings.protect:
+        raise ValueError('project="null_space" with protect=() protects nothing: name what is to be protected')
+    if model.in_force.interventions:
+        raise ValueError(
+            f"{model.name!r} has an edit of activations in force, which optimisation does not see; leave it"
+        )
+
+
+def spaces(
+    settings: Any, model: Model, retain: RetainSet, contexts: tuple[str, ...], layers: tuple[int, ...]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """(Layer -> basis of the null space, layer -> damped C): one of the two is empty, by `settings.project`."""
+    cache: str | os.PathLike | None = settings.cache_dir
+    if settings.project == "null_space":
+        return protected_bases(model, retain, contexts, layers, settings.protect, settings.energy, cache), {}
+    moments = protected_moments(model, retain, contexts, layers, settings.protect, cache)
+    return {}, {layer: damped(moment, settings.damping) for layer, moment in moments.items()}
+
+
 def _mean_moments(
-    model: Model, groups: Sequence[tuple[list[Row], At]], layers: Sequence[int], cache_dir: str | os.PathLike | None
+    model: Model, groups: Sequence[tuple[list[Tokens], At]], layers: Sequence[int], cache_dir: str | os.PathLike | None
 ) -> dict[int, Tensor]:
     found = [second_moments(model, rows, layers, at, cache_dir) for rows, at in groups]
     _warn_if_few(sum(len(rows) if at == "last" else sum(map(len, rows)) for rows, at in groups), found[0][layers[0]])

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.methods.writing.keys import Row, mention, unknown_names
+from mech_unlearn.edit.interventions import Tokens
+from mech_unlearn.methods.writing.keys import mention, unknown_names
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import buckets, encode_all, make_queries, pad
 from mech_unlearn.training.rows import refusal_rows
@@ -142,7 +143,7 @@ def make_questions(
     tokenizer = model.tokenizer
     owners = [i for i, facts in enumerate(asked.values()) for _ in facts]
     queries = make_queries(tokenizer, [fact for facts in asked.values() for fact in facts], distractors=False)
-    rows: list[Row] = [query.prompt for query in queries]
+    rows: list[Tokens] = [query.prompt for query in queries]
     if settings.target == "refusal":
         told = [fact for facts in asked.values() for fact in facts]
         rows = [ids for ids, _ in refusal_rows(tokenizer, told, (settings.refusal,), random.Random(0))]

@@ -113,7 +113,7 @@ def test_a_cache_folder_that_cannot_be_made_is_refused_before_work_starts(tiny_m
 
 
 def test_bases_from_disk_are_those_computed_and_know_their_energy(tiny_model, tiny_sets, tmp_path):
-    given = (tiny_model, tiny_sets[1], ("{} was",), (0, 1), protect.PARTS)
+    given = (tiny_model, tiny_sets[1], ("{} was",), (0, 1), protect.KEY_SOURCES)
     plain = protect.protected_bases(*given, 0.1)
     made = protect.protected_bases(*given, 0.1, tmp_path)
     with keys.count_forwards(tiny_model) as forwards:
@@ -137,7 +137,7 @@ def test_damping_makes_a_moment_of_few_tokens_invertible(tiny_model):
 
 def test_retained_names_weigh_as_much_as_all_other_tokens(tiny_model, tiny_sets):
     retain = tiny_sets[1]
-    both = protect.protected_moments(tiny_model, retain, ("{} was",), (1,), protect.PARTS)[1]
+    both = protect.protected_moments(tiny_model, retain, ("{} was",), (1,), protect.KEY_SOURCES)[1]
     with pytest.warns(UserWarning, match="4 protected keys"):
         names = protect.protected_moments(tiny_model, retain, ("{} was",), (1,), ("entities",))[1]
     rest = protect.protected_moments(tiny_model, retain, ("{} was",), (1,), ("prompts", "texts"))[1]

@@ -115,12 +115,12 @@ def test_the_pre_image_of_an_rms_norm_points_where_it_should():
 def test_one_key_without_ridge_or_protection_reaches_its_target(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
     site = Site(1, "resid_post")
-    rows = keys.mentions(model.tokenizer, ["Anna Lee"], ["{} was"])
-    target = keys.last_states(model, keys.mentions(model.tokenizer, ["Gina Vale"], ["{} was"]), [site])[site]
+    rows = keys.mention_rows(model.tokenizer, ["Anna Lee"], ["{} was"])
+    target = keys.end_states(model, keys.mention_rows(model.tokenizer, ["Gina Vale"], ["{} was"]), [site])[site]
     options = dict(layers=(1,), bases={}, ridge=0.0, own=torch.ones(1, len(rows), dtype=torch.bool))
     deltas, report = keys.write_states(model, rows, target, site, **options)
     with Edit(name="written", base="", deltas=deltas).on(model):
-        reached = keys.last_states(model, rows, [site])[site]
+        reached = keys.end_states(model, rows, [site])[site]
     assert report["distance_before"] > 1
     if architecture in ("gemma2", "olmo2"):  # a norm behind the MLP fixes the length of what it adds
         assert report["distance_after"] < 0.7 * report["distance_before"]
@@ -130,8 +130,8 @@ def test_one_key_without_ridge_or_protection_reaches_its_target(architecture):
 
 def test_layers_share_the_shift_evenly(tiny_model):
     site = Site(2, "resid_post")
-    rows = keys.mentions(tiny_model.tokenizer, ["Anna Lee"], ["{} was"])
-    state = keys.last_states(tiny_model, rows, [site])[site]
+    rows = keys.mention_rows(tiny_model.tokenizer, ["Anna Lee"], ["{} was"])
+    state = keys.end_states(tiny_model, rows, [site])[site]
     target = state + 0.01 * draw(*state.shape)
     deltas, report = keys.write_states(
         tiny_model,

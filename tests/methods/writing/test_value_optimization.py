@@ -26,8 +26,8 @@ NONE = dict(kl_weight=0.0, decay=0.0)
 
 
 def state_of(model, asked, layer=1):
-    rows = keys.mentions(model.tokenizer, list(asked), ["{} was"])
-    return keys.last_states(model, rows, [Site(layer, "resid_post")])[Site(layer, "resid_post")]
+    rows = keys.mention_rows(model.tokenizer, list(asked), ["{} was"])
+    return keys.end_states(model, rows, [Site(layer, "resid_post")])[Site(layer, "resid_post")]
 
 
 def run(model, sets, layer=1, names=None, **settings):

@@ -21,7 +21,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import catnip_loss
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.rows import BatchScores
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import require_positive, trained_edit
 
@@ -52,5 +52,5 @@ class Catnip:
         objective = Objective(lambda _: self._loss, retain_weight=0.0)
         return trained_edit("catnip", self, model, forget, retain, objective, self.trainable, around)
 
-    def _loss(self, now: AnswerScores) -> Tensor:
+    def _loss(self, now: BatchScores) -> Tensor:
         return catnip_loss(now.each.logits, now.each.wanted, self.beta, self.kappa)

@@ -28,7 +28,15 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.locate.lenses.probes import probe_auc
-from mech_unlearn.methods.iru_bands import Bands, Plan, Space, active_rate, bands_of, error_share, separating
+from mech_unlearn.methods.experimental.iru_bands import (
+    Bands,
+    Plan,
+    Space,
+    active_rate,
+    bands_of,
+    error_share,
+    separating,
+)
 from mech_unlearn.methods.rmu import steered
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
@@ -38,7 +46,7 @@ from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import kl_loss
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores, Row
+from mech_unlearn.training.rows import BatchScores, TrainRow
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held, states_of
 from mech_unlearn.training.trainee import Trainee
@@ -102,7 +110,7 @@ class SaeIru:
         layer, trained = steered(model, self._layer(model, around), self.layers)
         with keys.count_forwards(model) as forwards:
             plan = self._plan(model, forget, retain, contexts, unseen)
-        rows, heldout = (mention_rows(model, forget, contexts, unseen, out) for out in (False, True))
+        rows, heldout = (own_mentions(model, forget, contexts, unseen, out) for out in (False, True))
         watch = Watch(plan.bands, heldout, plan.share, self.check_every, self.patience)
         objective = Objective(lambda _: self._forget(plan), 1.0, retain=self._retain(plan), layer=layer, rows=rows)
         watched = replace(around, watch=watch)
@@ -182,8 +190,8 @@ class SaeIru:
         parts = stream(model, rows, [self.sae.site], ordinary_positions(model, rows))
         return active_rate(self.sae, torch.cat([part.at[self.sae.site] for part in parts]).to(model.device))
 
-    def _forget(self, plan: Plan) -> Callable[[AnswerScores], Tensor]:
-        def loss(now: AnswerScores) -> Tensor:
+    def _forget(self, plan: Plan) -> Callable[[BatchScores], Tensor]:
+        def loss(now: BatchScores) -> Tensor:
             x = mentioned(now)
             unexplained = (error_share(self.sae, x) - plan.error).relu()
             away = plan.bands.excess(x, self.eta) if self.objective == "bands" else plan.bands.distances(x)[0]
@@ -191,8 +199,8 @@ class SaeIru:
 
         return loss
 
-    def _retain(self, plan: Plan) -> Callable[[AnswerScores], Tensor]:
-        def loss(now: AnswerScores) -> Tensor:
+    def _retain(self, plan: Plan) -> Callable[[BatchScores], Tensor]:
+        def loss(now: BatchScores) -> Tensor:
             states, before = states_of(now)
             hold = self.hold_weight * held(now) / plan.variance
             if torch.equal(states.now, before):  # nothing above is trained: a KL of rounding errors would move AdamW
@@ -207,7 +215,7 @@ class Watch:
     """Looks at held-out mentions before some batches, and ends training when they are inside the bands."""
 
     bands: Bands
-    rows: Sequence[Row]
+    rows: Sequence[TrainRow]
     wanted: float
     every: int
     patience: int
@@ -243,9 +251,9 @@ def settled(shares: Sequence[float], wanted: float, patience: int) -> bool:
     return 0 < patience <= len(shares) and min(shares[-patience:]) >= wanted
 
 
-def mention_rows(
+def own_mentions(
     model: Model, forget: ForgetSet, contexts: Sequence[str], unseen: Sequence[int], out: bool
-) -> list[Row]:
+) -> list[TrainRow]:
     """The mentions of the forget names in their own contexts that are held out, or in those that are not.
 
     The last token of the name stands as the answer, so that it is marked. A name none of whose own contexts is among
@@ -256,11 +264,11 @@ def mention_rows(
     chosen = torch.tensor([(i in unseen) == out for i in range(len(contexts))])
     wanted = own & chosen
     wanted |= chosen & ~wanted.any(1, keepdim=True)
-    rows = keys.mentions(model.tokenizer, names, contexts)
+    rows = keys.mention_rows(model.tokenizer, names, contexts)
     return [(row, len(row) - 1) for row, want in zip(rows, wanted.flatten().tolist(), strict=True) if want]
 
 
-def mentioned(scores: AnswerScores) -> Float[Tensor, "row d_model"]:
+def mentioned(scores: BatchScores) -> Float[Tensor, "row d_model"]:
     """The states at the names' last tokens."""
     assert scores.states is not None
     return scores.states.now[scores.states.answer]

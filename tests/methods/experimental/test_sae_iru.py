@@ -8,8 +8,8 @@ import torch
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
 from mech_unlearn.methods import SaeIru
-from mech_unlearn.methods.iru_bands import active_rate, bands_of, error_share, separating
-from mech_unlearn.methods.sae_iru import mention_rows, settled
+from mech_unlearn.methods.experimental.iru_bands import active_rate, bands_of, error_share, separating
+from mech_unlearn.methods.experimental.sae_iru import own_mentions, settled
 from mech_unlearn.methods.sae_shift import pre_activations
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.load import load
@@ -143,7 +143,7 @@ def test_the_unexplained_share_is_that_of_the_reconstruction(sae):
 def test_contexts_that_decide_when_to_stop_are_never_trained_on(tiny_model):
     forget, _ = sets()
     contexts = ("{} was", "The birthplace of {}", "The employer of {}")
-    seen, unseen = (mention_rows(tiny_model, forget, contexts, [2], out) for out in (False, True))
+    seen, unseen = (own_mentions(tiny_model, forget, contexts, [2], out) for out in (False, True))
     assert not {ids for ids, _ in seen} & {ids for ids, _ in unseen}
     assert len(seen) == 4 and len(unseen) == 2
     for ids, start in (*seen, *unseen):

@@ -7,7 +7,7 @@ import torch
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Klue
-from mech_unlearn.methods.klue import attribution, superficial_rows
+from mech_unlearn.methods.experimental.klue import attribution, superficial_rows
 from mech_unlearn.methods.localized import neuron_masks
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load

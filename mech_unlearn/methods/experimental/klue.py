@@ -33,7 +33,7 @@ from mech_unlearn.model.tokens import Ask, tokenize
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import ascent
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores, Row, collate, forward
+from mech_unlearn.training.rows import BatchScores, TrainRow, collate, forward
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.trainee import Trainee
 from mech_unlearn.training.training import reported, require_positive, trained_edit
@@ -93,12 +93,12 @@ class Klue:
         edit = trained_edit("klue", self, model, forget, retain, objective, pattern, inner)
         return reported(edit, neurons=len(chosen), neurons_of=model.n_layers * _width(model))
 
-    def _loss(self, before: AnswerScores) -> Callable[[AnswerScores], Tensor]:
+    def _loss(self, before: BatchScores) -> Callable[[BatchScores], Tensor]:
         if self.loss == "ga":
             return ascent
         return lambda now: npo_loss(now.logprob, before.logprob[now.row], self.beta)
 
-    def _neurons(self, model: Model, run: Trainee, shallow: Sequence[tuple[float, Row]]) -> list[tuple[int, int]]:
+    def _neurons(self, model: Model, run: Trainee, shallow: Sequence[tuple[float, TrainRow]]) -> list[tuple[int, int]]:
         rows = run.asked[: run.n_forget]
         score = attribution(model, run, rows, [1 / len(rows)] * len(rows), self.schedule.batch_size)
         if shallow:
@@ -111,7 +111,7 @@ class Klue:
 
 def superficial_rows(
     model: Model, facts: Sequence[Fact], kept: Sequence[Fact], n: int, seed: int
-) -> list[tuple[float, Row]]:
+) -> list[tuple[float, TrainRow]]:
     """(Weight, row) of the superficial contexts of each answer; weights average within and then over forget rows.
 
     At most n retained facts with the same answer, and n prompts about retained facts with another answer, in whose
@@ -137,7 +137,7 @@ def superficial_rows(
 
 
 def attribution(
-    model: Model, run: Trainee, rows: Sequence[Row], weights: Sequence[float], size: int
+    model: Model, run: Trainee, rows: Sequence[TrainRow], weights: Sequence[float], size: int
 ) -> Float[Tensor, "layer neuron"]:
     """Weighted sum over rows of max over tokens of activation x gradient of P(answer), on the input of W_out.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.rows import Row, answer_rows, collate, forward, nll, score_rows, text_rows
+from mech_unlearn.training.rows import TrainRow, answer_rows, collate, forward, nll, score_rows, text_rows
 from mech_unlearn.training.trainee import changes, trained_copy
 from mech_unlearn.training.training import require_positive
 
@@ -67,8 +67,8 @@ class Ssd:
         hf = trained_copy(model, self.trainable)
         weights = [w for w in hf.parameters() if w.requires_grad]
         fill = model.tokenizer.pad_token_id or 0
-        ours = importance(hf, weights, rows, fill, "forget")
-        theirs = importance(hf, weights, kept, fill, "retained")
+        ours = weight_importance(hf, weights, rows, fill, "forget")
+        theirs = weight_importance(hf, weights, kept, fill, "retained")
         if self.include_forget:
             n, m = len(rows), len(kept)
             theirs = [(n * f + m * r) / (n + m) for f, r in zip(ours, theirs, strict=True)]
@@ -91,7 +91,9 @@ class Ssd:
         return Edit(name="ssd", base=model.hash(), deltas=changes(model, hf), recipe=recipe)
 
 
-def importance(hf: object, weights: Sequence[Tensor], rows: Sequence[Row], fill: int, what: str) -> list[Tensor]:
+def weight_importance(
+    hf: object, weights: Sequence[Tensor], rows: Sequence[TrainRow], fill: int, what: str
+) -> list[Tensor]:
     """Mean over rows of the squared gradient of each row's NLL per answer token, by weight.
 
     Source: 2308.07707, eq. 3: the diagonal of the Fisher information, from each row by itself.

@@ -30,9 +30,9 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import stream
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores, Row, answer_rows, text_rows
+from mech_unlearn.training.rows import BatchScores, TrainRow, answer_rows, text_rows
 from mech_unlearn.training.schedule import Schedule
-from mech_unlearn.training.state_losses import held, importance, row_means, state_mse, states_of
+from mech_unlearn.training.state_losses import feature_importance, held, row_means, state_mse, states_of
 from mech_unlearn.training.trainee import Trainee
 from mech_unlearn.training.training import reported, require_positive, trained_edit
 
@@ -89,8 +89,8 @@ class Srmu:
         edit = trained_edit("srmu", self, model, forget, retain, objective, trained, watched)
         return reported(edit, forwards[0], gate=gates.gate.tolist())
 
-    def _loss(self, gates: "Gates") -> Callable[[AnswerScores], Tensor]:
-        def loss(now: AnswerScores) -> Tensor:
+    def _loss(self, gates: "Gates") -> Callable[[BatchScores], Tensor]:
+        def loss(now: BatchScores) -> Tensor:
             states, before = states_of(now)
             return state_mse(states.now, misdirected(before, gates.gate, gates.direction, self.c), states.at)
 
@@ -113,7 +113,7 @@ class Gates:
 
     def __init__(self, forget: Features, kept: Features, w_max: float, every: int, ema: float) -> None:
         self.w_max, self.every, self.ema = w_max, every, ema
-        self.weight = importance(forget.size, kept.size, w_max)
+        self.weight = feature_importance(forget.size, kept.size, w_max)
         away = kept.mean - forget.mean
         self.direction = away / away.norm().clamp(min=1e-12)
         self.batches = 0
@@ -125,7 +125,7 @@ class Gates:
 
     def __call__(self, run: Trainee) -> bool:
         if self.batches and self.batches % self.every == 0:
-            new = importance(trained_size(run, run.asked), trained_size(run, run.kept), self.w_max)
+            new = feature_importance(trained_size(run, run.asked), trained_size(run, run.kept), self.w_max)
             self.weight = self.ema * self.weight + (1 - self.ema) * new
         self.batches += 1
         return False
@@ -138,12 +138,12 @@ class Gates:
         self.batches, self.weight = state["batches"], torch.tensor(state["weight"]).to(self.weight)
 
 
-def some(rows: Sequence[Row]) -> list[int]:
+def some(rows: Sequence[TrainRow]) -> list[int]:
     """At most `MOST_ROWS` rows, evenly spaced."""
     return list(range(0, len(rows), -(-len(rows) // MOST_ROWS)))
 
 
-def measured(model: Model, rows: Sequence[Row], layer: int) -> Features:
+def measured(model: Model, rows: Sequence[TrainRow], layer: int) -> Features:
     """Features of resid_post after a layer of the untrained model."""
     site, chosen = Site(layer, "resid_post"), [rows[i][0] for i in some(rows)]
     sizes = torch.zeros(len(chosen), model.d_model)
@@ -157,7 +157,7 @@ def measured(model: Model, rows: Sequence[Row], layer: int) -> Features:
 
 
 @torch.no_grad()
-def trained_size(run: Trainee, rows: Sequence[Row], batch: int = 32) -> Float[Tensor, " d_model"]:
+def trained_size(run: Trainee, rows: Sequence[TrainRow], batch: int = 32) -> Float[Tensor, " d_model"]:
     """Mean |h_j| under the model in training."""
     chosen, total = some(rows), []
     for i in range(0, len(chosen), batch):

@@ -22,7 +22,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import shred_loss
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerScores
+from mech_unlearn.training.rows import BatchScores
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import trained_edit
 
@@ -58,7 +58,7 @@ class Shred:
         objective = Objective(lambda _: self._loss, retain_weight=0.0, teacher=True)
         return trained_edit("shred", self, model, forget, retain, objective, self.trainable, around)
 
-    def _loss(self, now: AnswerScores) -> Tensor:
+    def _loss(self, now: BatchScores) -> Tensor:
         each = now.each
         return shred_loss(
             each.before,

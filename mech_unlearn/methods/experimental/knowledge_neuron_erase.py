@@ -12,49 +12,16 @@ Fails:    neurons are shared, by relation above all: neighbours go with the fact
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mech_unlearn.core import Fact, ForgetSet, RetainSet
+from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
-from mech_unlearn.locate.neurons.neuron_scores import neuron_scores
-from mech_unlearn.locate.neurons.neuron_sets import NeuronSets, refine, relation_neurons
+from mech_unlearn.locate.neurons.neuron_sets import relation_neurons
+from mech_unlearn.methods.knowledge_neuron_update import Refinement, refined_report
 from mech_unlearn.methods.writing.columns import Neuron, checked, column_deltas, outcome, stored_vector
 from mech_unlearn.methods.writing.keys import count_forwards
 from mech_unlearn.model.bridge import Model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refinement:
-    """How the neurons of a fact are found; thresholds of arXiv 2104.08696 and its code."""
-
-    threshold: float = 0.2
-    """Share of a phrasing's largest attribution that a neuron must reach."""
-    sharing: float = 0.7
-    """Share of a fact's phrasings in which it must do so; moved until a relation's facts have 2 to 5 neurons each."""
-    min_prompts: int = 3
-    """And in at least so many."""
-    steps: int = 20
-    """Points of the integral."""
-    target: Literal["probability", "logprob", "logit"] = "probability"
-    """What is attributed; where P is near 1 its gradient vanishes, and "logit" is the way out."""
-
-    def sets(self, model: Model, facts: Sequence[Fact]) -> NeuronSets:
-        """The refined neurons of each fact.
-
-        Raises:
-            ValueError: a setting out of range, or a fact with fewer phrasings than `min_prompts`.
-        """
-        for fact in facts:  # before any work starts
-            if len(fact.templates) < self.min_prompts:
-                raise ValueError(
-                    f"fact {fact.id!r} has {len(fact.templates)} phrasings, needs {self.min_prompts}: add some or "
-                    "lower min_prompts"
-                )
-        floor = min(0.1, self.threshold)
-        scores = neuron_scores(model, facts, floor=floor, steps=self.steps, target=self.target)
-        return refine(scores, threshold=self.threshold, sharing=self.sharing, min_prompts=self.min_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +79,3 @@ class KnowledgeNeuronErase:
                 "no neuron reaches the thresholds in enough phrasings: lower threshold=, sharing= or share="
             )
         return tuple(dict.fromkeys(chosen)), refined_report(sets)
-
-
-def refined_report(sets: NeuronSets) -> dict[str, Any]:
-    """What a recipe says about refined sets."""
-    phrasings = sum(len(fact.templates) for fact in sets.facts)
-    mean = sum(map(len, sets.neurons.values())) / len(sets.facts)
-    return {"neurons_per_fact": mean, "sharing": dict(sets.sharing), "phrasings": phrasings, "n_backward": phrasings}

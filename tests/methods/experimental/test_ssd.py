@@ -5,7 +5,7 @@ import torch
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Ssd
-from mech_unlearn.methods.ssd import damping, importance
+from mech_unlearn.methods.experimental.ssd import damping
 from mech_unlearn.model.load import load
 from mech_unlearn.training.rows import answer_rows
 from mech_unlearn.training.trainee import trained_copy
@@ -31,7 +31,7 @@ def slow_importance(model, facts, squared="each"):
 def test_importance_is_the_mean_of_squares_not_the_square_of_the_mean(tiny_model, tiny_sets):
     facts = tiny_sets[0].facts
     hf = trained_copy(tiny_model, "")
-    got = importance(hf, list(hf.parameters()), answer_rows(tiny_model.tokenizer, facts), 0, "forget")
+    got = weight_importance(hf, list(hf.parameters()), answer_rows(tiny_model.tokenizer, facts), 0, "forget")
     for ours, wanted in zip(got, slow_importance(tiny_model, facts), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-6)
     batched = slow_importance(tiny_model, facts, "mean")

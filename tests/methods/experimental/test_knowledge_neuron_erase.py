@@ -9,7 +9,7 @@ import torch
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.locate.neurons.neuron_attribution import neuron_attribution
 from mech_unlearn.methods import KnowledgeNeuronErase
-from mech_unlearn.methods.knowledge_neuron_erase import Refinement
+from mech_unlearn.methods.knowledge_neuron_update import Refinement
 from mech_unlearn.metrics.recall import recall
 from mech_unlearn.model.tokens import make_queries
 from tests.planted import FORGOTTEN, WRITER, fresh_planted_model, planted_facts
