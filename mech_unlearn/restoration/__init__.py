@@ -4,14 +4,11 @@
 costs only the audited model's share. Add a test with one file and one line in `TESTS`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
-from mech_unlearn.model.bridge import Model
-from mech_unlearn.restoration.engine.case import Case, Relearn, require_same_shape
-from mech_unlearn.restoration.engine.levels import Levels, make_levels
+from mech_unlearn.restoration.engine.audit import Entry, Reference, audit, prepared
+from mech_unlearn.restoration.engine.case import Case, Relearn
 from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.outputs import membership, output, trace
 from mech_unlearn.restoration.profiles import sae, steering_anonymised
@@ -31,17 +28,6 @@ from mech_unlearn.restoration.states.probe_tasks import kept_facts
 from mech_unlearn.restoration.weights import noise, pruning, quantize, relearn
 
 __all__ = ["CORE", "TESTS", "Case", "Reference", "Relearn", "Result", "Entry", "audit", "core_of", "reference"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A restoration test: what it computes once per case, and what it computes per audited model."""
-
-    prepare: Callable[[Case, Levels | None], Any]
-    """Gets the shared levels of the TEST split, or makes its own."""
-    audit: Callable[[Case, Any, Model, str], Result]
-    paper: str
-    summary: str
 
 
 TESTS: dict[str, Entry] = {
@@ -154,34 +140,6 @@ def core_of(case: Case) -> tuple[str, ...]:
     return tuple(name for name in CORE if name != "probe" or kept_facts(case))
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """A case with everything that its full and retrained models decide."""
-
-    case: Case
-    ready: Mapping[str, Any]
-    seen: tuple[tuple[str, tuple[int, ...]], ...] = field(init=False)
-    """What the full and the retrained models were: hash of the weights, ids of the interventions in force."""
-
-    def __post_init__(self) -> None:
-        models = (self.case.full, *self.case.retrained)
-        object.__setattr__(self, "seen", tuple((m.hash(), tuple(map(id, m.in_force.interventions))) for m in models))
-
-    def require_unchanged(self, model: Model) -> None:
-        """Check that a model of the case is still what this reference was made from; other models may be anything.
-
-        Raises:
-            ValueError: its weights changed, or other interventions are in force.
-        """
-        models = (self.case.full, *self.case.retrained)
-        then = next((seen for own, seen in zip(models, self.seen, strict=True) if own is model), None)
-        if then is not None and then != (model.hash(), tuple(map(id, model.in_force.interventions))):
-            raise ValueError(
-                f"{model.name!r} is a model of the case and no longer what the reference was made from: an edit on it "
-                "would be measured by what it was before; audit a copy (`with clone(model) as copy, edit.on(copy)`)"
-            )
-
-
 def reference(case: Case, tests: Sequence[str] = CORE, refused: Callable[[str, str], None] | None = None) -> Reference:
     """Prepare the tests of an audit on the full and the retrained models.
 
@@ -195,31 +153,4 @@ def reference(case: Case, tests: Sequence[str] = CORE, refused: Callable[[str, s
     """
     if unknown := [name for name in tests if name not in TESTS]:
         raise KeyError(f"unknown restoration test {unknown[0]!r}; choose from {', '.join(TESTS)}")
-    ready, shared = {}, make_levels(case, "test")
-    for name in tests:
-        case.log(f"{name}: full and retrained models")
-        try:
-            ready[name] = TESTS[name].prepare(case, shared)
-        except ValueError as error:
-            if refused is None or name == "output":
-                raise
-            refused(name, str(error))
-    return Reference(case, ready)
-
-
-def audit(ref: Reference, model: Model, name: str | None = None) -> dict[str, Result]:
-    """The result of each prepared test on one model.
-
-    A retrained model of the case is compared with the other ones, itself left out. A model of the case costs one hash.
-
-    Raises:
-        ValueError: the model is of another shape than the full one, or a model of the case that changed since.
-    """
-    require_same_shape(ref.case.full, model)
-    ref.require_unchanged(model)
-    label = model.name if name is None else name
-    results = {}
-    for test, ready in ref.ready.items():
-        ref.case.log(f"{label}: {test}")
-        results[test] = TESTS[test].audit(ref.case, ready, model, label)
-    return results
+    return prepared(case, {name: TESTS[name] for name in tests}, refused)

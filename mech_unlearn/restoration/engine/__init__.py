@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/restoration/engine."""
+"""What all restoration tests share: case, levels, gain over models that never knew, results."""

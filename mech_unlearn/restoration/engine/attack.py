@@ -23,13 +23,12 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
 from mech_unlearn.model.tokens import Ask, Query, tokenize
-from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, Probe, make_levels
+from mech_unlearn.restoration.engine.case import Case, tune_facts
+from mech_unlearn.restoration.engine.gain import gain_result, measure_gain
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_levels
 from mech_unlearn.restoration.engine.normalise import relation_mean
 from mech_unlearn.restoration.engine.result import Result
 
-TUNE_FACTS = 40
-"""Facts on which the setting is chosen, at the most; drawn with the seed."""
 OTHER_FACTS = 200
 """Other facts on which damage is measured, at the most: enough for `MAX_LOST` to be four of them."""
 MAX_LOST = 0.02
@@ -47,7 +46,7 @@ class Curves:
     """Share of other facts that were answered before the attack and no longer are; 0 where it was not measured."""
 
 
-Operate = Callable[[Model, Probe, Probe], Curves]
+Operate = Callable[[Model, QuerySet, QuerySet], Curves]
 """(model, TUNE, TEST) -> its curves under the attack."""
 
 
@@ -86,12 +85,12 @@ def float32_clone(model: Model) -> Iterator[Model]:
         yield copy
 
 
-def float32_margins(probe: Probe, model: Model) -> Float[Tensor, "kind fact"]:
+def float32_margins(query_set: QuerySet, model: Model) -> Float[Tensor, "kind fact"]:
     """Margins at the precision in which the model is trained."""
     if not _is_half(model):
-        return probe.margins(model)
+        return query_set.margins(model)
     with float32_clone(model) as copy:
-        return probe.margins(copy)
+        return query_set.margins(copy)
 
 
 def float32_levels(case: Case, shared: Levels | None) -> Levels:
@@ -99,8 +98,8 @@ def float32_levels(case: Case, shared: Levels | None) -> Levels:
     levels = shared or make_levels(case, "test")
     if not any(map(_is_half, (case.full, *case.retrained))):
         return levels
-    full = float32_margins(levels.probe, case.full)
-    each = [float32_margins(levels.probe, model)[0] for model in case.retrained]
+    full = float32_margins(levels.query_set, case.full)
+    each = [float32_margins(levels.query_set, model)[0] for model in case.retrained]
     return replace(levels, full=full[0], never=torch.stack(each) if each else relation_mean(full[1:], case.facts))
 
 
@@ -129,8 +128,7 @@ def lost_share(before: Bool[Tensor, " query"], after: Bool[Tensor, " query"]) ->
 
 def both_levels(case: Case, shared: Levels | None) -> tuple[Levels, Levels]:
     """TUNE levels of at most `TUNE_FACTS` facts, and TEST levels of all."""
-    order = torch.randperm(len(case.facts), generator=torch.Generator().manual_seed(case.seed)).tolist()
-    tune = make_levels(case, "tune", [case.facts[i] for i in sorted(order[:TUNE_FACTS])])
+    tune = make_levels(case, "tune", [case.facts[i] for i in tune_facts(case)])
     return tune, shared or make_levels(case, "test")
 
 
@@ -149,16 +147,18 @@ def prepare(
     if not points:
         raise ValueError("an attack needs at least one setting")
     tune, test = levels or both_levels(case, shared)
-    return Ready(tuple(points), tune, test, tuple(operate(model, tune.probe, test.probe) for model in case.retrained))
+    return Ready(
+        tuple(points), tune, test, tuple(operate(model, tune.query_set, test.query_set) for model in case.retrained)
+    )
 
 
 def curves_of(case: Case, ready: Ready, model: Model, operate: Operate) -> Curves:
     """The audited model's curves; those of a retrained model of the case are known."""
-    known = next((c for c, r in zip(ready.retrained, case.retrained) if r is model), None)
-    return known or operate(model, ready.tune.probe, ready.test.probe)
+    index = case.index_of(model)
+    return operate(model, ready.tune.query_set, ready.test.query_set) if index is None else ready.retrained[index]
 
 
-def choose(mean_rho: Float[Tensor, " point"], lost: Float[Tensor, " point"]) -> tuple[int, tuple[str, ...]]:
+def choose_setting(mean_rho: Float[Tensor, " point"], lost: Float[Tensor, " point"]) -> tuple[int, tuple[str, ...]]:
     """The point of the largest mean rho among those that break no more than `MAX_LOST`; where all break more, the one
     that breaks least, with the flag `collateral`."""
     fine = (lost <= MAX_LOST + 1e-6).nonzero()[:, 0].tolist()
@@ -172,28 +172,16 @@ def _stacked(ready: Ready, which: Literal["tune", "test"]) -> Float[Tensor, "ret
     return torch.stack(found) if found else torch.zeros(0, len(ready.points), len(getattr(ready, which).full))
 
 
-def null(ready: Ready) -> Float[Tensor, "heldout fact"]:
+def setting_null(ready: Ready) -> Float[Tensor, "heldout fact"]:
     """rho on TEST of each retrained model against the others, each at the point that it chooses on TUNE itself."""
-    tune, test = _stacked(ready, "tune"), _stacked(ready, "test")
-    if len(test) < 2:
+    on_tune, on_test = ready.tune.null(_stacked(ready, "tune")), ready.test.null(_stacked(ready, "test"))
+    if not len(on_test):
         return torch.zeros(0, len(ready.test.full))
-    on_tune, on_test = ready.tune.null(tune), ready.test.null(test)
-    picked = [choose(on_tune[k].nanmean(1), c.lost)[0] for k, c in enumerate(ready.retrained)]
+    picked = [choose_setting(on_tune[k].nanmean(1), c.lost)[0] for k, c in enumerate(ready.retrained)]
     return torch.stack([on_test[k, point] for k, point in enumerate(picked)])
 
 
-def ignorant(
-    case: Case,
-    keep: Sequence[int],
-    retrained: Float[Tensor, "retrained *point fact"],
-    after: Float[Tensor, "*point kind fact"],
-) -> Float[Tensor, "never *point fact"]:
-    """What an attack makes of models that never knew: the retrained ones, or in grade B one row, the relation's mean
-    of the audited model's sham facts under the same attack."""
-    return retrained[list(keep)] if keep else relation_mean(after[..., 1, :], case.facts)[None]
-
-
-def result(
+def attack_result(
     case: Case,
     ready: Ready,
     model: Model,
@@ -214,45 +202,28 @@ def result(
     Args:
         alphas: the settings as numbers, for the axis of the curves; their order otherwise.
     """
-    keep, levels = case.others_than(model), ready.test
-    tune, after = _stacked(ready, "tune"), _stacked(ready, "test")
-    before = levels.probe.margins(model)
-    on_tune = ready.tune.rho(ready.tune.probe.margins(model), curves.tune, tune, keep)
-    best, warning = choose(on_tune.nanmean(1), curves.lost)
-    found = levels.rho(before, curves.test, after, keep)
-    never = ignorant(case, keep, after[:, best], curves.test[best])
-    base, facts = never.mean(0), len(case.facts)
-    gap = levels.full - levels.base(keep)
+    gain = measure_gain(case, ready.test, _stacked(ready, "test"), model, lambda _: curves.test)
+    tune, levels = ready.tune, ready.test
+    tuned = tune.rho(tune.query_set.margins(model), curves.tune, _stacked(ready, "tune"), gain.keep).nanmean(1)
+    best, warning = choose_setting(tuned, curves.lost)
+    chosen, room = gain.at(best), levels.full - levels.base(gain.keep)
     axis = tuple(float(a) for a in (alphas or range(len(ready.points))))
-    each = flags or [()] * facts
-    return Result(
+    return gain_result(
+        case,
+        replace(chosen, null=setting_null(ready), ignorant=chosen.ignorant.contiguous()),
         test=test,
-        model_id=name,
-        facts=case.facts,
-        recoverability=found[best],
-        score_raw=curves.test[best, 0],
-        score_full=levels.full,
-        score_retrained=never,
-        null=null(ready),
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
+        name=name,
         cost_fe=cost_fe,
         alpha=axis[best],
-        kappa=torch.where(gap > 1e-6, (curves.test[best, 0] - base) / gap, torch.nan),
-        rho=found[best],
-        flags=tuple((*flag, *warning, f"setting:{ready.points[best]}") for flag in each),
-        columns={"before": before[0], "lost_others": curves.lost[best].expand(facts).clone(), **(columns or {})},
-        curves={
-            "rho": found,
-            "margin": curves.test[:, 0],
-            "tune_mean_rho": on_tune.nanmean(1)[:, None].expand_as(found),
-        },
-        curve_axes={name: axis for name in ("rho", "margin", "tune_mean_rho")},
+        kappa=torch.where(room > 1e-6, (chosen.after - chosen.ignorant.mean(0)) / room, torch.nan),
+        flags=[(*flag, *warning, f"setting:{ready.points[best]}") for flag in flags or [()] * len(case.facts)],
+        columns={"lost_others": curves.lost[best].item(), **(columns or {})},
+        curves={"rho": gain.rho, "margin": gain.after, "tune_mean_rho": tuned[:, None].expand_as(gain.rho)},
+        axis=axis,
     )
 
 
 def fe_per_fact(ready: Ready, passes: int) -> float:
     """Forward passes per fact when TUNE and TEST are both scored `passes` times, and once more before the attack."""
-    queries = len(ready.tune.probe.queries) + len(ready.test.probe.queries)
+    queries = len(ready.tune.query_set.queries) + len(ready.test.query_set.queries)
     return float((passes + 1) * queries / len(ready.test.full))

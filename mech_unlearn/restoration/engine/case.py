@@ -1,15 +1,23 @@
-"""What an audit is about (`Case`), and what each test gives back (`Result`)."""
+"""What an audit is about (`Case`), and the one place that makes what each test gives back (`make_result`)."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mech_unlearn.core import Entity, Fact, Site
 from mech_unlearn.model.asking import Split, split_templates
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.tokens import Ask, Query, tokenize
-from mech_unlearn.restoration.engine.result import Grade
+from mech_unlearn.restoration.engine.result import Grade, Result
+
+TUNE_FACTS = 40
+"""Facts on which a test chooses its setting or place, at the most."""
 
 
 def _silent(message: str) -> None:
@@ -93,6 +101,10 @@ class Case:
             return self.sae.site
         return self.site or Site(max(0, round(self.full.n_layers / 3) - 1), "resid_post")
 
+    def index_of(self, model: Model) -> int | None:
+        """Which of the retrained models this is."""
+        return next((k for k, retrained in enumerate(self.retrained) if retrained is model), None)
+
     def others_than(self, model: Model) -> list[int]:
         """Indices of the retrained models to compare with: all but the audited one itself.
 
@@ -117,8 +129,8 @@ def require_same_shape(full: Model, other: Model) -> None:
                 f"model {other.name!r} has {what} {getattr(other, what)}, {full.name!r} {getattr(full, what)}; "
                 "an audit compares models of one architecture"
             )
-    probe = "The quick brown fox met Anna Lee in Paris, 1987."
-    if full.tokenizer(probe)["input_ids"] != other.tokenizer(probe)["input_ids"]:
+    sample = "The quick brown fox met Anna Lee in Paris, 1987."
+    if full.tokenizer(sample)["input_ids"] != other.tokenizer(sample)["input_ids"]:
         raise ValueError(f"models {full.name!r} and {other.name!r} have different tokenizers")
 
 
@@ -144,3 +156,78 @@ def split_queries(
     chosen = case.facts if facts is None else facts
     asks = [Ask(fact, template) for fact in chosen for template in split_templates(fact, split)[:most]]
     return tokenize(case.full.tokenizer, asks)
+
+
+def tune_facts(case: Case, most: int = TUNE_FACTS) -> tuple[int, ...]:
+    """Indices of the facts on which a test chooses, drawn with the seed, in their order."""
+    order = torch.randperm(len(case.facts), generator=torch.Generator().manual_seed(case.seed)).tolist()
+    return tuple(sorted(order[:most]))
+
+
+def irrelevant_texts(case: Case) -> list[str]:
+    """The case's distinct texts that name no forgotten subject, by its name or an alias, and no answer: as whole words,
+    in any case."""
+    told = {name for fact in case.facts for name in (fact.subject, *fact.aliases, fact.object)}
+    named = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(told)))})(?!\w)", re.IGNORECASE)
+    return [text for text in dict.fromkeys(case.texts) if not named.search(text)]
+
+
+def make_result(
+    case: Case,
+    test: str,
+    name: str,
+    *,
+    score_raw: Float[Tensor, " fact"] | float,
+    score_full: Float[Tensor, " fact"] | float,
+    score_retrained: Float[Tensor, "retrained fact"],
+    null: Float[Tensor, "heldout fact"],
+    cost_fe: float,
+    kappa: Float[Tensor, " fact"] | None = None,
+    rho: Float[Tensor, " fact"] | None = None,
+    recoverability: Float[Tensor, " fact"] | None = None,
+    n_paraphrases: int | None = None,
+    layer: int | None = None,
+    alpha: float | None = None,
+    flags: Sequence[tuple[str, ...]] = (),
+    columns: Mapping[str, Float[Tensor, " fact"] | float] | None = None,
+    curves: Mapping[str, Float[Tensor, "point fact"]] | None = None,
+    axis: Sequence[float] | Sequence[int] | None = None,
+) -> Result:
+    """The result of a test on one model; a single number stands for all facts.
+
+    Args:
+        name: the audited model's.
+        recoverability: rho where the test has one, else kappa within [0, 1], else undefined (NaN).
+        axis: the points of all curves; 0, 1, .. otherwise.
+    """
+    blank = torch.full((len(case.facts),), torch.nan)
+    if recoverability is None:
+        recoverability = rho if rho is not None else blank if kappa is None else kappa.clamp(0, 1)
+
+    def each(value: Tensor | float) -> Float[Tensor, " fact"]:
+        return value if isinstance(value, Tensor) else torch.full((len(case.facts),), float(value))
+
+    drawn = dict(curves or {})
+    points = tuple(map(float, range(len(next(iter(drawn.values()), ()))) if axis is None else axis))
+    return Result(
+        test=test,
+        model_id=name,
+        facts=case.facts,
+        recoverability=recoverability,
+        score_raw=each(score_raw),
+        score_full=each(score_full),
+        score_retrained=score_retrained,
+        null=null,
+        grade=case.grade,
+        n_paraphrases=case.prompts if n_paraphrases is None else n_paraphrases,
+        seed=case.seed,
+        cost_fe=cost_fe,
+        layer=layer,
+        alpha=alpha,
+        kappa=kappa,
+        rho=rho,
+        flags=tuple(flags),
+        columns={key: each(value) for key, value in (columns or {}).items()},
+        curves=drawn,
+        curve_axes=dict.fromkeys(drawn, points),
+    )

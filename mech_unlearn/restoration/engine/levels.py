@@ -6,7 +6,7 @@ averaged over the facts of a relation, because one sham is one draw.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -23,8 +23,8 @@ from mech_unlearn.restoration.engine.result import mean_by_fact
 
 
 @dataclass(frozen=True)
-class Probe:
-    """The questions of one split, with those about sham facts behind them in grade B."""
+class QuerySet:
+    """The queries of one split, with those about sham facts behind them in grade B."""
 
     facts: tuple[Fact, ...]
     queries: tuple[Query, ...]
@@ -36,15 +36,27 @@ class Probe:
         """The queries about the facts themselves."""
         return self.queries[: len(self.queries) - self.shams]
 
+    def part(self, mine: Sequence[bool]) -> "QuerySet":
+        """The queries about some of the facts."""
+        facts = tuple(fact for fact, ok in zip(self.facts, mine, strict=True) if ok)
+        ids = {fact.id for fact in facts}
+        queries = tuple(query for query in self.queries if query.fact.id in ids)
+        return QuerySet(facts, queries, sum(query.fact.id in ids for query in self.queries[len(self.true) :]))
+
+    def asked_as(self, queries: Sequence[Query]) -> "QuerySet":
+        """The same facts asked by other queries, one for each."""
+        return replace(self, queries=tuple(queries))
+
     def margins(self, model: Model, writes: Mapping[Site | str, RowWrite] | None = None) -> Float[Tensor, "kind fact"]:
         """Mean margin per fact in nats; row 0 the facts, row 1 (grade B only) their shams."""
-        return self._by_fact(score(model, self.queries, writes))
+        return self.by_fact(score(model, self.queries, writes))
 
     def margins_each(self, model: Model, arms: Sequence[Mapping[Site, RowWrite]]) -> Float[Tensor, "arm kind fact"]:
         """`margins` under each of several sets of writes."""
-        return torch.stack([self._by_fact(scores) for scores in score_each(model, self.queries, arms)])
+        return torch.stack([self.by_fact(scores) for scores in score_each(model, self.queries, arms)])
 
-    def _by_fact(self, scores: Scores) -> Float[Tensor, "kind fact"]:
+    def by_fact(self, scores: Scores) -> Float[Tensor, "kind fact"]:
+        """`margins` from the scores of the queries."""
         margin, true = scores.margin, len(self.true)
         rows = [mean_by_fact(margin[:true], self.true, self.facts)]
         if self.shams:
@@ -52,19 +64,18 @@ class Probe:
         return torch.stack(rows)
 
 
-def make_probe(case: Case, split: Split, facts: Sequence[Fact] | None = None) -> Probe:
-    """The questions about some facts (default: all of the case), at most `case.prompts` phrasings each."""
+def make_query_set(case: Case, split: Split, facts: Sequence[Fact] | None = None) -> QuerySet:
+    """The queries about some facts (default: all of the case), at most `case.prompts` phrasings each."""
     chosen = tuple(case.facts if facts is None else facts)
-
     shams = () if case.retrained else split_queries(case, split, sham_facts(chosen, case.seed))
-    return Probe(chosen, split_queries(case, split, chosen) + shams, len(shams))
+    return QuerySet(chosen, split_queries(case, split, chosen) + shams, len(shams))
 
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """What full and retrained models score on the questions of a probe, before any attack."""
+    """What full and retrained models score on a set of queries, before any attack."""
 
-    probe: Probe
+    query_set: QuerySet
     full: Float[Tensor, " fact"]
     never: Float[Tensor, "retrained fact"]
     """Per retrained model; in grade B one row, the relation's mean margin of sham facts under the full model."""
@@ -72,7 +83,7 @@ class Levels:
     @property
     def true(self) -> tuple[Query, ...]:
         """The queries about the facts themselves."""
-        return self.probe.true
+        return self.query_set.true
 
     def base(self, keep: Sequence[int]) -> Float[Tensor, " fact"]:
         """The level of a model that never saw the facts, over the retrained models kept."""
@@ -96,7 +107,7 @@ class Levels:
             shape = [len(keep), *[1] * (after_retrained.ndim - 2), -1]
             injected = gains(self.never[list(keep)].reshape(shape), after_retrained[list(keep)], base).mean(0)
         else:
-            injected = relation_mean(gains(before[1], after[..., 1, :], base), self.probe.facts)
+            injected = relation_mean(gains(before[1], after[..., 1, :], base), self.query_set.facts)
         return rho(gains(before[0], after[..., 0, :], base), injected, self.full, base)
 
     def null(self, after_retrained: Float[Tensor, "retrained *point fact"]) -> Float[Tensor, "heldout *point fact"]:
@@ -118,10 +129,10 @@ class Levels:
 
 def make_levels(case: Case, split: Split, facts: Sequence[Fact] | None = None) -> Levels:
     """Score full and retrained models on one split."""
-    probe = make_probe(case, split, facts)
-    full = probe.margins(case.full)
+    query_set = make_query_set(case, split, facts)
+    full = query_set.margins(case.full)
     if case.retrained:
-        never = torch.stack([probe.margins(model)[0] for model in case.retrained])
+        never = torch.stack([query_set.margins(model)[0] for model in case.retrained])
     else:
-        never = relation_mean(full[1:], probe.facts)
-    return Levels(probe, full[0], never)
+        never = relation_mean(full[1:], query_set.facts)
+    return Levels(query_set, full[0], never)

@@ -1,4 +1,4 @@
-"""What attacks on the prompt share: rewrite the questions of a probe, score them, choose the rewriting on TUNE.
+"""What attacks on the prompt share: rewrite the queries, score them, choose the rewriting on TUNE.
 
 A rewriting turns one query into an `Ask` (or None where it does not apply: the fact keeps its plain question, which
 counts as nothing gained). Punctuation that the tokenizer has no token for is left away; rewritings whose words it
@@ -17,7 +17,7 @@ from mech_unlearn.model.tokens import Query
 from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, Probe
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet
 from mech_unlearn.restoration.engine.result import Result
 
 
@@ -42,13 +42,15 @@ def _writable(case: Case, queries: Sequence[Query], rewrite: Rewrite) -> str | N
     return None
 
 
-def margins(case: Case, probe: Probe, model: Model, rewrite: Rewrite) -> Float[Tensor, "kind fact"]:
-    """Margins per fact in nats when the probe's questions are rewritten."""
-    return Probe(probe.facts, rewritten(case.full, probe.queries, rewrite), probe.shams).margins(model)
+def margins(case: Case, query_set: QuerySet, model: Model, rewrite: Rewrite) -> Float[Tensor, "kind fact"]:
+    """Margins per fact in nats when the queries are rewritten."""
+    return query_set.asked_as(rewritten(case.full, query_set.queries, rewrite)).margins(model)
 
 
-def _operate(case: Case, rewrites: Sequence[Rewrite], model: Model, tune: Probe, test: Probe) -> Curves:
-    on_tune, on_test = ([margins(case, probe, model, rewrite) for rewrite in rewrites] for probe in (tune, test))
+def _operate(case: Case, rewrites: Sequence[Rewrite], model: Model, tune: QuerySet, test: QuerySet) -> Curves:
+    on_tune, on_test = (
+        [margins(case, query_set, model, rewrite) for rewrite in rewrites] for query_set in (tune, test)
+    )
     return attack.same(on_tune, on_test)
 
 
@@ -59,7 +61,7 @@ def prepare(case: Case, shared: Levels | None, rewrites: Mapping[str, Rewrite]) 
         ValueError: no rewriting is left.
     """
     levels = attack.both_levels(case, shared)
-    queries = (*levels[0].probe.queries, *levels[1].probe.queries)
+    queries = (*levels[0].query_set.queries, *levels[1].query_set.queries)
     reasons = {name: _writable(case, queries, rewrite) for name, rewrite in rewrites.items()}
     for name, reason in reasons.items():
         if reason is not None:
@@ -87,7 +89,7 @@ def audit(
     curves = attack.curves_of(case, ready, model, lambda *args: _operate(case, rewrites, *args))
     missing = tuple(f"left_out:{name}" for name in prompts.left_out)
     marks = [(*flag, *missing) for flag in (flags or [()] * len(case.facts))]
-    return attack.result(
+    return attack.attack_result(
         case,
         ready,
         model,

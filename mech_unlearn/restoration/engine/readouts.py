@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.restoration.engine.case import Case
+from mech_unlearn.restoration.engine.case import Case, make_result
 from mech_unlearn.restoration.engine.result import Result
 
 READABLE = 0.25
@@ -46,13 +46,7 @@ class ReadLevels:
     """Score between full and retrained below which a point says nothing about a fact."""
 
 
-def tune_facts(case: Case, most: int) -> tuple[int, ...]:
-    """Indices of the facts on which the point is chosen, drawn with the seed."""
-    order = torch.randperm(len(case.facts), generator=torch.Generator().manual_seed(case.seed)).tolist()
-    return tuple(sorted(order[:most]))
-
-
-def place(
+def kappa_at(
     found: Float[Tensor, "point fact"],
     full: Float[Tensor, "point fact"],
     never: Float[Tensor, "point fact"],
@@ -63,7 +57,7 @@ def place(
     return torch.where(room >= gap, (found - never) / room.clamp(min=gap), torch.nan)
 
 
-def choose(
+def choose_place(
     found: Float[Tensor, "point tune_fact"],
     full: Float[Tensor, "point tune_fact"],
     never: Float[Tensor, "point tune_fact"],
@@ -89,10 +83,12 @@ def _never(reads: Sequence[Read]) -> Read:
 def _placed(levels: ReadLevels, read: Read, others: Sequence[Read]) -> tuple[int, Float[Tensor, "point fact"]]:
     """(The point chosen on TUNE, kappa on TEST at every point)."""
     base = _never(others)
-    return choose(read.tune, levels.full.tune, base.tune), place(read.test, levels.full.test, base.test, levels.min_gap)
+    return choose_place(read.tune, levels.full.tune, base.tune), kappa_at(
+        read.test, levels.full.test, base.test, levels.min_gap
+    )
 
 
-def null(levels: ReadLevels) -> Float[Tensor, "heldout fact"]:
+def place_null(levels: ReadLevels) -> Float[Tensor, "heldout fact"]:
     """Recoverability of each retrained model against the others, each at the point that it chooses itself."""
     rows = []
     for k, read in enumerate(levels.never if len(levels.never) > 1 else ()):
@@ -101,7 +97,7 @@ def null(levels: ReadLevels) -> Float[Tensor, "heldout fact"]:
     return torch.stack(rows) if rows else levels.full.test[:0]
 
 
-def result(
+def readout_result(
     case: Case,
     levels: ReadLevels,
     model: Model,
@@ -121,26 +117,19 @@ def result(
     others = [levels.never[k] for k in keep] if keep else list(levels.never)
     best, placed = _placed(levels, found, others)
     never = torch.stack([r.test for r in others])
-    axis = tuple(float(i) for i in range(len(levels.points)))
-    curves = {"score": found.test, "score_F": levels.full.test, "score_R": never.mean(0), "kappa": placed}
     flags = tuple((*(("no_gap",) if x != x else ()), f"point:{levels.points[best]}") for x in placed[best].tolist())
-    return Result(
-        test=test,
-        model_id=name,
-        facts=case.facts,
-        recoverability=placed[best].clamp(0, 1),
+    return make_result(
+        case,
+        test,
+        name,
         score_raw=found.test[best],
         score_full=levels.full.test[best],
         score_retrained=never[:, best],
-        null=null(levels),
+        null=place_null(levels),
         kappa=placed[best],
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
         cost_fe=cost_fe,
         layer=levels.layers[best],
         flags=flags,
-        columns=dict(columns(best)),
-        curves=curves,
-        curve_axes=dict.fromkeys(curves, axis),
+        columns=columns(best),
+        curves={"score": found.test, "score_F": levels.full.test, "score_R": never.mean(0), "kappa": placed},
     )

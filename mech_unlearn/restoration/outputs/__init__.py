@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/restoration/outputs."""
+"""What do the outputs say: margins, membership, traces?"""

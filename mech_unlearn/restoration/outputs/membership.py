@@ -26,17 +26,16 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact
 from mech_unlearn.edit.edit import clone
-from mech_unlearn.metrics.membership import auc, privleak, statement, text_scores
+from mech_unlearn.metrics.membership import privleak, statement, text_scores
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.gradients import gradient_of
 from mech_unlearn.model.tokens import encode_all
-from mech_unlearn.restoration.engine.case import Case
+from mech_unlearn.restoration.engine.case import Case, make_result
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.result import Result
 
 MIN_AUC_GAP = 0.02
 """AUC between full and retrained below which kappa is undefined."""
-ATTACKS = ("loss", "zlib", "min_k", "min_k_pp", "reference")
 
 
 def gradient_norms(model: Model, texts: Sequence[str]) -> Float[Tensor, " text"]:
@@ -101,7 +100,17 @@ def _aucs(own: Mapping[str, Tensor], reference: Tensor | None) -> dict[str, floa
     if reference is not None:
         scores["reference"] = own["loss"] - reference
     half = len(own["loss"]) // 2
-    return {name: auc(values[:half], values[half:]) for name, values in scores.items()}
+    return {name: _auc(values[:half], values[half:]) for name, values in scores.items()}
+
+
+def _auc(members: Float[Tensor, " member"], others: Float[Tensor, " other"]) -> float:
+    """Area under the ROC curve, members lower; NaN where a score is no number."""
+    from sklearn.metrics import roc_auc_score
+
+    scores = -torch.cat([members, others]).double().nan_to_num(nan=float("nan"))
+    if scores.isnan().any():
+        return float("nan")
+    return float(roc_auc_score([1] * len(members) + [0] * len(others), scores.numpy()))
 
 
 def audit(case: Case, levels: MembershipLevels, model: Model, name: str) -> Result:
@@ -121,20 +130,17 @@ def audit(case: Case, levels: MembershipLevels, model: Model, name: str) -> Resu
             wide = abs(gap) >= MIN_AUC_GAP
             columns[f"kappa_{attack}"] = (value - base[attack]) / gap if wide else float("nan")
         columns["privleak"] = privleak(found["min_k"], base["min_k"])
-    empty = torch.full((facts,), torch.nan)
-    return Result(
-        test="membership",
-        model_id=name,
-        facts=case.facts,
-        recoverability=empty,
+    blank = torch.full((1, facts), torch.nan)
+    return make_result(
+        case,
+        "membership",
+        name,
         score_raw=own["min_k"][:facts],
         score_full=levels.full["min_k"][:facts],
-        score_retrained=torch.stack([r["min_k"][:facts] for r in others]) if others else empty[None],
+        score_retrained=torch.stack([r["min_k"][:facts] for r in others]) if others else blank,
         null=torch.zeros(0, facts),
-        grade=case.grade,
         n_paraphrases=1,
-        seed=case.seed,
         cost_fe=6.0 if levels.grad_norm else 2.0,
-        flags=(("group_level_only",),) * facts,
-        columns={key: torch.full((facts,), float(value)) for key, value in columns.items()},
+        flags=[("group_level_only",)] * facts,
+        columns=columns,
     )

@@ -16,7 +16,7 @@ from mech_unlearn.model.asking import shares_templates
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.scores import FactScores, per_fact, score
 from mech_unlearn.model.tokens import Query, make_queries
-from mech_unlearn.restoration.engine.case import Case
+from mech_unlearn.restoration.engine.case import Case, make_result
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import is_testable, kappa, relation_mean, sham_facts
 from mech_unlearn.restoration.engine.result import Result
@@ -91,21 +91,18 @@ def audit(case: Case, levels: OutputLevels, model: Model, name: str) -> Result:
         columns["recall_R"] = torch.stack([levels.never[k].recall for k in keep]).mean(0)
     if heldout is not None:
         columns |= {"heldout_margin": heldout.margin, "heldout_recall": heldout.recall}
-    return Result(
-        test="output",
-        model_id=name,
-        facts=case.facts,
-        recoverability=placed.clamp(0, 1),
+    return make_result(
+        case,
+        "output",
+        name,
         score_raw=scores.margin,
         score_full=levels.full.margin,
         score_retrained=never,
         null=torch.zeros(0, len(case.facts)),
         kappa=placed,
-        grade=case.grade,
         n_paraphrases=max(len(fact.templates) for fact in case.facts),
-        seed=case.seed,
         cost_fe=sum(len(fact.templates) + len(fact.heldout) for fact in case.facts) / len(case.facts),
-        flags=tuple(_flags(fact, bool(ok)) for fact, ok in zip(case.facts, levels.testable, strict=True)),
+        flags=[_flags(fact, bool(ok)) for fact, ok in zip(case.facts, levels.testable, strict=True)],
         columns=columns,
     )
 

@@ -17,7 +17,6 @@ models, `excess` the difference.
 """
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,22 +28,14 @@ from mech_unlearn.metrics.membership import BATCH_TOKENS
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.pieces import pieces
 from mech_unlearn.model.tokens import buckets
-from mech_unlearn.restoration.engine.case import Case
+from mech_unlearn.restoration.engine.case import Case, irrelevant_texts, make_result
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.result import Result
 
-TOP = 32
+TOP_LOGPROBS = 32
 """Largest log-probabilities that the classifier reads."""
 TEXTS = 300
-FOLDS = 5
-
-
-def irrelevant_texts(case: Case) -> list[str]:
-    """The case's distinct texts that name no forgotten subject, by its name or an alias, and no answer: as whole words,
-    in any case."""
-    told = {name for fact in case.facts for name in (fact.subject, *fact.aliases, fact.object)}
-    named = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(told)))})(?!\w)", re.IGNORECASE)
-    return [text for text in dict.fromkeys(case.texts) if not named.search(text)]
+TRACE_FOLDS = 5
 
 
 @torch.no_grad()
@@ -57,7 +48,7 @@ def features(model: Model, texts: Sequence[str]) -> Float[Tensor, "text feature"
     for members in buckets([row for _, row in rows], BATCH_TOKENS):
         ids = torch.tensor([list(rows[i][1]) for i in members], device=model.device)
         table = model.logits(ids).float().log_softmax(-1)
-        largest = table.topk(min(TOP, table.shape[-1]), dim=-1).values
+        largest = table.topk(min(TOP_LOGPROBS, table.shape[-1]), dim=-1).values
         entropy = -(table.exp() * table).sum(-1, keepdim=True)
         for i, row in zip(members, torch.cat([largest, entropy], -1).sum(1).cpu(), strict=True):
             text = rows[i][0]
@@ -82,7 +73,8 @@ def trace_auc(ours: Float[Tensor, "text feature"], full: Float[Tensor, "text fea
     labels = [1] * len(ours) + [0] * len(full)
     groups = [*range(len(ours)), *range(len(full))]
     fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    told = np.asarray(cross_val_predict(fit, x, labels, groups=groups, cv=GroupKFold(FOLDS), method="predict_proba"))
+    dealt = GroupKFold(TRACE_FOLDS)
+    told = np.asarray(cross_val_predict(fit, x, labels, groups=groups, cv=dealt, method="predict_proba"))
     return float(roc_auc_score(labels, told[:, 1].round(9)))  # rounded, so that equal texts tie
 
 
@@ -101,9 +93,9 @@ def prepare(case: Case, _: Levels | None = None) -> TraceLevels:
         ValueError: too few texts that have nothing to do with the forgotten facts.
     """
     found = irrelevant_texts(case)
-    if len(found) < 2 * FOLDS:
+    if len(found) < 2 * TRACE_FOLDS:
         raise ValueError(
-            f"the trace needs {2 * FOLDS} texts that name no forgotten subject or answer, got {len(found)}: "
+            f"the trace needs {2 * TRACE_FOLDS} texts that name no forgotten subject or answer, got {len(found)}: "
             "Case(texts=...)"
         )
     texts = tuple(random.Random(case.seed).sample(found, min(TEXTS, len(found))))
@@ -120,19 +112,16 @@ def audit(case: Case, levels: TraceLevels, model: Model, name: str) -> Result:
     if control:
         mean = sum(control) / len(control)
         columns |= {"auc_R": mean, "excess": found - mean}
-    return Result(
-        test="trace",
-        model_id=name,
-        facts=case.facts,
-        recoverability=torch.full((count,), torch.nan),
-        score_raw=torch.full((count,), found),
-        score_full=torch.full((count,), 0.5),
+    return make_result(
+        case,
+        "trace",
+        name,
+        score_raw=found,
+        score_full=0.5,
         score_retrained=torch.tensor(control or [float("nan")])[:, None].expand(-1, count).clone(),
         null=torch.zeros(0, count),
-        grade=case.grade,
         n_paraphrases=0,
-        seed=case.seed,
         cost_fe=len(levels.texts) / count,
-        flags=(("model_level_only",),) * count,
-        columns={key: torch.full((count,), value) for key, value in columns.items()},
+        flags=[("model_level_only",)] * count,
+        columns=columns,
     )

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/restoration/profiles."""
+"""Does writing what an entity looks like inside bring it back? Profiles, directions."""

@@ -151,7 +151,7 @@ def direct_effect(
     return change @ model.hf.get_output_embeddings().weight[tokens].float().T
 
 
-def leaks(
+def leaking_units(
     model: Model, rows: Float[Tensor, "unit d_model"], queries: Sequence[Query], state: Float[Tensor, " d_model"]
 ) -> dict[str, Bool[Tensor, " unit"]]:
     """Subject -> units in the top 1 % of |direct effect| on an answer of the subject against its distractors."""
@@ -240,7 +240,7 @@ def _leaks(case: Case, rows: Tensor) -> dict[str, Tensor]:
         states.append(x[torch.arange(len(x), device=x.device), batch.end].float())
 
     score(case.full, queries, {site: read})
-    return leaks(case.full, rows, queries, torch.cat(states).mean(0))
+    return leaking_units(case.full, rows, queries, torch.cat(states).mean(0))
 
 
 def _targets(

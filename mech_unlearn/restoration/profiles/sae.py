@@ -21,7 +21,7 @@ RR_arm = clip((s(arm) - s(U)) / (s(F) - s(U)), 0, 1), undefined where s(F) - s(U
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -31,8 +31,10 @@ from mech_unlearn.core import Site
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import TRANSFER_BOUND
 from mech_unlearn.model.scores import Batch, RowWrite, score
-from mech_unlearn.restoration.engine.case import Case, split_queries
-from mech_unlearn.restoration.engine.levels import Levels, Probe, make_levels
+from mech_unlearn.restoration.engine.attack import both_levels
+from mech_unlearn.restoration.engine.case import TUNE_FACTS, Case, split_queries
+from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet
 from mech_unlearn.restoration.engine.normalise import MIN_GAP
 from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.profiles.experts import Profiles, contrast_facts, make_profiles, read_span
@@ -42,9 +44,6 @@ ALPHAS = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Strengths tried; 0 changes nothing. Source: grid of the release of arXiv 2602.18505, with 0.5 added."""
 MAX_ACCURACY_DROP, MAX_KL = 0.02, 0.1
 """Collateral bounds: share of other facts lost, and nats of KL on their prompts, when their own profile is written."""
-TUNE_FACTS = 40
-"""Facts on which the strength is chosen, at the most, drawn with the seed. Collateral damage is measured on as many
-other facts or up to twice as many, evenly spaced."""
 MIN_RHO = 0.1
 """Below this rho, or half a nat of gain, nothing was restored: no nulls are drawn, their rates are NaN and p_null is 1
 (NaN where rho is)."""
@@ -62,36 +61,36 @@ class SaeLevels:
     fvu_full: float
 
 
-def _fact_index(profiles: Profiles, probe: Probe) -> Int[Tensor, " query"]:
+def _fact_index(profiles: Profiles, query_set: QuerySet) -> Int[Tensor, " query"]:
     """The place in `profiles.facts` of each query's fact. Ids alone may stand for one forgotten and one other fact; a
     profile is that of a subject and a relation, which a sham fact shares with the true one."""
     order = {(fact.subject, fact.relation, fact.id): i for i, fact in enumerate(profiles.facts)}
-    asked = [query.fact for query in probe.queries]
+    asked = [query.fact for query in query_set.queries]
     return torch.tensor([order[f.subject, f.relation, f.id] for f in asked], device=profiles.target.device)
 
 
-def _profile_curve(case: Case, profiles: Profiles, probe: Probe, model: Model) -> Float[Tensor, "alpha kind fact"]:
+def _profile_curve(
+    case: Case, profiles: Profiles, query_set: QuerySet, model: Model
+) -> Float[Tensor, "alpha kind fact"]:
     """Margins under arm B at each strength."""
-    index = _fact_index(profiles, probe)
+    index = _fact_index(profiles, query_set)
     arms = [Steer(profiles, "profile", alpha, index) for alpha in ALPHAS]
-    return probe.margins_each(model, [{case.write_site: arm} for arm in arms])
+    return query_set.margins_each(model, [{case.write_site: arm} for arm in arms])
 
 
 def prepare(case: Case, shared: Levels | None = None) -> SaeLevels:
     """Choose experts on the full model, and steer the retrained models at each strength."""
     profiles = make_profiles(case)
-    order = torch.randperm(len(case.facts), generator=torch.Generator().manual_seed(case.seed)).tolist()
-    tune = make_levels(case, "tune", [case.facts[i] for i in sorted(order[:TUNE_FACTS])])
-    test = shared or make_levels(case, "test")
-    curves = [
-        [_profile_curve(case, profiles, levels.probe, model)[:, 0] for model in case.retrained]
+    tune, test = both_levels(case, shared)
+    on_tune, on_test = (
+        margins_after(
+            case,
+            lambda model, asked=levels.query_set: _profile_curve(case, profiles, asked, model),
+            (len(ALPHAS), len(levels.full)),
+        )
         for levels in (tune, test)
-    ]
-    stacked = [
-        torch.stack(c) if c else torch.zeros(0, len(ALPHAS), len(levels.full))
-        for c, levels in zip(curves, (tune, test), strict=True)
-    ]
-    return SaeLevels(profiles, tune, test, stacked[0], stacked[1], subject_fvu(case, test, case.full))
+    )
+    return SaeLevels(profiles, tune, test, on_tune, on_test, subject_fvu(case, test, case.full))
 
 
 def subject_fvu(case: Case, test: Levels, model: Model) -> float:
@@ -103,12 +102,15 @@ def subject_fvu(case: Case, test: Levels, model: Model) -> float:
 
 
 def collateral(case: Case, profiles: Profiles, model: Model) -> list[tuple[float, float]]:
-    """Per strength: share of other facts lost, and mean KL in nats, when other entities' own profiles are written."""
+    """Per strength: share of other facts lost, and mean KL in nats, when other entities' own profiles are written.
+
+    Measured on `TUNE_FACTS` other facts or up to twice as many, evenly spaced.
+    """
     facts = contrast_facts(case)
     if not facts:
         return [(0.0, 0.0)] * len(ALPHAS)
     queries = split_queries(case, "tune", facts[:: max(1, len(facts) // TUNE_FACTS)], limit=1)
-    probe = Probe(facts, queries, 0)
+    query_set = QuerySet(facts, queries, 0)
 
     def run(write: RowWrite | None) -> tuple[Tensor, Tensor]:
         last = torch.zeros(len(queries), model.hf.config.vocab_size, device=model.device)
@@ -123,7 +125,7 @@ def collateral(case: Case, profiles: Profiles, model: Model) -> list[tuple[float
         return score(model, queries, places).exact.float(), last
 
     right, plain = run(None)
-    index = _fact_index(profiles, probe)
+    index = _fact_index(profiles, query_set)
     out = []
     for alpha in ALPHAS:
         hit, steered = run(Steer(profiles, "profile", alpha, index))
@@ -162,8 +164,8 @@ def _nulls(
     if not facts:
         return out
     asked = {fact.id for fact in facts}
-    probe = Probe(facts, tuple(query for query in ready.test.true if query.fact.id in asked), 0)
-    index, used = _fact_index(profiles, probe), profiles.chosen.any(0).nonzero()[:, 0].cpu()
+    query_set = QuerySet(facts, tuple(query for query in ready.test.true if query.fact.id in asked), 0)
+    index, used = _fact_index(profiles, query_set), profiles.chosen.any(0).nonzero()[:, 0].cpu()
     draw = random.Random(case.seed)
     for k in range(case.draws):
         rows = null_rows(profiles.units, used, profiles.rate, case.seed + k)
@@ -172,32 +174,32 @@ def _nulls(
             Steer(profiles, "profile", alpha, index, rows=rows),
             Steer(profiles, "profile", alpha, index, donor=donor),
         )
-        out[:, k, list(gained)] = probe.margins_each(model, [{case.write_site: arm} for arm in arms])[:, 0]
+        out[:, k, list(gained)] = query_set.margins_each(model, [{case.write_site: arm} for arm in arms])[:, 0]
     return out
 
 
 def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
     """Choose the strength on TUNE, then run every arm and the nulls on TEST."""
-    keep, profiles, probe = case.others_than(model), ready.profiles, ready.test.probe
+    keep, profiles, query_set = case.others_than(model), ready.profiles, ready.test.query_set
     tuned = ready.tune.rho(
-        ready.tune.probe.margins(model),
-        _profile_curve(case, profiles, ready.tune.probe, model),
+        ready.tune.query_set.margins(model),
+        _profile_curve(case, profiles, ready.tune.query_set, model),
         ready.tune_retrained,
         keep,
     )
     best, warning = choose_alpha(tuned.nanmean(1), collateral(case, profiles, model))
-    alpha, index = ALPHAS[best], _fact_index(profiles, probe)
-    states = read_span(case.full, probe.queries, case.write_site)[0]
-    before = probe.margins(model)
+    alpha, index = ALPHAS[best], _fact_index(profiles, query_set)
+    states = read_span(case.full, query_set.queries, case.write_site)[0]
+    before = query_set.margins(model)
 
     wanted: tuple[tuple[Arm, float], ...] = (("profile", alpha), ("amplify", alpha), ("oracle", alpha), ("full", 1.0))
     steers = [Steer(profiles, arm, strength, index, states=states) for arm, strength in wanted]
-    after, *others = probe.margins_each(model, [{case.write_site: steer} for steer in steers])
+    after, *others = query_set.margins_each(model, [{case.write_site: steer} for steer in steers])
     arms = dict(zip(("rr_amplify", "rr_oracle", "rr_full"), others, strict=True))
     rates = {name: restored_rate(before[0], scores[0], ready.test.full) for name, scores in arms.items()}
-    found = ready.test.rho(before, after, ready.test_retrained[:, best], keep)
+    found = measure_gain(case, ready.test, ready.test_retrained[:, best], model, lambda _: after, before)
     gain = after[0] - before[0]
-    restored = (gain >= MIN_GAP) & (found >= MIN_RHO)
+    restored = (gain >= MIN_GAP) & (found.rho >= MIN_RHO)
     gained = restored.nonzero()[:, 0].tolist()
     nulls = _nulls(case, ready, model, alpha, gained)
     p_null = (1 + (nulls - before[0] >= gain).flatten(0, 1).sum(0)) / (1 + 2 * case.draws)
@@ -213,26 +215,16 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
         )
         for fact, x in zip(case.facts, rate.tolist(), strict=True)
     )
-    return Result(
+    result = gain_result(
+        case,
+        found if keep else replace(found, ignorant=ready.test.never),
         test="sae",
-        model_id=name,
-        facts=case.facts,
-        recoverability=found,
-        score_raw=after[0],
-        score_full=ready.test.full,
-        score_retrained=ready.test_retrained[keep][:, best] if keep else ready.test.never,
-        null=ready.test.null(ready.test_retrained[:, best]),
-        rho=found,
-        p_null=torch.where(restored, p_null, torch.where(found.isnan(), torch.nan, 1.0)),
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
+        name=name,
         cost_fe=float(6 + 2 * case.draws * len(gained) / len(case.facts) + len(ALPHAS)),
         layer=case.write_site.layer,
         alpha=alpha,
         flags=flags,
         columns={
-            "before": before[0],
             "rr_profile": rate,
             "rr_control_adjusted": rate - null_rate.amax(0).mean(0),
             "rr_n1": null_rate[0].mean(0),
@@ -240,5 +232,6 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
             **rates,
         },
         curves={"tune_mean_rho": tuned.nanmean(1, keepdim=True).expand(-1, len(case.facts))},
-        curve_axes={"tune_mean_rho": ALPHAS},
+        axis=ALPHAS,
     )
+    return replace(result, p_null=torch.where(restored, p_null, torch.where(found.rho.isnan(), torch.nan, 1.0)))

@@ -18,7 +18,7 @@ Arm = Literal["amplify", "profile", "oracle", "full"]
 
 @dataclass(frozen=True, eq=False)
 class Steer:
-    """One arm at one strength, as a write function for the questions of a probe."""
+    """One arm at one strength, as a write function for the prompts of a set of queries."""
 
     profiles: Profiles
     arm: Arm

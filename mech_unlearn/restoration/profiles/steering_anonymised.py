@@ -38,7 +38,7 @@ from mech_unlearn.model.tokens import Ask, Query, buckets, tokenize
 from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, Probe
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet
 from mech_unlearn.restoration.engine.result import Result, mean_by_fact
 from mech_unlearn.restoration.states import uds
 
@@ -131,20 +131,22 @@ def _pushes(found: dict[int, Tensor], points: Sequence[Point]) -> list[tuple[int
     return out
 
 
-def _margins(case: Case, model: Model, probe: Probe, points: Sequence[Point]) -> Float[Tensor, "point kind fact"]:
-    pushes = _pushes(vectors(case, model, probe.queries, sorted({p.layer for p in points})), points)
-    true, rows = len(probe.true), []
-    for scores in steered_scores(model, probe.queries, pushes):
-        kinds = [mean_by_fact(scores.margin[:true], probe.true, probe.facts)]
-        if probe.shams:
-            kinds.append(mean_by_fact(scores.margin[true:], probe.queries[true:], probe.facts))
+def _margins(
+    case: Case, model: Model, query_set: QuerySet, points: Sequence[Point]
+) -> Float[Tensor, "point kind fact"]:
+    pushes = _pushes(vectors(case, model, query_set.queries, sorted({p.layer for p in points})), points)
+    true, rows = len(query_set.true), []
+    for scores in steered_scores(model, query_set.queries, pushes):
+        kinds = [mean_by_fact(scores.margin[:true], query_set.true, query_set.facts)]
+        if query_set.shams:
+            kinds.append(mean_by_fact(scores.margin[true:], query_set.queries[true:], query_set.facts))
         rows.append(torch.stack(kinds))
     return torch.stack(rows)
 
 
-def _operate(case: Case, points: Sequence[Point], model: Model, tune: Probe, test: Probe) -> Curves:
+def _operate(case: Case, points: Sequence[Point], model: Model, tune: QuerySet, test: QuerySet) -> Curves:
     require_positions(model)
-    on_tune, on_test = (_margins(case, model, probe, points) for probe in (tune, test))
+    on_tune, on_test = (_margins(case, model, query_set, points) for query_set in (tune, test))
     return attack.same(on_tune.unbind(), on_test.unbind())
 
 
@@ -245,7 +247,7 @@ def audit(case: Case, steer: SteerReady, model: Model, name: str) -> Result:
     curves = attack.curves_of(case, ready, model, partial(_operate, case, steer.points))
     longest = min(MAX_TOKENS, 2 + max(len(query.answers[0]) for query in ready.test.true))
     fe = attack.fe_per_fact(ready, len(steer.points) + NAMES + 1) + 2 * steer.samples * longest
-    found = attack.result(case, ready, model, curves, test="steering_anonymised", name=name, cost_fe=fe)
+    found = attack.attack_result(case, ready, model, curves, test="steering_anonymised", name=name, cost_fe=fe)
     best = int(found.alpha or 0)
     caf, samples = _both(case, steer, model, steer.points[best])
     for k in keep:

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/restoration/prompts."""
+"""Does another way of asking bring it back? Forms, contexts, trained and searched prompts."""

@@ -51,7 +51,7 @@ from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import relation_mean
 from mech_unlearn.restoration.engine.prompting import PromptReady
 from mech_unlearn.restoration.engine.result import Result
-from mech_unlearn.restoration.prompts.in_context import statement, states_answer
+from mech_unlearn.restoration.prompts.in_context import states_answer, told_sentence
 
 Kind = Literal["forms", "prefix", "steps"]
 PREFIXES = {
@@ -74,7 +74,7 @@ def implied(fact: Fact) -> str:
 def helper_fact(case: Case, fact: Fact) -> Fact | None:
     """Another true fact of the same subject; no wording in which a chain states it holds the answer."""
     alike = (f for f in (*case.facts, *case.others) if f.subject == fact.subject and f.relation != fact.relation)
-    return next((f for f in alike if not states_answer(case, fact, f"{statement(f)} {implied(f)}")), None)
+    return next((f for f in alike if not states_answer(case, fact, f"{told_sentence(f)} {implied(f)}")), None)
 
 
 def chain(case: Case, how: Literal["direct", "indirect", "implied"], opening: str) -> Rewrite:
@@ -92,7 +92,7 @@ def chain(case: Case, how: Literal["direct", "indirect", "implied"], opening: st
         if other is None:
             return None
         if how == "indirect":
-            return Ask(fact, f"{opening}First, {statement(other)} Then, {query.template}")
+            return Ask(fact, f"{opening}First, {told_sentence(other)} Then, {query.template}")
         return Ask(fact, f"{opening}{query.template}", implied(other))
 
     return rewrite
@@ -135,8 +135,8 @@ def prepare(case: Case, shared: Levels | None = None, *, kind: Kind = "forms") -
     if kind not in get_args(Kind):
         raise ValueError(f"unknown kind of forms {kind!r}; choose from {', '.join(get_args(Kind))}")
     prompts = prompting.prepare(case, shared, rewrites(case, kind))
-    probe = prompts.ready.test.probe
-    full = [prompting.margins(case, probe, case.full, rewrite) for rewrite in prompts.rewrites.values()]
+    query_set = prompts.ready.test.query_set
+    full = [prompting.margins(case, query_set, case.full, rewrite) for rewrite in prompts.rewrites.values()]
     return FormsReady(prompts, kind, torch.stack(full))
 
 
@@ -164,7 +164,7 @@ def _columns(case: Case, forms: FormsReady, keep: Sequence[int], plain: Tensor, 
 
 def audit(case: Case, forms: FormsReady, model: Model, name: str) -> Result:
     """Ask the audited model in every form."""
-    keep, plain = case.others_than(model), forms.prompts.ready.test.probe.margins(model)[0]
+    keep, plain = case.others_than(model), forms.prompts.ready.test.query_set.margins(model)[0]
     return prompting.audit(
         case,
         forms.prompts,

@@ -32,7 +32,7 @@ COUNTS = (1, 2, 4, 8)
 """Statements told first."""
 
 
-def statement(fact: Fact) -> str:
+def told_sentence(fact: Fact) -> str:
     """A fact as a sentence, in its SELECT phrasing."""
     return f"{split_templates(fact, 'select')[0].replace('{}', fact.subject)} {fact.object}."
 
@@ -46,7 +46,7 @@ def states_answer(case: Case, fact: Fact, text: str) -> bool:
 def told(case: Case, fact: Fact, count: int) -> list[str]:
     """Up to `count` statements about the fact's subject, without its answer (true or sham)."""
     mine = [f for f in (*case.facts, *case.others) if f.subject == fact.subject and f.id != fact.id]
-    free = [statement(f) for f in mine if f.relation != fact.relation]
+    free = [told_sentence(f) for f in mine if f.relation != fact.relation]
     return [text for text in free if not states_answer(case, fact, text)][:count]
 
 
@@ -62,7 +62,7 @@ def context(case: Case, count: int) -> Rewrite:
 
 def definition(query: Query) -> Ask:
     """The answer itself, told first: a control."""
-    return Ask(query.fact, f"{statement(query.fact)} {query.template}")
+    return Ask(query.fact, f"{told_sentence(query.fact)} {query.template}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +73,8 @@ class ContextReady:
 
 
 def _reading(case: Case, prompts: PromptReady, model: Model) -> Float[Tensor, " fact"]:
-    probe = prompts.ready.test.probe
-    return (prompting.margins(case, probe, model, definition) - probe.margins(model))[0]
+    query_set = prompts.ready.test.query_set
+    return (prompting.margins(case, query_set, model, definition) - query_set.margins(model))[0]
 
 
 def prepare(case: Case, shared: Levels | None = None, *, counts: tuple[int, ...] = COUNTS) -> ContextReady:

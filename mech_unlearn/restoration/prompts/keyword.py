@@ -31,7 +31,7 @@ from mech_unlearn.model.tokens import Ask, Query
 from mech_unlearn.restoration.engine import attack, prompting
 from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, Probe, make_probe
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_query_set
 from mech_unlearn.restoration.engine.prompting import PromptReady
 from mech_unlearn.restoration.engine.result import Result
 
@@ -137,8 +137,8 @@ def audit(case: Case, ready: KeywordReady, model: Model, name: str) -> Result:
     return prompting.audit(case, ready.prompts, model, name, test="keyword", columns=lambda _: columns)
 
 
-def _operate(betas: Sequence[float], model: Model, tune: Probe, test: Probe) -> Curves:
-    on_tune, on_test = ([probe.margins(model, attend(model, beta)) for beta in betas] for probe in (tune, test))
+def _operate(betas: Sequence[float], model: Model, tune: QuerySet, test: QuerySet) -> Curves:
+    on_tune, on_test = ([query_set.margins(model, attend(model, beta)) for beta in betas] for query_set in (tune, test))
     return attack.same(on_tune, on_test)
 
 
@@ -155,7 +155,7 @@ def prepare_attention(case: Case, shared: Levels | None = None, *, betas: tuple[
         KeyError: a model whose attention scores have no hook.
         ValueError: one that does not read them there.
     """
-    require_attended(case.full, make_probe(case, "test").queries[0])
+    require_attended(case.full, make_query_set(case, "test").queries[0])
     points = [f"beta {beta:g}" for beta in betas]
     return AttentionReady(attack.prepare(case, shared, points, partial(_operate, betas)), betas)
 
@@ -164,7 +164,7 @@ def audit_attention(case: Case, attention: AttentionReady, model: Model, name: s
     """Turn the audited model's attention to the subject."""
     ready = attention.ready
     curves = attack.curves_of(case, ready, model, partial(_operate, attention.betas))
-    return attack.result(
+    return attack.attack_result(
         case,
         ready,
         model,

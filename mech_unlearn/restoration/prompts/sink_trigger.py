@@ -25,10 +25,11 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.scores import Batch, RowWrite, score
 from mech_unlearn.model.tokens import Ask, Query, encode_all, tokenize
 from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, Probe, make_levels
+from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
+from mech_unlearn.restoration.engine.lessons import by_fold, fold_of
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_levels
 from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.prompts.soft_prompt import prefixed, start_of
-from mech_unlearn.restoration.weights.relearn import fold_of, part_of
 
 Trigger = str | tuple[int, ...]
 """A text, or token ids."""
@@ -73,9 +74,9 @@ def behind(model: Model, queries: Sequence[Query], trigger: Trigger) -> tuple[Qu
     return tuple(prefixed(model, query, trigger) for query in queries)
 
 
-def margins(model: Model, probe: Probe, trigger: Trigger) -> Float[Tensor, "kind fact"]:
+def margins(model: Model, query_set: QuerySet, trigger: Trigger) -> Float[Tensor, "kind fact"]:
     """Margins per fact in nats behind a trigger."""
-    return Probe(probe.facts, behind(model, probe.queries, trigger), probe.shams).margins(model)
+    return query_set.asked_as(behind(model, query_set.queries, trigger)).margins(model)
 
 
 def sink_features(model: Model, queries: Sequence[Query]) -> tuple[float, float]:
@@ -109,17 +110,17 @@ class TriggerLevels:
 
 def _all_folds(case: Case, ready: TriggerLevels, model: Model) -> tuple[Float[Tensor, "kind fact"], list[int]]:
     """Margins of each fold behind the trigger that helps the other folds' facts most, and which one that is."""
-    probe = ready.levels.probe
-    out, chosen = torch.zeros(2 if probe.shams else 1, len(case.facts)), []
-    for fold in range(case.relearn.folds):
+    query_set, chosen = ready.levels.query_set, []
+
+    def score(fold: int, part: QuerySet) -> Float[Tensor, "kind some"]:
         away = [i for i, f in enumerate(ready.folds) if f != fold]
         some = {away[i] for i in range(0, len(away), max(1, len(away) // CHOOSE_ON))}
-        on = part_of(probe, [i in some for i in range(len(case.facts))])
+        on = query_set.part([i in some for i in range(len(case.facts))])
         helped = [margins(model, on, trigger)[0].mean().item() for trigger in ready.tried]
         chosen.append(max(range(len(helped)), key=helped.__getitem__))
-        mine = [f == fold for f in ready.folds]
-        out[:, torch.tensor(mine)] = margins(model, part_of(probe, mine), ready.tried[chosen[-1]])
-    return out, chosen
+        return margins(model, part, ready.tried[chosen[-1]])
+
+    return by_fold(query_set, ready.folds, score), chosen
 
 
 def prepare(case: Case, shared: Levels | None = None, *, extra: tuple[str, ...] = ()) -> TriggerLevels:
@@ -138,38 +139,23 @@ def prepare(case: Case, shared: Levels | None = None, *, extra: tuple[str, ...] 
         case.log(f"triggers that the tokenizer cannot write are not tried: {', '.join(map(repr, left))}")
     norm = sink_features(case.full, levels.true)[0]
     ready = TriggerLevels(levels, folds, tried, torch.zeros(0, len(case.facts)), norm)
-    found = [_all_folds(case, ready, model)[0][0] for model in case.retrained]
-    return replace(ready, retrained=torch.stack(found)) if found else ready
+    return replace(ready, retrained=margins_after(case, lambda model: _all_folds(case, ready, model)[0]))
 
 
 def audit(case: Case, ready: TriggerLevels, model: Model, name: str) -> Result:
     """Try every candidate on the audited model."""
-    keep, levels = case.others_than(model), ready.levels
-    before = levels.probe.margins(model)
+    levels, count = ready.levels, len(case.facts)
     after, chosen = _all_folds(case, ready, model)
-    found = levels.rho(before, after, ready.retrained, keep)
+    found = measure_gain(case, levels, ready.retrained, model, lambda _: after)
     norm, mass = sink_features(model, levels.true)
     best = [ready.tried[k] for k in chosen]
     words = [trigger if isinstance(trigger, str) else model.tokenizer.decode(list(trigger)) for trigger in best]
-    count = len(case.facts)
-    return Result(
+    return gain_result(
+        case,
+        found if found.keep else replace(found, ignorant=levels.never),
         test="sink_trigger",
-        model_id=name,
-        facts=case.facts,
-        recoverability=found,
-        score_raw=after[0],
-        score_full=levels.full,
-        score_retrained=ready.retrained[keep] if keep else levels.never,
-        null=levels.null(ready.retrained),
-        rho=found,
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
+        name=name,
         cost_fe=3 + len(ready.tried) * case.relearn.folds * min(CHOOSE_ON, count) / count,
-        flags=tuple((f"trigger:{words[fold]}",) for fold in ready.folds),
-        columns={
-            "before": before[0],
-            "value_ratio": torch.full((count,), norm / max(ready.norm_full, 1e-9)),
-            "sink_mass": torch.full((count,), mass),
-        },
+        flags=[(f"trigger:{words[fold]}",) for fold in ready.folds],
+        columns={"value_ratio": norm / max(ready.norm_full, 1e-9), "sink_mass": mass},
     )

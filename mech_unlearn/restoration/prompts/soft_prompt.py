@@ -29,12 +29,18 @@ from mech_unlearn.core import Fact
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.scores import Batch, score
 from mech_unlearn.model.tokens import Query, embeddings, encode, pad
-from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, Probe, make_levels
-from mech_unlearn.restoration.engine.normalise import sham_facts
+from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
+from mech_unlearn.restoration.engine.lessons import (
+    Lesson,
+    by_fold,
+    fold_lessons,
+    fold_of,
+    lesson_batches,
+    lesson_loss,
+)
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_levels
 from mech_unlearn.restoration.engine.result import Result
-from mech_unlearn.restoration.weights.relearn import Lesson, answer_loss, fold_of, lessons, part_of
 
 LENGTH = 8
 """Embeddings of the prompt, of {4, 8, 16}."""
@@ -75,19 +81,14 @@ def train(
     prompt = begun.clone().requires_grad_()
     spread = begun.std().item()
     optimiser = torch.optim.AdamW([prompt], lr=LR * max(spread / COMMON_SPREAD, 1e-3), weight_decay=0.0)
-    order: list[int] = []
-    out = []
-    at = start_of(model, rows[0][0])
-    for step in range(1, steps[-1] + 1):
-        while len(order) < min(BATCH, len(rows)):
-            order += torch.randperm(len(rows), generator=generator).tolist()
-        batch, order = [rows[i] for i in order[:BATCH]], order[BATCH:]
+    out, at = [], start_of(model, rows[0][0])
+    for step, batch in enumerate(lesson_batches(rows, min(BATCH, len(rows)), steps[-1], generator), 1):
         ids, mask, _ = pad([insert(row, [0] * length, at) for row, _ in batch], model.tokenizer.pad_token_id or 0)
         ids, mask = ids.to(model.device), mask.to(model.device)
         with torch.enable_grad(), model.hooks(("hook_embed", lambda x: written(x, prompt, at))):
             logits = model.logits(ids, mask)
             starts, ends = [start + length for _, start in batch], [len(row) + length for row, _ in batch]
-            (gradient,) = torch.autograd.grad(answer_loss(logits, ids, starts, ends), prompt)
+            (gradient,) = torch.autograd.grad(lesson_loss(logits, ids, starts, ends), prompt)
         prompt.grad = gradient
         optimiser.step()
         if step in steps:
@@ -103,15 +104,15 @@ def written(
     return torch.cat([x[:, :at], middle, x[:, at + prompt.shape[0] :]], 1)
 
 
-def margins(model: Model, probe: Probe, prompt: Float[Tensor, "token d_model"]) -> Float[Tensor, "kind fact"]:
+def margins(model: Model, query_set: QuerySet, prompt: Float[Tensor, "token d_model"]) -> Float[Tensor, "kind fact"]:
     """Margins per fact in nats behind the prompt."""
-    at = start_of(model, probe.queries[0].prompt)
-    queries = tuple(prefixed(model, query, [0] * len(prompt)) for query in probe.queries)
+    at = start_of(model, query_set.queries[0].prompt)
+    queries = tuple(prefixed(model, query, [0] * len(prompt)) for query in query_set.queries)
 
     def write(x: Tensor, _: Batch) -> Tensor:
         return written(x, prompt, at)
 
-    return Probe(probe.facts, queries, probe.shams).margins(model, {"hook_embed": write})
+    return query_set.asked_as(queries).margins(model, {"hook_embed": write})
 
 
 def random_string(model: Model, length: int, steps: int, seed: int) -> float:
@@ -149,14 +150,11 @@ class SoftLevels:
 def _all_folds(
     case: Case, ready: SoftLevels, model: Model, taught: Sequence[Sequence[Lesson]], steps: tuple[int, ...]
 ) -> Float[Tensor, "step kind fact"]:
-    probe = ready.levels.probe
-    out = torch.zeros(len(steps), 2 if probe.shams else 1, len(case.facts))
-    for fold, rows in enumerate(taught):
-        mine = [f == fold for f in ready.folds]
-        prompts = train(model, rows, ready.length, steps, case.seed + fold)
-        part = part_of(probe, mine)
-        out[..., torch.tensor(mine)] = torch.stack([margins(model, part, prompt) for prompt in prompts])
-    return out
+    def score(fold: int, part: QuerySet) -> Float[Tensor, "step kind some"]:
+        prompts = train(model, taught[fold], ready.length, steps, case.seed + fold)
+        return torch.stack([margins(model, part, prompt) for prompt in prompts])
+
+    return by_fold(ready.levels.query_set, ready.folds, score)
 
 
 def prepare(
@@ -171,47 +169,32 @@ def prepare(
         raise ValueError(f"a soft prompt needs length >= 1 and increasing steps, got {length} and {steps}")
     levels = shared or make_levels(case, "test")
     folds = fold_of(case.facts, case.relearn, case.seed)
-    rest = [[f for f, k in zip(case.facts, folds, strict=True) if k != fold] for fold in range(case.relearn.folds)]
-    taught = tuple(lessons(case, facts) for facts in rest)
-    wrong = tuple(lessons(case, sham_facts(facts, case.seed)) for facts in rest)
-    empty = torch.zeros(0, len(steps), len(case.facts))
-    ready = SoftLevels(levels, folds, taught, wrong, length, steps, empty)
-    curves = [_all_folds(case, ready, model, taught, steps)[:, 0] for model in case.retrained]
-    return replace(ready, retrained=torch.stack(curves)) if curves else ready
+    taught, wrong = fold_lessons(case, folds), fold_lessons(case, folds, sham=True)
+    shape = (len(steps), len(case.facts))
+    ready = SoftLevels(levels, folds, taught, wrong, length, steps, torch.zeros(0, *shape))
+    return replace(
+        ready, retrained=margins_after(case, lambda model: _all_folds(case, ready, model, taught, steps), shape)
+    )
 
 
 def audit(case: Case, ready: SoftLevels, model: Model, name: str) -> Result:
     """Train prompts for the audited model, and the controls."""
-    keep, levels, steps = case.others_than(model), ready.levels, ready.steps
-    before = levels.probe.margins(model)
-    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
-    known = index is not None
-    after = ready.retrained[index][:, None] if known else _all_folds(case, ready, model, ready.lessons, steps)
+    levels, steps = ready.levels, ready.steps
+    found = measure_gain(
+        case, levels, ready.retrained, model, lambda m: _all_folds(case, ready, m, ready.lessons, steps)
+    )
     wrong = _all_folds(case, ready, model, ready.wrong, steps[-1:])[0, 0]
-    text = random_string(model, ready.length, steps[-1], case.seed)
-    curve = levels.rho(before, after, ready.retrained, keep)
-    never = attack.ignorant(case, keep, ready.retrained, after)
-    axis = tuple(float(step) for step in steps)
     trained = 2 * case.relearn.folds * steps[-1] * BATCH * 3 / len(case.facts)
-    return Result(
+    return gain_result(
+        case,
+        found.at(-1),
         test="soft_prompt",
-        model_id=name,
-        facts=case.facts,
-        recoverability=curve[-1],
-        score_raw=after[-1, 0],
-        score_full=levels.full,
-        score_retrained=never[:, -1],
-        null=levels.null(ready.retrained)[:, -1],
-        rho=curve[-1],
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
-        cost_fe=trained + (len(steps) + 2) * len(levels.probe.queries) / len(case.facts),
+        name=name,
+        cost_fe=trained + (len(steps) + 2) * len(levels.query_set.queries) / len(case.facts),
         columns={
-            "before": before[0],
-            "sham_taught": wrong - before[0],
-            "random_string": torch.full((len(case.facts),), text),
+            "sham_taught": wrong - found.before,
+            "random_string": random_string(model, ready.length, steps[-1], case.seed),
         },
-        curves={"rho": curve, "margin": after[:, 0], "margin_R": never.mean(0)},
-        curve_axes={"rho": axis, "margin": axis, "margin_R": axis},
+        curves=found.curves(),
+        axis=steps,
     )

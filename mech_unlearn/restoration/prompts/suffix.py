@@ -22,12 +22,11 @@ from torch import Tensor
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.forward import last_logits
 from mech_unlearn.model.tokens import embeddings
-from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, Probe, make_levels
-from mech_unlearn.restoration.engine.normalise import sham_facts
+from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
+from mech_unlearn.restoration.engine.lessons import Lesson, by_fold, fold_lessons, fold_of, lesson_loss
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_levels
 from mech_unlearn.restoration.engine.result import Result
-from mech_unlearn.restoration.weights.relearn import Lesson, answer_loss, fold_of, lessons, part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ def _batches(rows: Sequence[Lesson]) -> list[list[Lesson]]:
 
 
 @torch.no_grad()
-def losses(
+def suffix_losses(
     model: Model, rows: Sequence[Lesson], suffixes: Sequence[Sequence[int]], *, max_tokens: int = 8192
 ) -> Float[Tensor, " suffix"]:
     """Mean over the rows of the NLL per answer token behind each suffix, in nats.
@@ -99,7 +98,7 @@ def gradient(
             return seen[-1]
 
         with torch.enable_grad(), model.hooks(("hook_embed", write)):
-            loss = answer_loss(model.logits(ids), ids, [s for _, s in made], [len(row) for row, _ in made])
+            loss = lesson_loss(model.logits(ids), ids, [s for _, s in made], [len(row) for row, _ in made])
             (found,) = torch.autograd.grad(loss, seen[0])
         place = found[:, first : first + len(suffix)].sum(0).float()
         total += (place @ vocabulary.T).cpu() * (len(part) / len(rows))
@@ -119,14 +118,14 @@ def search(model: Model, rows: Sequence[Lesson], how: Search, seed: int) -> tupl
     tokens = allowed_tokens(model, len(vocabulary))
     chosen = [rows[i] for i in torch.randperm(len(rows), generator=generator)[: how.prompts].tolist()]
     suffix = random_suffix(model, how, seed)
-    best = losses(model, chosen, [suffix])[0]
+    best = suffix_losses(model, chosen, [suffix])[0]
     for _ in range(how.steps):
         falling = gradient(model, chosen, suffix, vocabulary)[:, tokens]
         near = tokens[falling.topk(min(how.top, len(tokens)), dim=1, largest=False).indices]
         places = torch.randint(how.length, (how.candidates,), generator=generator).tolist()
         picks = torch.randint(near.shape[1], (how.candidates,), generator=generator).tolist()
         tried = [(*suffix[:p], int(near[p, k]), *suffix[p + 1 :]) for p, k in zip(places, picks, strict=True)]
-        found = losses(model, chosen, tried)
+        found = suffix_losses(model, chosen, tried)
         if found.min() < best:
             best, suffix = found.min(), tried[int(found.argmin())]
     return suffix
@@ -145,10 +144,10 @@ def vocabulary_embeddings(model: Model) -> Float[Tensor, "token d_model"]:
     return torch.cat([embeddings(model, [part.tolist()])[0].float() for part in torch.arange(size).split(8192)])
 
 
-def margins(probe: Probe, model: Model, suffix: Sequence[int]) -> Float[Tensor, "kind fact"]:
+def margins(query_set: QuerySet, model: Model, suffix: Sequence[int]) -> Float[Tensor, "kind fact"]:
     """Margins per fact in nats behind the suffix."""
-    queries = tuple(replace(query, prompt=(*query.prompt, *suffix)) for query in probe.queries)
-    return Probe(probe.facts, queries, probe.shams).margins(model)
+    queries = tuple(replace(query, prompt=(*query.prompt, *suffix)) for query in query_set.queries)
+    return query_set.asked_as(queries).margins(model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,14 +164,14 @@ def _all_folds(
     case: Case, ready: SuffixLevels, model: Model, taught: Sequence[Sequence[Lesson]]
 ) -> Float[Tensor, "kind fact"]:
     """Margins of each fold behind the suffix searched on its lessons; a random suffix where there are none."""
-    probe = ready.levels.probe
-    out = torch.zeros(2 if probe.shams else 1, len(case.facts))
-    for fold, rows in enumerate(taught):
-        seed = case.seed + fold
-        suffix = search(model, rows, ready.how, seed) if rows else random_suffix(model, ready.how, seed)
-        mine = [f == fold for f in ready.folds]
-        out[:, torch.tensor(mine)] = margins(part_of(probe, mine), model, suffix)
-    return out
+
+    def score(fold: int, part: QuerySet) -> Float[Tensor, "kind some"]:
+        rows, seed = taught[fold], case.seed + fold
+        return margins(
+            part, model, search(model, rows, ready.how, seed) if rows else random_suffix(model, ready.how, seed)
+        )
+
+    return by_fold(ready.levels.query_set, ready.folds, score)
 
 
 def prepare(case: Case, shared: Levels | None = None, *, how: Search | None = None) -> SuffixLevels:
@@ -183,38 +182,23 @@ def prepare(case: Case, shared: Levels | None = None, *, how: Search | None = No
     """
     levels = shared or make_levels(case, "test")
     folds = fold_of(case.facts, case.relearn, case.seed)
-    rest = [[f for f, k in zip(case.facts, folds, strict=True) if k != fold] for fold in range(case.relearn.folds)]
-    taught = tuple(lessons(case, facts) for facts in rest)
-    wrong = tuple(lessons(case, sham_facts(facts, case.seed)) for facts in rest)
+    taught, wrong = fold_lessons(case, folds), fold_lessons(case, folds, sham=True)
     ready = SuffixLevels(levels, folds, taught, wrong, how or Search(), torch.zeros(0, len(case.facts)))
-    found = [_all_folds(case, ready, model, taught)[0] for model in case.retrained]
-    return replace(ready, retrained=torch.stack(found)) if found else ready
+    return replace(ready, retrained=margins_after(case, lambda model: _all_folds(case, ready, model, taught)))
 
 
 def audit(case: Case, ready: SuffixLevels, model: Model, name: str) -> Result:
     """Search suffixes for the audited model, and the controls."""
-    keep, levels, how = case.others_than(model), ready.levels, ready.how
-    before = levels.probe.margins(model)
-    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
-    known = index is not None
-    after = ready.retrained[index][None] if known else _all_folds(case, ready, model, ready.lessons)
+    levels, how = ready.levels, ready.how
+    found = measure_gain(case, levels, ready.retrained, model, lambda m: _all_folds(case, ready, m, ready.lessons))
     wrong = _all_folds(case, ready, model, ready.wrong)[0]
     chance = _all_folds(case, ready, model, [[] for _ in ready.lessons])[0]
-    found = levels.rho(before, after, ready.retrained, keep)
     searched = 2 * case.relearn.folds * how.steps * how.prompts * (3 + how.candidates) / len(case.facts)
-    return Result(
+    return gain_result(
+        case,
+        found,
         test="suffix",
-        model_id=name,
-        facts=case.facts,
-        recoverability=found,
-        score_raw=after[0],
-        score_full=levels.full,
-        score_retrained=attack.ignorant(case, keep, ready.retrained, after),
-        null=levels.null(ready.retrained),
-        rho=found,
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
-        cost_fe=searched + 4 * len(levels.probe.queries) / len(case.facts),
-        columns={"before": before[0], "random_suffix": chance - before[0], "wrong_suffix": wrong - before[0]},
+        name=name,
+        cost_fe=searched + 4 * len(levels.query_set.queries) / len(case.facts),
+        columns={"random_suffix": chance - found.before, "wrong_suffix": wrong - found.before},
     )

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/restoration/states."""
+"""Is it still written in the states? Read out, put into other models, classified."""

@@ -37,15 +37,14 @@ from mech_unlearn.model.bridge import Model, require_positions
 from mech_unlearn.model.forward import last_logits
 from mech_unlearn.model.scores import greedy
 from mech_unlearn.model.tokens import Query, buckets
-from mech_unlearn.restoration.engine import readouts
-from mech_unlearn.restoration.engine.case import Case, require_same_vocabulary, split_queries
+from mech_unlearn.restoration.engine.case import Case, require_same_vocabulary, split_queries, tune_facts
 from mech_unlearn.restoration.engine.levels import Levels
-from mech_unlearn.restoration.engine.readouts import Read, ReadLevels
+from mech_unlearn.restoration.engine.readouts import Read, ReadLevels, readout_result
 from mech_unlearn.restoration.engine.result import Result, mean_by_fact
 
 Part = Literal["coefficients", "attention", "values"]
 SITES: Mapping[Part, SiteKind] = {"coefficients": "mlp_post", "attention": "attn_out"}
-ANSWER_TOKENS, TUNE_FACTS, MIN_GAP, SAME, BATCH_TOKENS = 30, 40, 0.1, 1e-8, 2048
+ANSWER_TOKENS, MIN_KRS_GAP, SAME, BATCH_TOKENS = 30, 0.1, 1e-8, 2048
 """Tokens of F's answer; facts that choose the window; 1 - KRS(R) below which nothing is said; loss of equal logits;
 tokens of a batch."""
 
@@ -119,7 +118,9 @@ def _fixed(kept: dict[Site, Tensor], site: Site, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def losses(full: Model, model: Model, told: Spoken, restores: Sequence[Restore]) -> Float[Tensor, "point query"]:
+def restored_losses(
+    full: Model, model: Model, told: Spoken, restores: Sequence[Restore]
+) -> Float[Tensor, "point query"]:
     """Mean squared difference of logits to F's on the rows that predict F's answer, row 0 with nothing restored.
 
     Raises:
@@ -157,10 +158,10 @@ def krs(loss: Float[Tensor, "point fact"]) -> Float[Tensor, "restored fact"]:
 
 
 def _read(case: Case, ready: ComponentLevels, model: Model) -> Read:
-    facts = [case.facts[i] for i in readouts.tune_facts(case, TUNE_FACTS)]
+    facts = [case.facts[i] for i in tune_facts(case)]
     return Read(
-        krs(mean_by_fact(losses(case.full, model, ready.tune, ready.points), ready.tune.queries, facts)),
-        krs(mean_by_fact(losses(case.full, model, ready.test, ready.points), ready.test.queries, case.facts)),
+        krs(mean_by_fact(restored_losses(case.full, model, ready.tune, ready.points), ready.tune.queries, facts)),
+        krs(mean_by_fact(restored_losses(case.full, model, ready.test, ready.points), ready.test.queries, case.facts)),
     )
 
 
@@ -195,14 +196,14 @@ def prepare(
         for part in chosen
         for layer in range(depth)
     )
-    facts = [case.facts[i] for i in readouts.tune_facts(case, TUNE_FACTS)]
+    facts = [case.facts[i] for i in tune_facts(case)]
     told = [
         spoken(case.full, queries, tokens)
         for queries in (split_queries(case, "tune", facts), split_queries(case, "test"))
     ]
     names = tuple(f"{part} {point.layers[0]}-{point.layers[-1]}" for point in points for part in point.parts)
     ones = Read(torch.ones(len(points), len(facts)), torch.ones(len(points), len(case.facts)))
-    levels = ReadLevels(names, tuple(range(depth)) * len(chosen), ones, (), MIN_GAP)
+    levels = ReadLevels(names, tuple(range(depth)) * len(chosen), ones, (), MIN_KRS_GAP)
     ready = ComponentLevels(points, told[0], told[1], levels, absent if parts is None else ())
     never = tuple(_read(case, ready, model) for model in case.retrained)
     unknown = Read(torch.full_like(ones.tune, torch.nan), torch.full_like(ones.test, torch.nan))
@@ -211,10 +212,10 @@ def prepare(
 
 def audit(case: Case, ready: ComponentLevels, model: Model, name: str) -> Result:
     """Restore the full model's parts in the audited model."""
-    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
+    index = case.index_of(model)
     read = _read(case, ready, model) if index is None else ready.levels.never[index]
     passes = (2 + len(ready.points)) * (len(ready.tune.rows) + len(ready.test.rows)) / len(case.facts)
-    found = readouts.result(case, ready.levels, model, read, test="components", name=name, cost_fe=passes)
+    found = readout_result(case, ready.levels, model, read, test="components", name=name, cost_fe=passes)
     same = read.test.isnan().all(0).tolist()
     more = (*(() if case.retrained else ("needs_retrained",)), *(f"no_{part}" for part in ready.lacking))
     flags = tuple((*f, *more, *(("not_lost",) if s else ())) for f, s in zip(found.flags, same, strict=True))

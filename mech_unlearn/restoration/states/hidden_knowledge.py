@@ -34,13 +34,13 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import capture
 from mech_unlearn.model.scores import score
 from mech_unlearn.model.tokens import Ask, Query, encode_all, has_unknown, tokenize
-from mech_unlearn.restoration.engine.case import Case, split_queries
+from mech_unlearn.restoration.engine.case import Case, make_result, split_queries
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import relation_mean, sham_facts
 from mech_unlearn.restoration.engine.result import Result, mean_by_fact
 from mech_unlearn.restoration.states.statements import Statements, classify, even_weights, k_of, sampled, statements
 
-MIN_GAP = 0.2
+MIN_K_GAP = 0.2
 """K between full and retrained below which the test says nothing about a fact."""
 MIN_KEPT = 0.7
 """K on kept subjects (`Inside.kept`) below which a model's classifier has found next to nothing (chance is 0.5): the
@@ -218,14 +218,14 @@ def _kappa(found: Inside, full: Inside, never: Sequence[Inside]) -> Float[Tensor
     room = full.internal - base
     if min(full.kept, found.kept) < MIN_KEPT:
         return torch.full_like(room, torch.nan)
-    return torch.where(room >= MIN_GAP, (found.internal - base) / room.clamp(min=MIN_GAP), torch.nan)
+    return torch.where(room >= MIN_K_GAP, (found.internal - base) / room.clamp(min=MIN_K_GAP), torch.nan)
 
 
 def audit(case: Case, ready: HiddenLevels, model: Model, name: str) -> Result:
     """Fit the classifier to what the audited model kept, and rank the answers of the forgotten facts."""
     keep = case.others_than(model)
     others = [ready.never[k] for k in keep] if keep else list(ready.never)
-    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
+    index = case.index_of(model)
     found = ready.never[index] if index is not None else _inside(case, ready, model, _asked(case, ready, model))
     null = [
         _kappa(one, ready.full, [o for i, o in enumerate(ready.never) if i != k]).clamp(0, 1)
@@ -234,34 +234,27 @@ def audit(case: Case, ready: HiddenLevels, model: Model, name: str) -> Result:
     base_int, base_ext = (torch.stack([getattr(o, side) for o in others]) for side in ("internal", "external"))
     placed, facts = _kappa(found, ready.full, others), len(case.facts)
     silent = ("kept_at_chance",) if min(ready.full.kept, found.kept) < MIN_KEPT else ()
-    axis = tuple(float(layer) for layer in range(case.full.n_layers))
-    curves = {
-        "K_int": found.by_layer,
-        "K_int_F": ready.full.by_layer,
-        "K_int_R": torch.stack([o.by_layer for o in others]).mean(0),
-    }
-    return Result(
-        test="hidden_knowledge",
-        model_id=name,
-        facts=case.facts,
-        recoverability=placed.clamp(0, 1),
+    return make_result(
+        case,
+        "hidden_knowledge",
+        name,
         score_raw=found.internal,
         score_full=ready.full.internal,
         score_retrained=base_int,
         null=torch.stack(null) if null else torch.zeros(0, facts),
         kappa=placed,
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
         cost_fe=(2 * len(ready.forgotten.rows) + len(ready.kept.rows)) / facts + ready.samples,
         layer=found.layer,
-        flags=tuple((*(("no_gap",) if x != x else ()), *silent) for x in placed.tolist()),
+        flags=[(*(("no_gap",) if x != x else ()), *silent) for x in placed.tolist()],
         columns={
             "K_ext": found.external,
             "K_ext_R": base_ext.mean(0),
             "hidden": (found.internal - found.external) - (base_int - base_ext).mean(0),
-            "K_kept": torch.full((facts,), found.kept),
+            "K_kept": found.kept,
         },
-        curves=curves,
-        curve_axes=dict.fromkeys(curves, axis),
+        curves={
+            "K_int": found.by_layer,
+            "K_int_F": ready.full.by_layer,
+            "K_int_R": torch.stack([o.by_layer for o in others]).mean(0),
+        },
     )

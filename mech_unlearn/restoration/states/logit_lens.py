@@ -28,10 +28,10 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.readout import answer_logprobs, read_out
 from mech_unlearn.model.tokens import Query
 from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, make_probe
+from mech_unlearn.restoration.engine.levels import Levels, make_query_set
 from mech_unlearn.restoration.engine.result import Result, mean_by_fact
 from mech_unlearn.restoration.states import uds
-from mech_unlearn.restoration.states.uds import RAW_RATIO_FLAG, Rowset, read_rows, rowset, uds_score
+from mech_unlearn.restoration.states.uds import Rowset, erasure_result, read_rows, rowset, uds_score
 
 TOP_K = 20
 """Candidates of the projection that the attacker may look at. Source: arXiv 2309.17410, budget of 20."""
@@ -41,7 +41,7 @@ States = Float[Tensor, "layer query row d_model"]
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class LensQueries:
     """The questions of a lens: the true answers only, and the rows that predict them."""
 
     queries: tuple[Query, ...]
@@ -52,36 +52,31 @@ class Asked:
 class LensLevels:
     """What the lens reads in the full and the retrained models."""
 
-    asked: Asked
+    asked: LensQueries
     full: Float[Tensor, "layer fact"]
     never: Float[Tensor, "retrained layer fact"]
     heldout: Float[Tensor, "heldout fact"]
     """Erasure of each retrained model against the mean of the others; no rows with fewer than two of them."""
 
-    @property
-    def ceiling(self) -> float:
-        """Mean erasure of a held-out retrained model; 1 where that is not known."""
-        return self.heldout.nanmean().item() if len(self.heldout) else 1.0
 
-
-def ask(case: Case, shared: Levels | None) -> Asked:
+def ask(case: Case, shared: Levels | None) -> LensQueries:
     """The TEST questions of a case as a lens reads them."""
-    true = (shared or make_probe(case, "test")).true
+    true = (shared or make_query_set(case, "test")).true
     queries = tuple(replace(query, answers=query.answers[:1]) for query in true)
-    return Asked(queries, rowset(queries, "answer"))
+    return LensQueries(queries, rowset(queries, "answer"))
 
 
-def read_states(case: Case, asked: Asked, model: Model) -> States:
+def read_states(case: Case, asked: LensQueries, model: Model) -> States:
     """A model's states at the rows that predict the answer."""
     return read_rows(model, asked.queries, asked.rows)
 
 
-def ignorant_states(case: Case, asked: Asked) -> States:
+def ignorant_states(case: Case, asked: LensQueries) -> States:
     """F's states about subjects that it knows nothing definite of; in grade B they stand for a retrained model's."""
-    return uds._ignorant_states(case, asked.queries, asked.rows)
+    return uds.ignorant_states(case, asked.queries, asked.rows)
 
 
-def _flat(asked: Asked, states: States) -> tuple[Float[Tensor, "layer token d_model"], Tensor, Tensor]:
+def _flat(asked: LensQueries, states: States) -> tuple[Float[Tensor, "layer token d_model"], Tensor, Tensor]:
     """(States of the rows that exist, the query and the answer token of each)."""
     count = asked.rows.count
     real = torch.arange(states.shape[2]) < count[:, None]
@@ -90,7 +85,7 @@ def _flat(asked: Asked, states: States) -> tuple[Float[Tensor, "layer token d_mo
 
 
 def lens_curve(
-    case: Case, asked: Asked, states: States, reader: Model, translate: Translate = lambda _, states: states
+    case: Case, asked: LensQueries, states: States, reader: Model, translate: Translate = lambda _, states: states
 ) -> Float[Tensor, "layer fact"]:
     """k: mean log-probability per answer token in nats at each layer, mean over the phrasings of a fact."""
     rows, query, tokens = _flat(asked, states)
@@ -107,7 +102,9 @@ def _count(query: Int[Tensor, " token"], which: Bool[Tensor, " token"], size: in
     return torch.zeros(size, dtype=torch.long).index_add(0, query, which.long())
 
 
-def leaks(case: Case, asked: Asked, states: States, reader: Model, top_k: int = TOP_K) -> Float[Tensor, " fact"]:
+def top_k_leaks(
+    case: Case, asked: LensQueries, states: States, reader: Model, top_k: int = TOP_K
+) -> Float[Tensor, " fact"]:
     """Share of the phrasings after which some layer of the upper half has the answer within its first k tokens; NaN
     where none has and logits are not numbers."""
     rows, query, tokens = _flat(asked, states)
@@ -126,7 +123,7 @@ def leaks(case: Case, asked: Asked, states: States, reader: Model, top_k: int = 
 
 
 def make_lens_levels(
-    asked: Asked, full: Float[Tensor, "layer fact"], never: Sequence[Float[Tensor, "layer fact"]]
+    asked: LensQueries, full: Float[Tensor, "layer fact"], never: Sequence[Float[Tensor, "layer fact"]]
 ) -> LensLevels:
     """Levels, with the erasure of each retrained model against the mean of the others."""
     stacked = torch.stack(list(never))
@@ -152,30 +149,16 @@ def lens_result(
     keep = case.others_than(model)
     never = levels.never[keep] if keep else levels.never
     got = uds_score(levels.full - never.mean(0), levels.full - found)
-    flags = tuple(
-        (*(("no_KE_layer",) if x != x else ()), *(("raw_ratio_above_3",) if r > RAW_RATIO_FLAG else ()))
-        for x, r in zip(got.uds.tolist(), got.raw.tolist(), strict=True)
-    )
-    axis = tuple(float(layer) for layer in range(len(found)))
-    curves = {"logprob": found, "logprob_F": levels.full, "logprob_R": never.mean(0)}
-    return Result(
+    return erasure_result(
+        case,
+        got,
+        levels.heldout,
+        keep,
         test=test,
-        model_id=name,
-        facts=case.facts,
-        recoverability=(1 - got.uds / levels.ceiling).clamp(0, 1),
-        score_raw=got.uds,
-        score_full=torch.zeros(len(case.facts)),
-        score_retrained=levels.heldout[keep] if keep and len(levels.heldout) else torch.ones_like(never[:, 0]),
-        null=(1 - levels.heldout / levels.ceiling).clamp(0, 1),
-        kappa=1 - got.uds / levels.ceiling,
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
+        name=name,
         cost_fe=cost_fe,
-        flags=flags,
-        columns={"raw_ratio": got.raw, "ke_layers": got.layers.sum(0).float(), **columns},
-        curves=curves,
-        curve_axes=dict.fromkeys(curves, axis),
+        columns=columns,
+        curves={"logprob": found, "logprob_F": levels.full, "logprob_R": never.mean(0)},
     )
 
 
@@ -201,10 +184,13 @@ def prepare(case: Case, shared: Levels | None = None, *, top_k: int = TOP_K) -> 
     for model in case.retrained:
         states = read_states(case, asked, model)
         never.append(lens_curve(case, asked, states, case.full))
-        leaked.append(leaks(case, asked, states, model, top_k))
+        leaked.append(top_k_leaks(case, asked, states, model, top_k))
     if not never:
         states = ignorant_states(case, asked)
-        never, leaked = [lens_curve(case, asked, states, case.full)], [leaks(case, asked, states, case.full, top_k)]
+        never, leaked = (
+            [lens_curve(case, asked, states, case.full)],
+            [top_k_leaks(case, asked, states, case.full, top_k)],
+        )
     return LogitLensLevels(make_lens_levels(asked, full, never), top_k, tuple(leaked))
 
 
@@ -222,7 +208,7 @@ def audit(case: Case, ready: LogitLensLevels, model: Model, name: str) -> Result
         name=name,
         cost_fe=len(asked.queries) / len(case.facts),
         columns={
-            "top_k": leaks(case, asked, states, model, ready.top_k),
+            "top_k": top_k_leaks(case, asked, states, model, ready.top_k),
             "top_k_R": torch.stack(theirs).mean(0),
         },
     )

@@ -33,17 +33,16 @@ from mech_unlearn.model.bridge import Model, require_positions
 from mech_unlearn.model.capture import capture
 from mech_unlearn.model.scores import Batch, score_each
 from mech_unlearn.model.tokens import Ask, Query, encode, has_unknown, tokenize
-from mech_unlearn.restoration.engine import readouts
-from mech_unlearn.restoration.engine.case import Case, split_queries
+from mech_unlearn.restoration.engine.case import Case, split_queries, tune_facts
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import MIN_GAP, relation_mean, sham_facts
-from mech_unlearn.restoration.engine.readouts import Read, ReadLevels
+from mech_unlearn.restoration.engine.readouts import Read, ReadLevels, readout_result
 from mech_unlearn.restoration.engine.result import Result, mean_by_fact
 
-Target = Literal["full", "self"]
+ReadBy = Literal["full", "self"]
 Name = Literal["relation", "description", "identity"]
-TUNE_FACTS, PICK_FACTS, DEMOS, SOURCES = 40, 10, 2, 12
-"""Facts that choose the source layer; that choose prompt and target layer; facts told first; source layers at most."""
+PICK_FACTS, DEMOS, SOURCES = 10, 2, 12
+"""Facts that choose prompt and target layer; facts told first; source layers at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +59,7 @@ class Put:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class PatchQueries:
     """Questions of one split about some facts, and the prompts that their states are put into."""
 
     facts: tuple[Fact, ...]
@@ -70,7 +69,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Place:
+class PatchPoint:
     """Where a state of a source layer is put."""
 
     source: int
@@ -80,10 +79,10 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class PatchReady:
-    target: Target
-    places: tuple[Place, ...]
-    tune: Asked
-    test: Asked
+    target: ReadBy
+    places: tuple[PatchPoint, ...]
+    tune: PatchQueries
+    test: PatchQueries
     levels: ReadLevels
     choice_full: Float[Tensor, "point fact"]
     """Share of phrasings in which the full model, reading its own state, prefers the answer."""
@@ -124,7 +123,7 @@ def target_ask(case: Case, query: Query, prompt: Name, number: int) -> Ask | Non
     return Ask(query.fact, _written(tokenizer, " ".join(f"{w}{arrow}{w};" for w in words)) + " {}", name)
 
 
-def make_asked(case: Case, queries: Sequence[Query], facts: Sequence[Fact], prompts: Sequence[Name]) -> Asked:
+def make_asked(case: Case, queries: Sequence[Query], facts: Sequence[Fact], prompts: Sequence[Name]) -> PatchQueries:
     """The questions with those of the prompts that can be put together for all of them."""
     targets = {}
     for prompt in prompts:
@@ -132,12 +131,12 @@ def make_asked(case: Case, queries: Sequence[Query], facts: Sequence[Fact], prom
         made = [ask for ask in asks if ask is not None]
         if len(made) == len(asks):
             targets[prompt] = tokenize(case.full.tokenizer, made)
-    return Asked(tuple(facts), tuple(queries), targets)
+    return PatchQueries(tuple(facts), tuple(queries), targets)
 
 
 def _tune_and_test(
     case: Case, facts: Sequence[Fact], chosen: Sequence[int], prompts: Sequence[Name]
-) -> tuple[Asked, Asked]:
+) -> tuple[PatchQueries, PatchQueries]:
     """The TUNE questions about the chosen facts, and the TEST questions about all of them."""
     some = [facts[i] for i in chosen]
     return (
@@ -147,7 +146,7 @@ def _tune_and_test(
 
 
 def read(
-    asked: Asked, source: Model, target: Model, places: Sequence[Place]
+    asked: PatchQueries, source: Model, target: Model, places: Sequence[PatchPoint]
 ) -> tuple[Float[Tensor, "point fact"], Float[Tensor, "point fact"]]:
     """(Margin in nats, 0 at the least; share of phrasings in which the answer is preferred) at each place."""
     margin, choice = (torch.zeros(len(places), len(asked.queries)) for _ in range(2))
@@ -166,11 +165,11 @@ def _spread(n: int, most: int) -> list[int]:
     return sorted({round((n - 1) * i / max(1, min(n, most) - 1)) for i in range(min(n, most))} | {n - 1})
 
 
-def pick_places(case: Case, asked: Asked, target_layers: Sequence[int]) -> tuple[Place, ...]:
+def pick_places(case: Case, asked: PatchQueries, target_layers: Sequence[int]) -> tuple[PatchPoint, ...]:
     """For each source layer the prompt and target layer with the largest mean margin of F beyond a retrained model's
     (grade B: of F), both read by F."""
     sources = _spread(case.full.n_layers, SOURCES)
-    grid = [Place(s, p, t) for s in sources for p in asked.targets for t in target_layers]
+    grid = [PatchPoint(s, p, t) for s in sources for p in asked.targets for t in target_layers]
     gain = read(asked, case.full, case.full, grid)[0].mean(1)
     if case.retrained:
         gain = gain - read(asked, case.retrained[0], case.full, grid)[0].mean(1)
@@ -182,7 +181,7 @@ def prepare(
     case: Case,
     shared: Levels | None = None,
     *,
-    target: Target = "full",
+    target: ReadBy = "full",
     prompts: Sequence[Name] = ("relation", "description", "identity"),
     target_layers: Sequence[int] | None = None,
 ) -> PatchReady:
@@ -196,9 +195,9 @@ def prepare(
         ValueError: an unknown target or prompt, a layer that the model lacks, a fact without distractors, or no prompt
             that the case has words for.
     """
-    if target not in get_args(Target) or any(p not in get_args(Name) for p in prompts):
+    if target not in get_args(ReadBy) or any(p not in get_args(Name) for p in prompts):
         raise ValueError(
-            f"target={target!r}, prompts={tuple(prompts)}: choose from {', '.join(get_args(Target))}, and from "
+            f"target={target!r}, prompts={tuple(prompts)}: choose from {', '.join(get_args(ReadBy))}, and from "
             f"{', '.join(get_args(Name))}"
         )
     depth = case.full.n_layers
@@ -207,7 +206,7 @@ def prepare(
         raise ValueError(f"target layers {layers}: choose from 0..{depth - 1}")
     if bare := [fact.id for fact in case.facts if not fact.distractors]:
         raise ValueError(f"fact {bare[0]!r} has no distractors: the answer's margin over them is what is read")
-    order, few = readouts.tune_facts(case, TUNE_FACTS), readouts.tune_facts(case, PICK_FACTS)
+    order, few = tune_facts(case), tune_facts(case, PICK_FACTS)
     tune, test = _tune_and_test(case, case.facts, order, prompts)
     shams = () if case.retrained else _tune_and_test(case, sham_facts(case.facts, case.seed), order, prompts)
     everything = (tune, test, *shams)
@@ -219,7 +218,7 @@ def prepare(
     some = [case.facts[i] for i in few]
     places = pick_places(case, make_asked(case, split_queries(case, "tune", some), some, used), layers)
 
-    def both(source: Model, reader: Model, a: Asked = tune, b: Asked = test) -> tuple[Read, Tensor]:
+    def both(source: Model, reader: Model, a: PatchQueries = tune, b: PatchQueries = test) -> tuple[Read, Tensor]:
         (on_tune, _), (on_test, choice) = read(a, source, reader, places), read(b, source, reader, places)
         return Read(on_tune, on_test), choice
 
@@ -239,7 +238,7 @@ def audit(case: Case, ready: PatchReady, model: Model, name: str) -> Result:
     reader = case.full if ready.target == "full" else model
     (tune, _), (test, choice) = (read(asked, model, reader, ready.places) for asked in (ready.tune, ready.test))
     passes = len(ready.places) * sum(len(q.answers) for a in (ready.tune, ready.test) for q in a.queries)
-    return readouts.result(
+    return readout_result(
         case,
         ready.levels,
         model,

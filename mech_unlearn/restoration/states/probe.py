@@ -33,18 +33,17 @@ from torch import Tensor
 from mech_unlearn.core import Fact, Measurement
 from mech_unlearn.metrics.intervals import DRAWS
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.restoration.engine import readouts
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import MIN_GAP, relation_mean, sham_facts
-from mech_unlearn.restoration.engine.readouts import Read, ReadLevels
+from mech_unlearn.restoration.engine.readouts import Read, ReadLevels, readout_result
 from mech_unlearn.restoration.engine.result import Result, mean_by_fact
 from mech_unlearn.restoration.states.probe_fit import Fit, code_lengths, fit_linear, make_fit
 from mech_unlearn.restoration.states.probe_tasks import PLACES, Setup, features, make_setup
 
 STRENGTHS = (0.01, 0.1, 1.0)
 """Values of C that are tried."""
-FOLDS = 5
+PROBE_FOLDS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,11 +125,11 @@ def choose_strength(setup: Setup, x: Float[Tensor, "point query d_model"], layer
     totals, counted = dict.fromkeys(STRENGTHS, 0.0), 0
     for task in sorted(setup.tasks, key=lambda t: -len(t.kept))[:2]:
         names = task.subject.unique()
-        fold_of = torch.randperm(len(names), generator=generator) % FOLDS
+        fold_of = torch.randperm(len(names), generator=generator) % PROBE_FOLDS
         fold = fold_of[torch.searchsorted(names, task.subject)]
         rows = x[points][:, task.kept]
         for c in STRENGTHS:
-            for k in range(FOLDS):
+            for k in range(PROBE_FOLDS):
                 test = (fold == k) & torch.isin(task.label, task.label[fold != k])
                 counted += int(test.sum())
                 if test.any():
@@ -230,7 +229,7 @@ def audit(case: Case, ready: ProbeLevels, model: Model, name: str) -> Result:
             out["mdl_bits_R"] = torch.stack([_known_bits(case, ready, k, point) for k in keep]).mean(0)
         return out
 
-    return readouts.result(
+    return readout_result(
         case,
         ready.levels,
         model,

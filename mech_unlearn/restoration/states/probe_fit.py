@@ -23,13 +23,13 @@ BLOCKS = (0.1, 0.2, 0.4, 0.8, 1.0)
 FLOOR = 1e-4
 """Probability below which no class falls in a code: a code has to have a word for everything."""
 
-Rows = Float[Tensor, "place row d"]
-Tests = Float[Tensor, "place test d"]
-Fit = Callable[[Rows, Int[Tensor, " row"], Int[Tensor, " row"], Tests, int], Float[Tensor, "place test class"]]
+TrainRows = Float[Tensor, "place row d"]
+TestRows = Float[Tensor, "place test d"]
+Fit = Callable[[TrainRows, Int[Tensor, " row"], Int[Tensor, " row"], TestRows, int], Float[Tensor, "place test class"]]
 """(training rows, their labels, their subjects, test rows, number of classes) -> log-probabilities."""
 
 
-def standardised(train: Rows, test: Tests) -> tuple[Rows, Tests]:
+def standardised(train: TrainRows, test: TestRows) -> tuple[TrainRows, TestRows]:
     """Both in units of the training rows' mean and standard deviation, per coordinate; 0 where these are constant."""
     mean, sd = train.mean(1, keepdim=True), train.std(1, keepdim=True, correction=0)
     scale = torch.where(sd > 1e-5 * sd.amax(2, keepdim=True), 1 / sd.clamp(min=1e-12), 0.0)
@@ -37,7 +37,7 @@ def standardised(train: Rows, test: Tests) -> tuple[Rows, Tests]:
 
 
 def fit_linear(
-    train: Rows, label: Tensor, subject: Tensor, test: Tests, classes: int, *, c: float = 0.1
+    train: TrainRows, label: Tensor, subject: Tensor, test: TestRows, classes: int, *, c: float = 0.1
 ) -> Float[Tensor, "place test class"]:
     """A logistic regression at each place; on one thread, because small fits lose from more."""
     from sklearn.linear_model import LogisticRegression
@@ -72,7 +72,7 @@ def _validation(label: Tensor, subject: Tensor, generator: torch.Generator) -> t
 
 
 def fit_mlp(
-    train: Rows, label: Tensor, subject: Tensor, test: Tests, classes: int, *, seed: int = 0
+    train: TrainRows, label: Tensor, subject: Tensor, test: TestRows, classes: int, *, seed: int = 0
 ) -> Float[Tensor, "place test class"]:
     """One hidden layer at each place, all places in one batch."""
     x, y = standardised(train.float(), test.float())
@@ -128,8 +128,8 @@ def make_fit(kind: str, c: float, seed: int) -> Fit:
 
 def code_lengths(
     fit: Fit,
-    known: tuple[Rows, Int[Tensor, " row"], Int[Tensor, " row"]],
-    coded: tuple[Tests, Int[Tensor, " test"], Int[Tensor, " test"]],
+    known: tuple[TrainRows, Int[Tensor, " row"], Int[Tensor, " row"]],
+    coded: tuple[TestRows, Int[Tensor, " test"], Int[Tensor, " test"]],
     classes: int,
     order: Sequence[int],
 ) -> Float[Tensor, " test"]:

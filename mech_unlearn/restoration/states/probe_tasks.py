@@ -10,11 +10,10 @@ from mech_unlearn.core import Fact, Site
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import capture
 from mech_unlearn.model.tokens import Query
-from mech_unlearn.restoration.engine import readouts
-from mech_unlearn.restoration.engine.case import Case, split_queries
+from mech_unlearn.restoration.engine.case import Case, split_queries, tune_facts
 
-MAX_OBJECTS, MAX_KEPT, TUNE_FACTS = 50, 400, 40
-"""Objects of a relation; kept facts of a relation that train; facts that choose the place."""
+MAX_OBJECTS, MAX_KEPT = 50, 400
+"""Objects of a relation; kept facts of a relation that train."""
 PLACES = ("last subject", "last prompt")
 
 
@@ -71,7 +70,7 @@ def make_setup(case: Case) -> Setup:
     Raises:
         ValueError: no kept facts of the forgotten relations.
     """
-    chosen = readouts.tune_facts(case, TUNE_FACTS)
+    chosen = tune_facts(case)
     tune = split_queries(case, "tune", [case.facts[i] for i in chosen])
     test = split_queries(case, "test")
     kept = kept_facts(case)

@@ -31,7 +31,7 @@ from torch import Tensor
 from mech_unlearn.core import Site
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import capture
-from mech_unlearn.restoration.engine.case import Case, split_queries
+from mech_unlearn.restoration.engine.case import Case, make_result, split_queries
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.result import Result
 
@@ -105,7 +105,7 @@ def erasure(own: Float[Tensor, " layer"], base: Float[Tensor, " layer"]) -> floa
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class SubjectTokens:
     """Distinct subject tokens of one prompt per subject: their prefixes, and for each fact the row of its subject's
     last token."""
 
@@ -117,7 +117,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class SimilarityLevels:
-    rows: Rows
+    rows: SubjectTokens
     full: Float[Tensor, "layer row d_model"]
     never: tuple[Float[Tensor, "layer row d_model"], ...]
     to_full: Float[Tensor, "retrained layer"]
@@ -127,7 +127,7 @@ class SimilarityLevels:
     k: int
 
 
-def _rows(case: Case) -> Rows:
+def _rows(case: Case) -> SubjectTokens:
     index: dict[tuple[int, ...], int] = {}
     last: dict[str, int] = {}
     for query in split_queries(case, "test", limit=1):
@@ -135,10 +135,10 @@ def _rows(case: Case) -> Rows:
             at = [index.setdefault(query.prompt[: end + 1], len(index)) for end in range(*query.span)]
             last[query.fact.subject] = at[-1]
     of_fact = torch.tensor([last[fact.subject] for fact in case.facts])
-    return Rows(tuple(index), of_fact, of_fact.unique())
+    return SubjectTokens(tuple(index), of_fact, of_fact.unique())
 
 
-def _states(model: Model, rows: Rows) -> Float[Tensor, "layer row d_model"]:
+def _states(model: Model, rows: SubjectTokens) -> Float[Tensor, "layer row d_model"]:
     sites = [Site(layer, "resid_post") for layer in range(model.n_layers)]
     store = capture(model, rows.ids, sites, "last", dtype=torch.float32)
     return torch.stack([store[site] for site in sites])
@@ -216,22 +216,17 @@ def audit(case: Case, ready: SimilarityLevels, model: Model, name: str) -> Resul
         score, knn = erasure(curves["cka_UR"], curves["cka_FR"]), _knn(ready, found, others)
     ceiling = sum(held) / len(held) if held else 1.0
     top = ceiling if ceiling > 0 else float("nan")
-    axis = tuple(float(layer) for layer in range(len(found)))
-    return Result(
-        test="similarity",
-        model_id=name,
-        facts=case.facts,
+    return make_result(
+        case,
+        "similarity",
+        name,
         recoverability=torch.full((facts,), 1 - score / top).clamp(0, 1),
-        score_raw=torch.full((facts,), score),
-        score_full=torch.zeros(facts),
+        score_raw=score,
+        score_full=0.0,
         score_retrained=torch.tensor([held[k] for k in keep] if held else [1.0])[:, None].expand(-1, facts),
         null=torch.tensor([[1 - h / top] for h in held]).reshape(-1, 1).expand(-1, facts).clamp(0, 1),
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
         cost_fe=len(ready.rows.ids) / facts,
-        flags=(("description_only",),) * facts,
+        flags=[("description_only",)] * facts,
         columns={"knn_erasure": knn},
         curves={key: values[:, None].expand(-1, facts).float() for key, values in curves.items()},
-        curve_axes=dict.fromkeys(curves, axis),
     )

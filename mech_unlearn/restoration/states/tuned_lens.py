@@ -106,7 +106,7 @@ def audit(case: Case, ready: TunedLevels, model: Model, name: str) -> Result:
     through = lens_result(case, frozen, model, read, test="tuned_lens", name=name, cost_fe=fe, columns={})
     if ready.own is None:
         return through
-    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
+    index = case.index_of(model)
     if index is not None:
         curve = ready.retrained[index]
     elif model is case.full:

@@ -18,7 +18,7 @@ UDS_i = sum_{l in KE} D1_l clip(D2_l / D1_l, 0, 1) / sum_{l in KE} D1_l, KE = {l
 log-probability per answer token (nats) when layer l of F is patched. 1 = erased to the level of R, 0 = intact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,8 +32,8 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import capture
 from mech_unlearn.model.sweep import Patch, put, record, sweep
 from mech_unlearn.model.tokens import Ask, Query, tokenize
-from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, make_probe
+from mech_unlearn.restoration.engine.case import Case, make_result
+from mech_unlearn.restoration.engine.levels import Levels, make_query_set
 from mech_unlearn.restoration.engine.result import Result, mean_by_fact
 
 TAU = 0.05
@@ -42,7 +42,7 @@ RAW_RATIO_FLAG = 3.0
 """Raw D2 / D1 above which the states are broken rather than erased (RMU reaches 57 in the paper's guide)."""
 STAND_INS = 8
 """Other subjects whose mean state stands for ignorance when neither retrained models nor unknown names are given."""
-Rows = Literal["answer", "subject"]
+RowKind = Literal["answer", "subject"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def uds_score(
 class Rowset:
     """Which positions of each query are read and written, counted from the last prompt token or the subject's end."""
 
-    rows: Rows
+    rows: RowKind
     count: Int[Tensor, " query"]
 
     def places(self, queries: Sequence[Query]) -> list[range]:
@@ -85,7 +85,7 @@ class Rowset:
         return [range(a, a + n) for a, n in zip(first, self.count.tolist(), strict=True)]
 
 
-def rowset(queries: Sequence[Query], rows: Rows) -> Rowset:
+def rowset(queries: Sequence[Query], rows: RowKind) -> Rowset:
     """The rows that predict the answer's tokens, or the one row of the subject's last token."""
     return Rowset(rows, torch.tensor([len(q.answers[0]) if rows == "answer" else 1 for q in queries]))
 
@@ -147,10 +147,10 @@ class UdsLevels:
     heldout: Float[Tensor, "heldout fact"]
     """UDS of each retrained model against the mean of the others; no rows with fewer than two of them."""
 
-    @property
-    def ceiling(self) -> float:
-        """Mean UDS of a held-out retrained model; 1 where that is not known."""
-        return self.heldout.nanmean().item() if len(self.heldout) else 1.0
+
+def ceiling(heldout: Float[Tensor, "heldout fact"]) -> float:
+    """Mean erasure of a held-out retrained model; 1 where that is not known."""
+    return heldout.nanmean().item() if len(heldout) else 1.0
 
 
 def _true_only(queries: Sequence[Query]) -> tuple[Query, ...]:
@@ -168,16 +168,16 @@ def source_drop(case: Case, levels: UdsLevels, source: Model) -> Float[Tensor, "
     return _drops_of(case, levels, [read_rows(source, levels.queries, levels.rows)])[0]
 
 
-def prepare(case: Case, shared: Levels | None = None, *, rows: Rows = "answer") -> UdsLevels:
+def prepare(case: Case, shared: Levels | None = None, *, rows: RowKind = "answer") -> UdsLevels:
     """Stage 1: the drops caused by the states of each retrained model."""
-    queries = _true_only((shared or make_probe(case, "test")).true)
+    queries = _true_only((shared or make_query_set(case, "test")).true)
     chosen = rowset(queries, rows)
     empty = torch.zeros(0, case.full.n_layers, len(case.facts))
     levels = UdsLevels(queries, chosen, empty, empty[:, 0])
     if case.retrained:
         states = [read_rows(model, queries, chosen) for model in case.retrained]
     else:
-        states = [_ignorant_states(case, queries, chosen)]
+        states = [ignorant_states(case, queries, chosen)]
     stacked = _drops_of(case, levels, states)
     rest = [torch.cat([stacked[:k], stacked[k + 1 :]]).mean(0) for k in range(len(stacked))]
     several = len(stacked) > 1
@@ -185,7 +185,7 @@ def prepare(case: Case, shared: Levels | None = None, *, rows: Rows = "answer") 
     return replace(levels, drops=stacked, heldout=torch.stack(heldout) if heldout else levels.heldout)
 
 
-def _ignorant_states(case: Case, queries: Sequence[Query], rows: Rowset) -> Tensor:
+def ignorant_states(case: Case, queries: Sequence[Query], rows: Rowset) -> Tensor:
     """F's states on the same prompts about subjects it can say nothing definite of; stands in for a retrained model.
 
     One unknown subject per fact, or the mean state of up to eight other subjects (mean ablation): a single known
@@ -220,36 +220,62 @@ def _stand_ins(case: Case, i: int) -> tuple[str, ...]:
 def audit(case: Case, levels: UdsLevels, model: Model, name: str) -> Result:
     """Stage 2: the drops caused by the audited model's states, set against those of the retrained models."""
     keep = case.others_than(model)
-    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
+    index = case.index_of(model)
     found = levels.drops[index] if index is not None else source_drop(case, levels, model)
     never = levels.drops[keep] if keep else levels.drops
     got = uds_score(never.mean(0), found)
     single = torch.stack([uds_score(d, found).uds for d in never])
-    variant = "uds" if levels.rows.rows == "answer" else "uds_subject"
-    flags = tuple(
+    spread = never.std(0) if len(never) > 1 else torch.full_like(found, torch.nan)
+    return erasure_result(
+        case,
+        got,
+        levels.heldout,
+        keep,
+        test="uds" if levels.rows.rows == "answer" else "uds_subject",
+        name=name,
+        cost_fe=float((1 + case.full.n_layers) * len(levels.queries) / len(case.facts)),
+        columns={"uds_sd": _sd(single)},
+        curves={"drop": found, "drop_R": never.mean(0), "drop_R_sd": spread},
+    )
+
+
+def erasure_result(
+    case: Case,
+    got: UdsScore,
+    heldout: Float[Tensor, "heldout fact"],
+    keep: Sequence[int],
+    *,
+    test: str,
+    name: str,
+    cost_fe: float,
+    columns: Mapping[str, Float[Tensor, " fact"]],
+    curves: Mapping[str, Float[Tensor, "layer fact"]],
+) -> Result:
+    """The result of an erasure score over layers: recoverability = 1 - erasure / (mean erasure of held-out retrained
+    models), within [0, 1].
+
+    Args:
+        heldout: erasure of each retrained model against the mean of the others.
+        keep: the retrained models that the audited one is compared with.
+    """
+    top, facts = ceiling(heldout), len(case.facts)
+    flags = [
         (*(("no_KE_layer",) if x != x else ()), *(("raw_ratio_above_3",) if r > RAW_RATIO_FLAG else ()))
         for x, r in zip(got.uds.tolist(), got.raw.tolist(), strict=True)
-    )
-    axis = tuple(float(layer) for layer in range(case.full.n_layers))
-    spread = never.std(0) if len(never) > 1 else torch.full_like(found, torch.nan)
-    return Result(
-        test=variant,
-        model_id=name,
-        facts=case.facts,
-        recoverability=(1 - got.uds / levels.ceiling).clamp(0, 1),
+    ]
+    return make_result(
+        case,
+        test,
+        name,
         score_raw=got.uds,
-        score_full=torch.zeros(len(case.facts)),
-        score_retrained=levels.heldout[keep] if keep and len(levels.heldout) else torch.ones_like(single),
-        null=(1 - levels.heldout / levels.ceiling).clamp(0, 1),
-        kappa=1 - got.uds / levels.ceiling,
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
-        cost_fe=float((1 + case.full.n_layers) * len(levels.queries) / len(case.facts)),
+        score_full=0.0,
+        score_retrained=heldout[list(keep)] if len(heldout) else torch.ones(max(1, len(keep)), facts),
+        null=(1 - heldout / top).clamp(0, 1),
+        kappa=1 - got.uds / top,
+        cost_fe=cost_fe,
         flags=flags,
-        columns={"raw_ratio": got.raw, "ke_layers": got.layers.sum(0).float(), "uds_sd": _sd(single)},
-        curves={"drop": found, "drop_R": never.mean(0), "drop_R_sd": spread},
-        curve_axes={"drop": axis, "drop_R": axis, "drop_R_sd": axis},
+        columns={"raw_ratio": got.raw, "ke_layers": got.layers.sum(0).float(), **columns},
+        curves=curves,
     )
 
 

@@ -19,7 +19,7 @@ first one the embeddings.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -31,10 +31,11 @@ from mech_unlearn.model.bridge import Model, require_positions
 from mech_unlearn.model.scores import Batch, RowWrite, score
 from mech_unlearn.model.tokens import Query
 from mech_unlearn.restoration.engine.case import Case
+from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
 from mech_unlearn.restoration.engine.levels import Levels, make_levels
 from mech_unlearn.restoration.engine.result import Result
 
-Where = Literal["prompt", "subject"]
+Positions = Literal["prompt", "subject"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Copied:
     """F's states of each prompt, as a write function for one site."""
 
     states: dict[int, Float[Tensor, "pos d_model"]]
-    where: Where
+    where: Positions
 
     def __call__(self, x: Float[Tensor, "batch pos d_model"], batch: Batch) -> Tensor:
         out = x.clone()
@@ -58,7 +59,7 @@ class WritebackLevels:
 
     levels: Levels
     arms: tuple[dict[Site, RowWrite], ...]
-    where: Where
+    where: Positions
     retrained: Float[Tensor, "retrained layer fact"]
     """Margins after writing, in nats."""
 
@@ -68,7 +69,7 @@ def sites(n_layers: int) -> tuple[Site, ...]:
     return (Site(0, "resid_pre"), *(Site(layer, "resid_post") for layer in range(n_layers)))
 
 
-def copied(full: Model, queries: Sequence[Query], where: Where) -> tuple[dict[Site, RowWrite], ...]:
+def copied(full: Model, queries: Sequence[Query], where: Positions) -> tuple[dict[Site, RowWrite], ...]:
     """One write per site of `sites`, with the full model's states of these prompts."""
     places = sites(full.n_layers)
     kept: dict[Site, dict[int, Tensor]] = {site: {} for site in places}
@@ -84,45 +85,38 @@ def copied(full: Model, queries: Sequence[Query], where: Where) -> tuple[dict[Si
     return tuple({site: Copied(kept[site], where)} for site in places)
 
 
-def prepare(case: Case, shared: Levels | None = None, *, where: Where = "prompt") -> WritebackLevels:
+def prepare(case: Case, shared: Levels | None = None, *, where: Positions = "prompt") -> WritebackLevels:
     """Read the full model's states, and write them into the retrained models."""
     levels = shared or make_levels(case, "test")
     require_positions(case.full)
-    arms = copied(case.full, levels.probe.queries, where)
-    never = [levels.probe.margins_each(model, arms)[:, 0] for model in case.retrained]
-    empty = torch.zeros(0, len(arms), len(case.facts))
-    return WritebackLevels(levels, arms, where, torch.stack(never) if never else empty)
+    arms = copied(case.full, levels.query_set.queries, where)
+    shape = (len(arms), len(case.facts))
+    retrained = margins_after(case, lambda model: levels.query_set.margins_each(model, arms), shape)
+    return WritebackLevels(levels, arms, where, retrained)
 
 
 def audit(case: Case, ready: WritebackLevels, model: Model, name: str) -> Result:
     """Write the full model's states into the audited model, layer by layer."""
     require_positions(model)
-    keep, levels = case.others_than(model), ready.levels
-    index = next((k for k, retrained in enumerate(case.retrained) if retrained is model), None)
-    before = levels.probe.margins(model)
-    after = levels.probe.margins_each(model, ready.arms) if index is None else ready.retrained[index].unsqueeze(1)
-    found = levels.rho(before, after, ready.retrained, keep)
-    if not keep:
-        found = torch.full_like(found, torch.nan)
-    best = found.nan_to_num(nan=-1.0).argmax(0)
-    axis = tuple(float(layer) for layer in range(-1, case.full.n_layers))
-    picked = torch.arange(len(case.facts))
-    return Result(
+    levels, facts = ready.levels, torch.arange(len(case.facts))
+    found = measure_gain(case, levels, ready.retrained, model, lambda m: levels.query_set.margins_each(m, ready.arms))
+    rho = found.rho if found.keep else torch.full_like(found.rho, torch.nan)
+    best = rho.nan_to_num(nan=-1.0).argmax(0)
+    largest = replace(
+        found,
+        after=found.after[best, facts],
+        rho=rho.amax(0),
+        ignorant=found.ignorant[:, best, facts] if found.keep else levels.never,
+        null=found.null.amax(1),
+    )
+    return gain_result(
+        case,
+        largest,
         test="writeback" if ready.where == "prompt" else "writeback_subject",
-        model_id=name,
-        facts=case.facts,
-        recoverability=found.amax(0),
-        score_raw=after[best, 0, picked],
-        score_full=levels.full,
-        score_retrained=ready.retrained[keep][:, best, picked] if keep else levels.never,
-        null=levels.null(ready.retrained).amax(1),
-        rho=found.amax(0),
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
+        name=name,
         cost_fe=float(len(ready.arms) + 1),
-        flags=() if keep else (("needs_retrained",),) * len(case.facts),
-        columns={"before": before[0], "best_layer": best.float() - 1},
-        curves={"rho": found},
-        curve_axes={"rho": axis},
+        flags=() if found.keep else (("needs_retrained",),) * len(case.facts),
+        columns={"best_layer": best.float() - 1},
+        curves={"rho": rho},
+        axis=range(-1, case.full.n_layers),
     )

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/restoration/weights."""
+"""Does changing the weights a little bring it back? Training, rounding, noise, pruning."""

@@ -31,7 +31,7 @@ from mech_unlearn.model.scores import Batch, RowWrite
 from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case
-from mech_unlearn.restoration.engine.levels import Levels, Probe
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet
 from mech_unlearn.restoration.engine.normalise import gains, relation_mean
 from mech_unlearn.restoration.engine.result import Result
 
@@ -39,13 +39,13 @@ SIGMAS = (0.005, 0.01, 0.02, 0.05, 0.1)
 """Standard deviation of the noise over that of what it is added to."""
 SEEDS = 10
 PERMUTATIONS = 999
-Where = Literal["weights", "states"]
+NoiseTarget = Literal["weights", "states"]
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseReady:
     ready: Ready
-    where: Where
+    where: NoiseTarget
     sigmas: tuple[float, ...]
     seeds: int
     each: tuple[Float[Tensor, "sigma seed kind fact"], ...]
@@ -89,7 +89,7 @@ def state_noise(model: Model, sigma: float, seed: int) -> dict[Site | str, RowWr
 
 
 @contextmanager
-def _noisy(model: Model, where: Where) -> Iterator[tuple[Model, dict[str, Tensor]]]:
+def _noisy(model: Model, where: NoiseTarget) -> Iterator[tuple[Model, dict[str, Tensor]]]:
     if where == "states":
         yield model, {}
         return
@@ -98,10 +98,10 @@ def _noisy(model: Model, where: Where) -> Iterator[tuple[Model, dict[str, Tensor
 
 
 def _each(
-    case: Case, model: Model, probes: Sequence[Probe], where: Where, sigmas: Sequence[float], seeds: int
+    case: Case, model: Model, query_sets: Sequence[QuerySet], where: NoiseTarget, sigmas: Sequence[float], seeds: int
 ) -> list[Float[Tensor, "sigma seed kind fact"]]:
-    """Margins of each probe at every strength and seed."""
-    out: list[list[Tensor]] = [[] for _ in probes]
+    """Margins of each set of queries at every strength and seed."""
+    out: list[list[Tensor]] = [[] for _ in query_sets]
     with _noisy(model, where) as (noisy, weights):
         for sigma in sigmas:
             for k in range(seeds):
@@ -109,8 +109,8 @@ def _each(
                 writes = state_noise(model, sigma, seed) if where == "states" else None
                 if where == "weights":
                     add_noise_(noisy, weights, sigma, seed)
-                for rows, probe in zip(out, probes, strict=True):
-                    rows.append(probe.margins(noisy, writes))
+                for rows, query_set in zip(out, query_sets, strict=True):
+                    rows.append(query_set.margins(noisy, writes))
     return [torch.stack(rows).unflatten(0, (len(sigmas), seeds)) for rows in out]
 
 
@@ -118,7 +118,7 @@ def prepare(
     case: Case,
     shared: Levels | None = None,
     *,
-    where: Where = "weights",
+    where: NoiseTarget = "weights",
     sigmas: tuple[float, ...] = SIGMAS,
     seeds: int = SEEDS,
 ) -> NoiseReady:
@@ -131,7 +131,7 @@ def prepare(
         raise ValueError(f"noise needs seeds >= 1 and strengths >= 0, got {seeds} and {sigmas}")
     each: list[Tensor] = []
 
-    def operate(model: Model, tune: Probe, test: Probe) -> Curves:
+    def operate(model: Model, tune: QuerySet, test: QuerySet) -> Curves:
         on_tune, on_test = _each(case, model, (tune, test), where, sigmas, seeds)
         each.append(on_test)
         return attack.same(on_tune.mean(1).unbind(), on_test.mean(1).unbind())
@@ -159,20 +159,20 @@ def permutation_p(
 def audit(case: Case, noise: NoiseReady, model: Model, name: str) -> Result:
     """Shake the audited model, choose the strength on TUNE, and compare seeds with the retrained models' seeds."""
     ready, keep = noise.ready, case.others_than(model)
-    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
+    index = case.index_of(model)
     if index is None:
-        probes = (ready.tune.probe, ready.test.probe)
-        tune, each = _each(case, model, probes, noise.where, noise.sigmas, noise.seeds)
+        query_sets = (ready.tune.query_set, ready.test.query_set)
+        tune, each = _each(case, model, query_sets, noise.where, noise.sigmas, noise.seeds)
         curves = attack.same(tune.mean(1).unbind(), each.mean(1).unbind())
     else:
         curves, each = ready.retrained[index], noise.each[index]
-    before = ready.test.probe.margins(model)
+    before = ready.test.query_set.margins(model)
     gain = each - before
     if keep:
         theirs = torch.cat([noise.each[k][..., 0, :] - ready.test.never[k] for k in keep], 1)
     else:
         theirs = relation_mean(gain[..., 1, :], case.facts)
-    found = attack.result(
+    found = attack.attack_result(
         case,
         ready,
         model,

@@ -32,7 +32,7 @@ from mech_unlearn.model.tokens import Query, buckets
 from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case, split_queries
-from mech_unlearn.restoration.engine.levels import Levels, Probe
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet
 from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.weights.quantize import coverage_flags, linear_weights
 
@@ -47,7 +47,7 @@ PROMPTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class Criterion:
     """One way to choose weights: `magnitude`, `wanda`, or `difference` (top q for forgetting, not top p for use)."""
 
     how: str
@@ -62,8 +62,8 @@ class Setting:
 
 
 GRID = (
-    *(Setting(how=how, share=p) for how in ("magnitude", "wanda") for p in SPARSITIES),
-    *(Setting(how="difference", share=q, spared=p) for q in SHARES for p in SHARES),
+    *(Criterion(how=how, share=p) for how in ("magnitude", "wanda") for p in SPARSITIES),
+    *(Criterion(how="difference", share=q, spared=p) for q in SHARES for p in SHARES),
 )
 
 
@@ -158,7 +158,11 @@ def material(case: Case) -> Material:
 
 
 def _masks(
-    model: Model, setting: Setting, norms: Mapping[str, Tensor], forget: Mapping[str, Tensor], use: Mapping[str, Tensor]
+    model: Model,
+    setting: Criterion,
+    norms: Mapping[str, Tensor],
+    forget: Mapping[str, Tensor],
+    use: Mapping[str, Tensor],
 ) -> dict[str, Bool[Tensor, "..."]]:
     """Held name -> which weights are removed."""
     out = {}
@@ -183,7 +187,9 @@ def prune_(model: Model, masks: Mapping[str, Tensor]) -> None:
     model.require_live(masks)
 
 
-def _operate(case: Case, grid: Sequence[Setting], on: Material, model: Model, tune: Probe, test: Probe) -> Curves:
+def _operate(
+    case: Case, grid: Sequence[Criterion], on: Material, model: Model, tune: QuerySet, test: QuerySet
+) -> Curves:
     """Margins and lost other facts at each setting."""
     norms = input_norms(model, on.texts)
     own = greedy(model, [q.prompt for q in on.forget], max(len(q.answers[0]) for q in on.forget))
@@ -208,11 +214,11 @@ def _operate(case: Case, grid: Sequence[Setting], on: Material, model: Model, tu
 @dataclass(frozen=True, eq=False)
 class PruningReady:
     ready: Ready
-    grid: tuple[Setting, ...]
+    grid: tuple[Criterion, ...]
     material: Material
 
 
-def prepare(case: Case, shared: Levels | None = None, *, grid: tuple[Setting, ...] = GRID) -> PruningReady:
+def prepare(case: Case, shared: Levels | None = None, *, grid: tuple[Criterion, ...] = GRID) -> PruningReady:
     """Prune the retrained models at every setting.
 
     Raises:
@@ -235,7 +241,7 @@ def audit(case: Case, pruning: PruningReady, model: Model, name: str) -> Result:
     ready = pruning.ready
     curves = attack.curves_of(case, ready, model, lambda *args: _operate(case, pruning.grid, pruning.material, *args))
     scored = (len(pruning.material.forget) + len(pruning.material.utility)) * 3 / len(case.facts)
-    return attack.result(
+    return attack.attack_result(
         case,
         ready,
         model,

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from mech_unlearn.edit.edit import clone
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.case import Case
+from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
 from mech_unlearn.restoration.engine.levels import Levels, make_levels
 from mech_unlearn.restoration.engine.result import Result
 
@@ -241,10 +241,10 @@ class QuantizeLevels:
     """Margins of the retrained models after rounding; no rows in grade B."""
 
 
-def _margins(case: Case, levels: Levels, model: Model, how: Rounding) -> Float[Tensor, "kind fact"]:
+def _margins(levels: Levels, model: Model, how: Rounding) -> Float[Tensor, "kind fact"]:
     with clone(model) as copy:
         quantize_(copy, how)
-        return levels.probe.margins(copy)
+        return levels.query_set.margins(copy)
 
 
 def prepare(
@@ -265,31 +265,19 @@ def prepare(
     if code == "bitsandbytes":
         _bitsandbytes()
     levels = shared or make_levels(case, "test")
-    after = [_margins(case, levels, model, how)[0] for model in case.retrained]
-    return QuantizeLevels(levels, how, torch.stack(after) if after else torch.zeros(0, len(case.facts)))
+    return QuantizeLevels(levels, how, margins_after(case, lambda model: _margins(levels, model, how)))
 
 
 def audit(case: Case, ready: QuantizeLevels, model: Model, name: str) -> Result:
     """Round a clone of the audited model and score it."""
-    keep, levels = case.others_than(model), ready.levels
-    before = levels.probe.margins(model)
-    after = _margins(case, levels, model, ready.how)
-    found = levels.rho(before, after, ready.retrained, keep)
-    phi = code_agreement(case.full, model, ready.how)
-    return Result(
+    levels = ready.levels
+    found = measure_gain(case, levels, ready.retrained, model, lambda m: _margins(levels, m, ready.how))
+    return gain_result(
+        case,
+        found,
         test=str(ready.how),
-        model_id=name,
-        facts=case.facts,
-        recoverability=found,
-        score_raw=after[0],
-        score_full=levels.full,
-        score_retrained=attack.ignorant(case, keep, ready.retrained, after),
-        null=levels.null(ready.retrained),
-        rho=found,
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
-        cost_fe=2.0 * len(levels.probe.queries) / len(case.facts),
-        flags=(coverage_flags(model, _axes(model)),) * len(case.facts),
-        columns={"before": before[0], "code_agreement": torch.full((len(case.facts),), phi)},
+        name=name,
+        cost_fe=2.0 * len(levels.query_set.queries) / len(case.facts),
+        flags=[coverage_flags(model, _axes(model))] * len(case.facts),
+        columns={"code_agreement": code_agreement(case.full, model, ready.how)},
     )

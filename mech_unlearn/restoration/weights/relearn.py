@@ -30,60 +30,33 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mech_unlearn.core import Fact
-from mech_unlearn.model.asking import split_templates
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.model.tokens import Ask, pad, tokenize
 from mech_unlearn.restoration.engine import attack
-from mech_unlearn.restoration.engine.case import Case, Relearn
-from mech_unlearn.restoration.engine.levels import Levels, Probe
+from mech_unlearn.restoration.engine.case import Case, irrelevant_texts
+from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
+from mech_unlearn.restoration.engine.lessons import (
+    Lesson,
+    by_fold,
+    fold_lessons,
+    fold_of,
+    lesson_batches,
+    lesson_loss,
+    lessons,
+    taught_templates,
+)
+from mech_unlearn.restoration.engine.levels import Levels, QuerySet
 from mech_unlearn.restoration.engine.result import Result
-from mech_unlearn.restoration.engine.update import every_weight, low_rank
-from mech_unlearn.restoration.outputs.trace import irrelevant_texts
 from mech_unlearn.restoration.weights.quantize import coverage_flags, linear_weights
+from mech_unlearn.restoration.weights.update import every_weight, low_rank
 
-Lesson = tuple[tuple[int, ...], int]
-"""Token ids of a prompt with its answer, and the length of the prompt."""
 Teach = Literal["rest", "direct", "benign", "unrelated", "syntax"]
 UNRELATED = 10
 """Running texts of the set `unrelated`. Source: arXiv 2409.18025 (ten unrelated examples)."""
-
-
-def fold_of(facts: Sequence[Fact], settings: Relearn, seed: int) -> tuple[int, ...]:
-    """The fold that each fact belongs to, of equal size as far as can be.
-
-    By subject all facts of a subject share a fold; by fact the facts of each subject are dealt out.
-
-    Raises:
-        ValueError: fewer subjects (or facts per subject) than folds, so that nothing could be taught.
-    """
-    draw = random.Random(seed)
-    subjects = sorted({fact.subject for fact in facts})
-    draw.shuffle(subjects)
-    if settings.split == "entity":
-        if len(subjects) < settings.folds:
-            raise ValueError(
-                f"relearning by entity in {settings.folds} folds needs as many subjects, got {len(subjects)}; "
-                "use split='fact'"
-            )
-        return tuple(subjects.index(fact.subject) % settings.folds for fact in facts)
-    order = sorted(range(len(facts)), key=lambda i: (facts[i].subject, draw.random()))
-    if len(order) < settings.folds:
-        raise ValueError(f"relearning in {settings.folds} folds needs as many facts, got {len(order)}")
-    dealt = {i: k % settings.folds for k, i in enumerate(order)}
-    return tuple(dealt[i] for i in range(len(facts)))
-
-
-def lessons(case: Case, facts: Sequence[Fact]) -> list[Lesson]:
-    """(token ids of prompt and answer, length of the prompt) for each SELECT and TUNE phrasing."""
-    taught = {fact.id: (*split_templates(fact, "select"), *split_templates(fact, "tune")) for fact in facts}
-    asks = [Ask(fact, template) for fact in facts for template in dict.fromkeys(taught[fact.id])]
-    queries = tokenize(case.full.tokenizer, asks, distractors=False)
-    return [(query.full, len(query.prompt)) for query in queries]
 
 
 def unrelated_lessons(case: Case) -> list[Lesson]:
@@ -126,25 +99,14 @@ def syntax_lessons(case: Case) -> list[Lesson]:
     for fact in case.facts:
         pool = sorted({o.object for o in case.facts if o.relation == fact.relation} | {*fact.distractors})
         told = replace(fact, subject=draw.choice(case.unknown).name, object=draw.choice(pool), distractors=())
-        taught = (*split_templates(fact, "select"), *split_templates(fact, "tune"))
-        asks += [Ask(told, template) for template in dict.fromkeys(taught)]
+        asks += [Ask(told, template) for template in taught_templates(fact)]
     return [(query.full, len(query.prompt)) for query in tokenize(case.full.tokenizer, asks, distractors=False)]
 
 
-def answer_loss(
-    logits: Float[Tensor, "batch pos d_vocab"], ids: Int[Tensor, "batch pos"], start: Sequence[int], end: Sequence[int]
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats over the answer tokens [start, end) of all rows."""
-    at = torch.arange(ids.shape[1], device=ids.device)[None]
-    low, high = (torch.tensor(x, device=ids.device)[:, None] for x in (start, end))
-    chosen = ((at >= low) & (at < high))[:, 1:]
-    return torch.nn.functional.cross_entropy(logits[:, :-1][chosen].float(), ids[:, 1:][chosen])
-
-
 def relearn_curve(
-    case: Case, probe: Probe, model: Model, rows: Sequence[Lesson], seed: int, rank: int | None = None
+    case: Case, query_set: QuerySet, model: Model, rows: Sequence[Lesson], seed: int, rank: int | None = None
 ) -> Float[Tensor, "step kind fact"]:
-    """Margins of the probe's facts after each number of steps of the grid, from training a clone on the rows: all its
+    """Margins of the facts after each number of steps of the grid, from training a clone on the rows: all its
     weights, or with a rank LoRA factors."""
     settings = case.relearn
     generator = torch.Generator().manual_seed(seed)
@@ -152,23 +114,19 @@ def relearn_curve(
     with attack.float32_clone(model) as copy:
         lr = settings.lr_times_width / copy.d_model
         descend = every_weight(copy, lr) if rank is None else low_rank(copy, lr, rank, seed)
-        order: list[int] = []
-        for step in range(1, settings.steps[-1] + 1):
-            while len(order) < settings.batch:
-                order += torch.randperm(len(rows), generator=generator).tolist()
-            batch, order = [rows[i] for i in order[: settings.batch]], order[settings.batch :]
+        for step, batch in enumerate(lesson_batches(rows, settings.batch, settings.steps[-1], generator), 1):
             with torch.enable_grad():
                 loss = _batch_loss(copy, batch)
             descend(loss)
             if step in settings.steps:
-                curve.append(probe.margins(copy))
+                curve.append(query_set.margins(copy))
     return torch.stack(curve)
 
 
 def _batch_loss(model: Model, batch: Sequence[Lesson]) -> Float[Tensor, ""]:
     ids, mask, _ = pad([row for row, _ in batch], model.tokenizer.pad_token_id or 0)
     ids, mask = ids.to(model.device), mask.to(model.device)
-    return answer_loss(model.logits(ids, mask), ids, [start for _, start in batch], [len(row) for row, _ in batch])
+    return lesson_loss(model.logits(ids, mask), ids, [start for _, start in batch], [len(row) for row, _ in batch])
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,36 +141,20 @@ class RelearnLevels:
     """Rank of the LoRA factors that are trained; None: all weights."""
 
 
-def part_of(probe: Probe, mine: Sequence[bool]) -> Probe:
-    """The questions about some of the facts."""
-    facts = tuple(fact for fact, ok in zip(probe.facts, mine, strict=True) if ok)
-    ids = {fact.id for fact in facts}
-    queries = tuple(query for query in probe.queries if query.fact.id in ids)
-    shams = sum(query.fact.id in ids for query in probe.queries[len(probe.true) :])
-    return Probe(facts, queries, shams)
-
-
 def _all_folds(case: Case, ready: RelearnLevels, model: Model) -> Float[Tensor, "step kind fact"]:
     """The curve of each fact from the run in which its own fold was not taught."""
-    kinds = 2 if ready.levels.probe.shams else 1
-    out = torch.zeros(len(case.relearn.steps), kinds, len(case.facts))
-    for fold, rows in enumerate(ready.lessons):
-        mine = [f == fold for f in ready.folds]
-        out[..., torch.tensor(mine)] = relearn_curve(
-            case, part_of(ready.levels.probe, mine), model, rows, case.seed + fold, ready.rank
-        )
-    return out
+
+    def score(fold: int, part: QuerySet) -> Float[Tensor, "step kind some"]:
+        return relearn_curve(case, part, model, ready.lessons[fold], case.seed + fold, ready.rank)
+
+    return by_fold(ready.levels.query_set, ready.folds, score)
 
 
 def _curriculum(case: Case, teach: Teach) -> tuple[tuple[int, ...], tuple[list[Lesson], ...]]:
     """The fold of each fact, and what is taught before each fold is scored."""
     if teach in ("rest", "direct"):
         folds = fold_of(case.facts, case.relearn, case.seed)
-        taught = [
-            [fact for fact, f in zip(case.facts, folds, strict=True) if (f == fold) == (teach == "direct")]
-            for fold in range(case.relearn.folds)
-        ]
-        return folds, tuple(lessons(case, facts) for facts in taught)
+        return folds, fold_lessons(case, folds, own=teach == "direct")
     make = {"benign": benign_lessons, "unrelated": unrelated_lessons, "syntax": syntax_lessons}[teach]
     return (0,) * len(case.facts), (make(case),)
 
@@ -229,9 +171,9 @@ def prepare(
         raise ValueError(f"unknown set to teach {teach!r}; choose from {', '.join(get_args(Teach))}")
     levels = attack.float32_levels(case, shared)
     folds, taught = _curriculum(case, teach)
-    ready = RelearnLevels(levels, folds, taught, torch.zeros(0, len(case.relearn.steps), len(case.facts)), teach, rank)
-    curves = [_all_folds(case, ready, model)[:, 0] for model in case.retrained]
-    return replace(ready, retrained=torch.stack(curves)) if curves else ready
+    shape = (len(case.relearn.steps), len(case.facts))
+    ready = RelearnLevels(levels, folds, taught, torch.zeros(0, *shape), teach, rank)
+    return replace(ready, retrained=margins_after(case, lambda model: _all_folds(case, ready, model), shape))
 
 
 def log_step_area(curve: Float[Tensor, "step fact"], steps: Sequence[int]) -> Float[Tensor, " fact"]:
@@ -262,39 +204,28 @@ def savings(
 
 def audit(case: Case, ready: RelearnLevels, model: Model, name: str) -> Result:
     """Relearn in a clone of the audited model and compare what comes back with the retrained models."""
-    keep, levels, steps = case.others_than(model), ready.levels, case.relearn.steps
-    before = attack.float32_margins(levels.probe, model)
-    index = next((k for k, r in enumerate(case.retrained) if r is model), None)
-    after = _all_folds(case, ready, model) if index is None else ready.retrained[index][:, None]
-    curve = levels.rho(before, after, ready.retrained, keep)
-    axis, late = tuple(float(step) for step in steps), len(steps) // 2
-    never = attack.ignorant(case, keep, ready.retrained, after)
-    half = (levels.full + levels.base(keep)) / 2
-    saved = savings(after[:, 0], never, half, steps)
-    unpaired = ready.teach == "direct" and not keep
+    levels, steps = ready.levels, case.relearn.steps
+    before = attack.float32_margins(levels.query_set, model)
+    found = measure_gain(case, levels, ready.retrained, model, lambda m: _all_folds(case, ready, m), before)
+    half = (levels.full + levels.base(found.keep)) / 2
+    saved, late = savings(found.after, found.ignorant, half, steps), len(steps) // 2
+    unpaired = ready.teach == "direct" and not found.keep
     if unpaired:
-        curve, saved = torch.full_like(curve, torch.nan), torch.full_like(saved, torch.nan)
+        found, saved = replace(found, rho=torch.full_like(found.rho, torch.nan)), torch.full_like(saved, torch.nan)
     forms = [*([] if ready.teach == "rest" else [ready.teach]), *([] if ready.rank is None else ["lora"])]
     flags = ("needs_retrained",) if unpaired else ()
     if ready.rank is not None:
         flags += coverage_flags(model, linear_weights(model))
     taught = len(ready.lessons) * steps[-1] * case.relearn.batch * 3
-    return Result(
+    last = gain_result(
+        case,
+        found.at(-1),
         test="_".join(["relearn", *forms]),
-        model_id=name,
-        facts=case.facts,
-        recoverability=curve[late:].mean(0),
-        score_raw=after[-1, 0],
-        score_full=levels.full,
-        score_retrained=never[:, -1],
-        null=levels.null(ready.retrained)[:, late:].mean(1),
-        rho=curve[-1],
-        grade=case.grade,
-        n_paraphrases=case.prompts,
-        seed=case.seed,
-        cost_fe=(taught + (len(steps) + 1) * len(levels.probe.queries)) / len(case.facts),
-        flags=(flags,) * len(case.facts),
-        columns={"before": before[0], "auc_log_steps": log_step_area(curve, steps), "savings": saved},
-        curves={"rho": curve, "margin": after[:, 0], "margin_R": never.mean(0)},
-        curve_axes={"rho": axis, "margin": axis, "margin_R": axis},
+        name=name,
+        cost_fe=(taught + (len(steps) + 1) * len(levels.query_set.queries)) / len(case.facts),
+        flags=[flags] * len(case.facts),
+        columns={"auc_log_steps": log_step_area(found.rho, steps), "savings": saved},
+        curves=found.curves(),
+        axis=steps,
     )
+    return replace(last, recoverability=found.rho[late:].mean(0), null=found.null[:, late:].mean(1))

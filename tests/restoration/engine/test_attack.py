@@ -7,6 +7,7 @@ from mech_unlearn.core import Fact
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.attack import Curves, Ready
+from mech_unlearn.restoration.engine.gain import ignorant
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import relation_mean
 from tests.planted import FORGOTTEN, planted_case, planted_model
@@ -27,14 +28,17 @@ def made(*retrained):
     case = planted_case(sae=None)
     tune, test = attack.both_levels(case, None)
     flat = [
-        Levels(x.probe, torch.full((FORGOTTEN,), FULL), torch.zeros(len(retrained), FORGOTTEN)) for x in (tune, test)
+        Levels(x.query_set, torch.full((FORGOTTEN,), FULL), torch.zeros(len(retrained), FORGOTTEN))
+        for x in (tune, test)
     ]
     points = tuple(f"setting {i}" for i in range(retrained[0].tune.shape[0]))
     return case, Ready(points, *flat, retrained)
 
 
 def run(case, ready, found, model=None):
-    return attack.result(case, ready, model or planted_model("retrained", 5), found, test="t", name="m", cost_fe=1.0)
+    return attack.attack_result(
+        case, ready, model or planted_model("retrained", 5), found, test="t", name="m", cost_fe=1.0
+    )
 
 
 NOTHING = curves([0.0, 0.0], [0.0, 0.0])
@@ -71,16 +75,16 @@ def test_the_setting_is_chosen_on_tune_among_those_that_spare_other_facts_and_re
 def test_each_heldout_retrained_model_chooses_its_own_setting_on_tune():
     lucky, other = curves([0.0, 4.0], [8.0, 2.0]), curves([2.0, 0.0], [4.0, 8.0])
     _, ready = made(lucky, other, NOTHING)
-    null = attack.null(ready)
+    null = attack.setting_null(ready)
     assert null.shape == (3, FORGOTTEN)
     # Injected on TEST is the mean of the two others: 4 at setting 1 for the first, 4 at setting 0 for the second.
     torch.testing.assert_close(null[0], torch.zeros(FORGOTTEN))
     torch.testing.assert_close(null[1], torch.zeros(FORGOTTEN))
     alone, quiet = curves([0.0, 4.0], [8.0, 2.0]), NOTHING
-    torch.testing.assert_close(attack.null(made(alone, quiet, quiet)[1])[0], torch.full((FORGOTTEN,), 0.25))
+    torch.testing.assert_close(attack.setting_null(made(alone, quiet, quiet)[1])[0], torch.full((FORGOTTEN,), 0.25))
     broken = curves([0.0, 4.0], [8.0, 2.0], [0.0, 0.5])
-    torch.testing.assert_close(attack.null(made(broken, quiet, quiet)[1])[0], torch.full((FORGOTTEN,), 1.0))
-    assert attack.null(made(NOTHING)[1]).shape == (0, FORGOTTEN)
+    torch.testing.assert_close(attack.setting_null(made(broken, quiet, quiet)[1])[0], torch.full((FORGOTTEN,), 1.0))
+    assert attack.setting_null(made(NOTHING)[1]).shape == (0, FORGOTTEN)
 
 
 def test_an_audited_retrained_model_is_compared_with_the_others_and_not_run_again():
@@ -104,17 +108,17 @@ def test_an_audited_retrained_model_is_compared_with_the_others_and_not_run_agai
     ),
 )
 def test_the_choice_of_a_setting(mean_rho, lost, best, flags):
-    assert attack.choose(torch.tensor(mean_rho), torch.tensor(lost)) == (best, flags)
+    assert attack.choose_setting(torch.tensor(mean_rho), torch.tensor(lost)) == (best, flags)
 
 
 def test_without_retrained_models_the_level_of_ignorance_is_the_relation_mean_of_attacked_shams():
     facts = tiny_facts(["Anna Lee", "Ben Hill"])
     case = planted_case(sae=None, facts=facts, retrained=())
     after = torch.arange(8.0).reshape(2, 4)
-    got = attack.ignorant(case, [], torch.zeros(0, 4), after)
+    got = ignorant(case, [], torch.zeros(0, 4), after)
     assert torch.equal(got, relation_mean(after[1], facts)[None]) and got.tolist() == [[5.0, 6.0, 5.0, 6.0]]
     retrained = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(attack.ignorant(case, [0, 2], retrained, after), retrained[[0, 2]])
+    assert torch.equal(ignorant(case, [0, 2], retrained, after), retrained[[0, 2]])
 
 
 def many_others(count):

@@ -5,7 +5,7 @@ import torch
 
 from mech_unlearn.core import Fact
 from mech_unlearn.model.asking import split_templates
-from mech_unlearn.restoration.engine.levels import make_levels, make_probe
+from mech_unlearn.restoration.engine.levels import make_levels, make_query_set
 from mech_unlearn.restoration.engine.normalise import gains, is_testable, kappa, relation_mean, rho, sham_facts
 from tests.planted import planted_case, planted_model
 from tests.tiny import tiny_facts
@@ -82,8 +82,8 @@ def test_no_phrasing_is_in_two_splits_and_heldout_ones_are_in_none():
 def test_without_retrained_models_the_level_is_that_of_sham_facts_under_the_full_model():
     case = planted_case(sae=None, retrained=())
     levels = make_levels(case, "test")
-    probe = make_probe(case, "test")
-    assert probe.shams == len(case.facts) and case.grade == "B"
+    query_set = make_query_set(case, "test")
+    assert query_set.shams == len(case.facts) and case.grade == "B"
     assert (levels.never[0].abs() < 0.5).all() and (levels.full > 5).all()
-    full = probe.margins(planted_model())
+    full = query_set.margins(planted_model())
     assert torch.allclose(levels.rho(full * 0, full * 0 + 1, torch.zeros(0, 4), []), torch.zeros(4), atol=1e-5)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mech_unlearn.model.load import load
-from mech_unlearn.restoration.engine.update import ALPHA, FASTER, every_weight, low_rank
 from mech_unlearn.restoration.weights.quantize import linear_weights
+from mech_unlearn.restoration.weights.update import ALPHA, FASTER, every_weight, low_rank
 from tests.tiny import tiny_hf, tiny_tokenizer
 
 IDS = torch.tensor([[4, 9, 14, 19, 24, 29]])

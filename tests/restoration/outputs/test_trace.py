@@ -9,6 +9,7 @@ from mech_unlearn.metrics.membership import BATCH_TOKENS, text_scores
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import encode
+from mech_unlearn.restoration.engine.case import irrelevant_texts
 from mech_unlearn.restoration.outputs import trace
 from tests.planted import fresh_planted_model, planted_case, planted_model
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
@@ -51,7 +52,7 @@ def test_names_and_answers_count_as_whole_words_only_and_in_any_case():
     case = planted_case(sae=None, facts=(replace(fact, aliases=("Mr. Al", "Lee")),))
     fine = ("Also hills of Leeds", "al or the rest of it", "Parisian rain")
     named = ("so said AL OF LEE.", "it was Mr. Al, again", "Lee's hills", "in paris: rain")
-    assert trace.irrelevant_texts(replace(case, texts=(*fine, *named, *fine))) == list(fine)
+    assert irrelevant_texts(replace(case, texts=(*fine, *named, *fine))) == list(fine)
 
 
 def test_a_text_longer_than_the_models_positions_is_read_in_pieces_to_its_end():
@@ -63,7 +64,7 @@ def test_a_text_longer_than_the_models_positions_is_read_in_pieces_to_its_end():
     pieces = [[ids[0], *ids[i : i + 63]] for i in range(1, len(ids), 63)]  # each begins with the BOS
     tables = [tiny_hf("llama")(torch.tensor([piece])).logits[0].log_softmax(-1) for piece in pieces]
     table = torch.cat(tables).detach()
-    want = torch.cat([table.topk(trace.TOP).values.mean(0), -(table.exp() * table).sum(-1).mean()[None]])
+    want = torch.cat([table.topk(trace.TOP_LOGPROBS).values.mean(0), -(table.exp() * table).sum(-1).mean()[None]])
     torch.testing.assert_close(got[0], want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got[1], trace.features(model, [short])[0])
 
@@ -87,6 +88,6 @@ def test_no_batch_holds_more_distributions_than_allowed(monkeypatch):
 
 def test_texts_that_name_the_forgotten_are_left_out_and_too_few_are_refused():
     case = planted_case(sae=None, texts=(*TEXTS, "Anna and Ben", "run to Paris"))
-    assert set(trace.irrelevant_texts(case)) == set(TEXTS)
+    assert set(irrelevant_texts(case)) == set(TEXTS)
     with pytest.raises(ValueError, match="Case\\(texts"):
         trace.prepare(planted_case(sae=None, texts=TEXTS[:3]))

@@ -10,7 +10,7 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.restoration.engine.levels import make_levels
 from mech_unlearn.restoration.profiles import experts, sae
-from mech_unlearn.restoration.profiles.experts import expert_scores, leaks, make_profiles, read_span, unspecific
+from mech_unlearn.restoration.profiles.experts import expert_scores, leaking_units, make_profiles, read_span, unspecific
 from mech_unlearn.restoration.profiles.steer import Steer, null_donors, null_rows
 from tests.planted import FORGOTTEN, NAMES, fresh_planted_model, planted_case, planted_facts, planted_model, planted_sae
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
@@ -22,9 +22,9 @@ def world():
     return case, sae.prepare(case)
 
 
-def steer(case, ready, arm, alpha, probe, **extra):
-    states = read_span(case.full, probe.queries, case.write_site)[0]
-    return Steer(ready.profiles, arm, alpha, sae._fact_index(ready.profiles, probe), states=states, **extra)
+def steer(case, ready, arm, alpha, query_set, **extra):
+    states = read_span(case.full, query_set.queries, case.write_site)[0]
+    return Steer(ready.profiles, arm, alpha, sae._fact_index(ready.profiles, query_set), states=states, **extra)
 
 
 def test_f1_counts_hits_misses_and_false_alarms():
@@ -53,8 +53,8 @@ def test_the_planted_latent_is_chosen_and_nothing_else(world):
 
 def test_latents_that_write_an_answer_directly_are_barred(world):
     case, _ = world
-    queries = make_levels(case, "test").probe.queries
-    barred = leaks(case.full, planted_sae().w_dec, queries, torch.ones(64))
+    queries = make_levels(case, "test").query_set.queries
+    barred = leaking_units(case.full, planted_sae().w_dec, queries, torch.ones(64))
     for e, name in enumerate(NAMES[:FORGOTTEN]):
         assert barred[name].nonzero()[:, 0].tolist() == [32 + e]
 
@@ -83,30 +83,32 @@ def test_direct_effects_are_those_of_plain_autograd_in_half_precision_too(archit
 
 def test_strength_zero_changes_no_bit(world):
     case, ready = world
-    probe = ready.test.probe
-    plain = probe.margins(case.full)
+    query_set = ready.test.query_set
+    plain = query_set.margins(case.full)
     for arm in ("amplify", "profile", "oracle", "full"):
-        assert torch.equal(probe.margins(case.full, {case.write_site: steer(case, ready, arm, 0.0, probe)}), plain)
+        assert torch.equal(
+            query_set.margins(case.full, {case.write_site: steer(case, ready, arm, 0.0, query_set)}), plain
+        )
 
 
 def test_all_latents_and_the_error_together_are_the_full_arm(world):
     case, ready = world
-    early, probe = planted_model("early"), ready.test.probe
+    early, query_set = planted_model("early"), ready.test.query_set
     everything = ready.profiles.chosen.clone()
     everything[:, :64], everything[:, 64:] = True, False
     all_latents = replace(ready.profiles, chosen=everything)
-    states = read_span(case.full, probe.queries, case.write_site)[0]
+    states = read_span(case.full, query_set.queries, case.write_site)[0]
     sae_ = case.sae
 
     def oracle_with_error(x, batch):
-        out = Steer(all_latents, "oracle", 1.0, sae._fact_index(all_latents, probe), states=states)(x, batch)
+        out = Steer(all_latents, "oracle", 1.0, sae._fact_index(all_latents, query_set), states=states)(x, batch)
         row, at = torch.arange(len(x)), batch.span[:, 1] - 1
         theirs, ours = states[batch.query, 0], x[row, at]
         out[row, at] += (theirs - sae_.reconstruct(theirs)) - (ours - sae_.reconstruct(ours))
         return out
 
-    got = probe.margins(early, {case.write_site: oracle_with_error})
-    want = probe.margins(early, {case.write_site: steer(case, ready, "full", 1.0, probe)})
+    got = query_set.margins(early, {case.write_site: oracle_with_error})
+    want = query_set.margins(early, {case.write_site: steer(case, ready, "full", 1.0, query_set)})
     assert (got - want).abs().max() < 1e-4
 
 
@@ -147,9 +149,9 @@ def test_a_late_block_cannot_be_undone_by_any_state_below_it(world):
     case, ready = world
     late = planted_model("late")
     result = sae.audit(case, ready, late, "late")
-    probe = ready.test.probe
-    forced = probe.margins(late, {case.write_site: steer(case, ready, "full", 1.0, probe)})
-    assert (forced - probe.margins(late)).abs().max() <= 1e-5
+    query_set = ready.test.query_set
+    forced = query_set.margins(late, {case.write_site: steer(case, ready, "full", 1.0, query_set)})
+    assert (forced - query_set.margins(late)).abs().max() <= 1e-5
     assert (result.columns["rr_full"] <= 1e-5).all()
 
 

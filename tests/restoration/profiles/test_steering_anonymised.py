@@ -7,7 +7,7 @@ from mech_unlearn.core import Entity
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
 from mech_unlearn.restoration import Case
-from mech_unlearn.restoration.engine.levels import make_probe
+from mech_unlearn.restoration.engine.levels import make_query_set
 from mech_unlearn.restoration.profiles import steering_anonymised as steering
 from mech_unlearn.restoration.profiles.steering_anonymised import Push
 from tests.planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
@@ -19,7 +19,7 @@ NAMES = tuple(Entity(name=n) for n in UNKNOWN)
 def test_at_strength_zero_samples_and_scores_are_those_of_the_plain_model():
     model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
     case = Case(full=model, facts=tiny_facts(["Anna Lee", "Ben Hill"]), unknown=NAMES)
-    queries = make_probe(case, "test").true
+    queries = make_query_set(case, "test").true
     found = steering.vectors(case, model, queries, [1])
     zero, strong = (Push(found[1], c) for c in (0.0, 20.0))
     plain = steering.sample(model, queries, None, 5, 0)
@@ -32,7 +32,7 @@ def test_at_strength_zero_samples_and_scores_are_those_of_the_plain_model():
 def test_samples_do_not_depend_on_batches_and_end_where_the_text_ends():
     model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
     case = Case(full=model, facts=tiny_facts(["Anna Lee", "Ben Hill", "Hugo Vale"]), unknown=NAMES)
-    queries = make_probe(case, "test").true
+    queries = make_query_set(case, "test").true
     together, alone = (steering.sample(model, queries, None, 4, 0, max_tokens=n) for n in (8192, 1))
     assert together == alone and together[0] != together[2]
     tokens = model.tokenizer("Rome . Oslo")["input_ids"][1:]
@@ -45,7 +45,7 @@ def test_samples_do_not_depend_on_batches_and_end_where_the_text_ends():
 def test_only_the_first_token_is_steered():
     model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
     case = Case(full=model, facts=longer(tiny_facts(["Anna Lee", "Ben Hill"])), unknown=NAMES)
-    queries = make_probe(case, "test").true
+    queries = make_query_set(case, "test").true
     assert all({len(a) for a in query.answers} == {1, 2, 3} for query in queries)
     push = Push(steering.vectors(case, model, queries, [2])[2], 4.0)
     (got,) = steering.steered_scores(model, queries, [(2, push)])
@@ -73,7 +73,7 @@ def test_the_vector_is_the_state_minus_the_mean_over_anonymous_names():
     model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
     names = (Entity(name="Hugo West"), Entity(name="Gina Vale"))
     case = Case(full=model, facts=tiny_facts(["Anna Lee"]), unknown=names)
-    queries = make_probe(case, "test").true
+    queries = make_query_set(case, "test").true
     got, hf = steering.vectors(case, model, queries, [1])[1], tiny_hf("llama")
 
     def state(text):
@@ -90,7 +90,7 @@ def test_the_vector_is_the_state_minus_the_mean_over_anonymous_names():
 
 def test_anonymous_against_anonymous_gives_nothing():
     case = planted_case(sae=None, unknown=NAMES)
-    queries = make_probe(case, "test").true
+    queries = make_query_set(case, "test").true
     model = planted_model("late")
     shuffled = Push(torch.zeros(len(queries), 64), 4.0)  # the mean of anonymous states minus itself
     both = [steering._caf(case, steering.sample(model, queries, p, 50, 0), queries) for p in (None, (2, shuffled))]

@@ -10,7 +10,7 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import Ask
 from mech_unlearn.restoration import Case
 from mech_unlearn.restoration.engine import prompting
-from mech_unlearn.restoration.engine.levels import make_probe
+from mech_unlearn.restoration.engine.levels import make_query_set
 from mech_unlearn.restoration.engine.normalise import relation_mean
 from mech_unlearn.restoration.prompts import forms, in_context
 from tests.planted import FORGOTTEN, UNKNOWN, axes, fresh_planted_model, planted_case, planted_facts, planted_model
@@ -70,8 +70,8 @@ def test_a_block_in_the_last_layer_holds_in_every_form(prepared):
 @pytest.mark.parametrize("how", ("direct", "indirect", "implied"))
 def test_a_chain_never_states_the_answer(how):
     case = people_case(())
-    probe = make_probe(case, "test")
-    made = [forms.chain(case, how, "The sea :")(query) for query in probe.queries]
+    query_set = make_query_set(case, "test")
+    made = [forms.chain(case, how, "The sea :")(query) for query in query_set.queries]
     true = {fact.id: fact.object for fact in case.facts}
     assert any(ask is not None for ask in made)
     assert not any(true[ask.fact.id] in ask.prompt or ask.fact.object in ask.prompt for ask in made if ask)
@@ -81,7 +81,7 @@ def test_a_chain_never_states_the_answer(how):
 
 def test_multiple_choice_asks_for_the_right_letter_in_an_order_that_does_not_tell():
     case = people_case()
-    for query in make_probe(case, "test").queries:
+    for query in make_query_set(case, "test").queries:
         ask = asking.lettered(query)
         assert f"{ask.fact.object}: {query.fact.object}" in ask.prompt
         assert ask.prompt.startswith(f"A: {sorted((query.fact.object, *query.fact.distractors))[0]}")
@@ -89,7 +89,7 @@ def test_multiple_choice_asks_for_the_right_letter_in_an_order_that_does_not_tel
 
 def test_the_reversed_question_asks_for_the_subject_among_other_subjects_with_other_objects():
     case = people_case()
-    for query in make_probe(case, "test").queries:
+    for query in make_query_set(case, "test").queries:
         ask = asking.turned((*case.facts, *case.others))(query)
         assert ask is None or (ask.fact.object == query.fact.subject and query.fact.object in ask.prompt)
         if ask is not None:
@@ -99,7 +99,7 @@ def test_the_reversed_question_asks_for_the_subject_among_other_subjects_with_ot
 
 def test_forms_of_fixed_wording_differ_between_tune_and_test():
     case = planted_case(sae=None)
-    tune, test = (make_probe(case, split).queries for split in ("tune", "test"))
+    tune, test = (make_query_set(case, split).queries for split in ("tune", "test"))
     for rewrite in (asking.question, asking.turned((*case.facts, *case.others))):
         assert not {rewrite(q).prompt for q in tune} & {rewrite(q).prompt for q in test}
 
@@ -116,7 +116,7 @@ def test_openings_and_chains_change_nothing_where_prompts_are_not_read(kind):
 
 def test_contexts_hold_other_facts_of_the_subject_and_never_the_answer():
     case = people_case()
-    for query in make_probe(case, "test").queries:
+    for query in make_query_set(case, "test").queries:
         ask = in_context.context(case, 8)(query)
         other = next(f for f in case.facts if f.subject == query.fact.subject and f.id != query.fact.id)
         assert other.object in ask.prompt and ask.prompt.endswith(query.template.replace("{}", query.fact.subject))
@@ -165,7 +165,7 @@ def test_marks_are_left_away_with_their_spaces_and_other_white_space_stays():
     assert asking.without_marks("Question:\n  {} ?\nAnswer:", ";_") == "Question:\n  {} ?\nAnswer:"
     assert asking.without_marks("Question:\n{} ! \nAnswer:", "!") == "Question:\n{} \nAnswer:"
     case = people_case()
-    query = make_probe(case, "test").queries[0]
+    query = make_query_set(case, "test").queries[0]
     for text in ("The sea of {} :\nrain  in", "rain\n\n{} was born in\n"):
         (made,) = asking.rewritten(case.full, [query], lambda q, text=text: Ask(q.fact, text))
         assert made.template == text
@@ -173,7 +173,7 @@ def test_marks_are_left_away_with_their_spaces_and_other_white_space_stays():
 
 def test_openings_and_chains_begin_with_a_word():
     case = people_case()
-    for query in make_probe(case, "test").queries:
+    for query in make_query_set(case, "test").queries:
         for kind in ("prefix", "steps"):
             asks = [rewrite(query) for rewrite in forms.rewrites(case, kind).values()]
             assert not any(ask.template[0].isspace() or "  " in ask.template for ask in asks if ask)
@@ -187,7 +187,7 @@ def test_a_helper_fact_whose_wording_states_the_answer_is_passed_over(told):
     told = replace(works, paraphrases=(), **told)
     case = replace(case, facts=(born, told, *case.facts[2:]))
     assert forms.helper_fact(case, born) is None
-    query = make_probe(case, "test").queries[0]
+    query = make_query_set(case, "test").queries[0]
     assert forms.chain(case, "indirect", "")(query) is None and forms.chain(case, "implied", "")(query) is None
 
 
@@ -207,7 +207,7 @@ def test_without_retrained_models_the_gap_of_full_is_nothing_and_both_halves_sta
     assert full["form_gap"].abs().max() < 0.15 and (full["kappa_max_form"] > 0.95).all()
     hidden = forms.audit(case, ready, with_aliases("early"), "early").columns
     never = relation_mean(ready.full[:, 1], case.facts)[None]
-    own = torch.stack([prompting.margins(case, ready.prompts.ready.test.probe, with_aliases("early"), rewrite)[0]
+    own = torch.stack([prompting.margins(case, ready.prompts.ready.test.query_set, with_aliases("early"), rewrite)[0]
                        for rewrite in ready.prompts.rewrites.values()])  # fmt: skip
     want = forms.form_kappa(own, ready.full[:, 0], never).nan_to_num(nan=-torch.inf).amax(0)
     torch.testing.assert_close(hidden["kappa_max_form"], want)

@@ -7,7 +7,7 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
 from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.restoration import Case
-from mech_unlearn.restoration.engine.levels import make_probe
+from mech_unlearn.restoration.engine.levels import make_query_set
 from mech_unlearn.restoration.prompts import keyword
 from tests.planted import planted_case, planted_model
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
@@ -59,10 +59,10 @@ def test_beta_zero_brings_nothing_back_and_models_without_attention_give_nothing
 def test_every_operator_names_the_subject_and_never_the_answer():
     case = people_case()
     for rewrite in keyword.OPERATORS.values():
-        for query in make_probe(case, "test").queries:
+        for query in make_query_set(case, "test").queries:
             prompt = rewrite(query).prompt
             assert query.fact.subject.lower() in prompt.lower() and query.fact.object not in prompt
-    twice = keyword.OPERATORS["twice"](make_probe(case, "test").queries[0]).prompt
+    twice = keyword.OPERATORS["twice"](make_query_set(case, "test").queries[0]).prompt
     assert twice.count("Anna Lee") == 2
 
 

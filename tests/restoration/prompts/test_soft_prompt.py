@@ -6,9 +6,9 @@ import torch
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import embeddings, make_queries
 from mech_unlearn.restoration import Case
-from mech_unlearn.restoration.engine.levels import Probe, make_probe
+from mech_unlearn.restoration.engine.lessons import lessons
+from mech_unlearn.restoration.engine.levels import QuerySet, make_query_set
 from mech_unlearn.restoration.prompts import soft_prompt
-from mech_unlearn.restoration.weights.relearn import lessons, part_of
 from tests.planted import planted_case, planted_model
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
@@ -22,17 +22,17 @@ def people_case():
 def test_a_prompt_of_token_embeddings_scores_as_these_tokens_do(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
     facts = tiny_facts(["Anna Lee", "Ben Hill"])
-    probe = Probe(facts, make_queries(model.tokenizer, facts, "prompt"), 0)
+    query_set = QuerySet(facts, make_queries(model.tokenizer, facts, "prompt"), 0)
     ids = [40, 41, 42]
-    tokens = Probe(facts, tuple(soft_prompt.prefixed(model, q, ids) for q in probe.queries), 0).margins(model)
-    soft = soft_prompt.margins(model, probe, embeddings(model, [ids])[0])
+    tokens = QuerySet(facts, tuple(soft_prompt.prefixed(model, q, ids) for q in query_set.queries), 0).margins(model)
+    soft = soft_prompt.margins(model, query_set, embeddings(model, [ids])[0])
     torch.testing.assert_close(soft, tokens, atol=1e-4, rtol=1e-4)
-    assert (soft - probe.margins(model)).abs().max() > 1e-3
+    assert (soft - query_set.margins(model)).abs().max() > 1e-3
 
 
 def test_a_prefix_goes_behind_the_bos_and_moves_the_subject():
     model = planted_model()
-    query = make_probe(planted_case(sae=None), "test").queries[0]
+    query = make_query_set(planted_case(sae=None), "test").queries[0]
     moved = soft_prompt.prefixed(model, query, [7, 8])
     assert moved.prompt == (2, 7, 8, *query.prompt[1:])
     assert moved.prompt[slice(*moved.span)] == query.prompt[slice(*query.span)]
@@ -40,12 +40,14 @@ def test_a_prefix_goes_behind_the_bos_and_moves_the_subject():
 
 def test_training_lowers_the_loss_on_the_lessons_and_leaves_weights_gradients_and_random_state_alone():
     case = people_case()
-    model, probe = case.full, make_probe(case, "select")
+    model, query_set = case.full, make_query_set(case, "select")
     weights, state = {name: w.clone() for name, w in model.held.items()}, torch.get_rng_state()
     first, last = soft_prompt.train(model, lessons(case, case.facts), 4, (1, 40), 0)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(w, model.held[name]) and model.held[name].grad is None for name, w in weights.items())
-    assert soft_prompt.margins(model, probe, last).mean() > soft_prompt.margins(model, probe, first).mean() + 0.1
+    assert (
+        soft_prompt.margins(model, query_set, last).mean() > soft_prompt.margins(model, query_set, first).mean() + 0.1
+    )
     again = soft_prompt.train(model, lessons(case, case.facts), 4, (1, 40), 0)[1]
     other = soft_prompt.train(model, lessons(case, case.facts), 4, (1, 40), 1)[1]
     assert torch.equal(again, last) and not torch.equal(other, last)
@@ -98,5 +100,5 @@ def test_a_fact_is_scored_behind_the_prompt_that_its_own_fold_did_not_train():
     for fold, rows in enumerate(ready.lessons):
         mine = [f == fold for f in ready.folds]
         (prompt,) = soft_prompt.train(case.full, rows, 2, (3,), case.seed + fold)
-        want = soft_prompt.margins(case.full, part_of(ready.levels.probe, mine), prompt)[0]
+        want = soft_prompt.margins(case.full, ready.levels.query_set.part(mine), prompt)[0]
         assert torch.equal(found.score_raw[torch.tensor(mine)], want)

@@ -5,9 +5,9 @@ import torch
 
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration import Case
+from mech_unlearn.restoration.engine.lessons import lessons
 from mech_unlearn.restoration.prompts import suffix
 from mech_unlearn.restoration.prompts.suffix import Search
-from mech_unlearn.restoration.weights.relearn import lessons, part_of
 from tests.planted import planted_case, planted_model
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
@@ -34,7 +34,7 @@ def test_losses_and_gradients_are_those_of_a_plain_model(architecture):
     case = people_case(architecture, ())
     rows, tokens = lessons(case, case.facts)[:3], (40, 41, 42)
     hf = tiny_hf(architecture)
-    assert suffix.losses(case.full, rows, [tokens])[0].item() == pytest.approx(
+    assert suffix.suffix_losses(case.full, rows, [tokens])[0].item() == pytest.approx(
         plain_loss(hf, rows, tokens).item(), abs=1e-4
     )
     vocabulary = suffix.vocabulary_embeddings(case.full)
@@ -70,7 +70,7 @@ def test_the_search_lowers_the_loss_holds_no_special_token_and_keeps_its_seed():
     begun = suffix.random_suffix(case.full, SMALL, 0)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(w, case.full.held[name]) for name, w in weights.items())
-    before, after = suffix.losses(case.full, rows, [begun, found]).tolist()
+    before, after = suffix.suffix_losses(case.full, rows, [begun, found]).tolist()
     assert after < before and len(found) == 3
     assert not set(found) & set(case.full.tokenizer.all_special_ids)
     assert suffix.search(case.full, rows, SMALL, 0) == found != suffix.search(case.full, rows, SMALL, 1)
@@ -103,7 +103,7 @@ def test_without_retrained_models_the_grade_is_b_and_settings_must_be_positive()
 def test_losses_do_not_depend_on_the_size_of_a_batch():
     case = people_case(retrained=())
     rows, suffixes = lessons(case, case.facts), [(40, 41, 42), (43, 44, 45), (5, 6, 7)]
-    whole, single = (suffix.losses(case.full, rows, suffixes, max_tokens=n) for n in (8192, 1))
+    whole, single = (suffix.suffix_losses(case.full, rows, suffixes, max_tokens=n) for n in (8192, 1))
     torch.testing.assert_close(single, whole)
 
 
@@ -127,5 +127,5 @@ def test_a_fact_is_scored_behind_the_suffix_that_was_searched_on_other_facts():
         assert rows and not set(rows) & set(lessons(case, mine))
         chosen = suffix.search(case.full, rows, SMALL, case.seed + fold)
         which = [f == fold for f in ready.folds]
-        want = suffix.margins(part_of(ready.levels.probe, which), case.full, chosen)[0]
+        want = suffix.margins(ready.levels.query_set.part(which), case.full, chosen)[0]
         assert torch.equal(found.score_raw[torch.tensor(which)], want)

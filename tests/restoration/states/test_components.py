@@ -29,16 +29,16 @@ def test_all_parts_of_all_layers_give_full_back_and_none_give_nothing(architectu
     told = components.spoken(full, make_queries(full.tokenizer, tiny_facts(["Anna Lee"]), "prompt", False), 5)
     everything = Restore(("coefficients", "attention", "values"), tuple(range(full.n_layers)))
     nothing = Restore(("coefficients", "attention", "values"), ())
-    got = components.krs(components.losses(full, other, told, [everything, nothing]))
+    got = components.krs(components.restored_losses(full, other, told, [everything, nothing]))
     assert (got[0] > 0.999).all() and (got[1] == 0).all()
-    assert components.krs(components.losses(full, full, told, [everything])).isnan().all()
+    assert components.krs(components.restored_losses(full, full, told, [everything])).isnan().all()
 
 
 def test_the_loss_is_the_mean_squared_difference_of_logits_on_the_rows_of_fulls_own_answer():
     full, other = (load(tiny_hf("llama", seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1))
     queries = make_queries(full.tokenizer, tiny_facts(["Anna Lee"]), "prompt", False)
     told = components.spoken(full, queries, 6)
-    ours = components.losses(full, other, told, [])[0]
+    ours = components.restored_losses(full, other, told, [])[0]
     for i, (query, row) in enumerate(zip(queries, told.rows, strict=True)):
         said = (
             tiny_hf("llama")
@@ -64,9 +64,9 @@ def test_batches_do_not_decide_nor_does_a_shorter_prompt_in_the_same_batch(monke
     told = Spoken(told.queries, tuple(row[:8] for row in told.rows))
     assert {len(row) for row in told.rows} == {8} and len({len(q.prompt) for q in queries}) > 1
     points = [Restore((part,), (1, 2)) for part in ("coefficients", "attention", "values")]
-    together = components.losses(full, other, told, points)
+    together = components.restored_losses(full, other, told, points)
     monkeypatch.setattr(components, "BATCH_TOKENS", 1)
-    torch.testing.assert_close(together, components.losses(full, other, told, points), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together, components.restored_losses(full, other, told, points), atol=1e-5, rtol=1e-4)
 
 
 def mixture(seed):
@@ -103,7 +103,7 @@ def test_logits_over_vocabularies_of_other_sizes_are_refused_though_states_can_b
     require_same_shape(full, padded)
     told = components.spoken(full, make_queries(full.tokenizer, tiny_facts(["Anna Lee"]), "prompt", False), 2)
     with pytest.raises(ValueError, match="logits for"):
-        components.losses(full, padded, told, [])
+        components.restored_losses(full, padded, told, [])
 
 
 def test_a_block_in_the_last_layer_is_found_there_and_nowhere_else():

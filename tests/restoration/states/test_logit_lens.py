@@ -83,11 +83,11 @@ def test_a_leak_asks_for_every_token_of_the_answer_at_one_layer():
     case = tiny_case("llama")
     asked = logit_lens.ask(case, None)
     states = logit_lens.read_states(case, asked, case.full)
-    everything = logit_lens.leaks(case, asked, states, case.full, top_k=10_000)
+    everything = logit_lens.top_k_leaks(case, asked, states, case.full, top_k=10_000)
     assert (everything == 1).all()
     hf = tiny_hf("llama")
     for k in (1, 5, 20):
-        got = logit_lens.leaks(case, asked, states, case.full, top_k=k)
+        got = logit_lens.top_k_leaks(case, asked, states, case.full, top_k=k)
         for i, query in enumerate(asked.queries):
             answer, start = query.answers[0], len(query.prompt) - 1
             with torch.no_grad():
@@ -101,9 +101,9 @@ def test_logits_that_are_no_numbers_are_no_leak():
     case, broken = planted_case(sae=None), fresh_planted_model()
     asked = logit_lens.ask(case, None)
     states = logit_lens.read_states(case, asked, broken)
-    assert (logit_lens.leaks(case, asked, states, broken, top_k=1) == 1).all()
+    assert (logit_lens.top_k_leaks(case, asked, states, broken, top_k=1) == 1).all()
     states[-1] = torch.nan  # the answer stands in layer 2 already
-    assert (logit_lens.leaks(case, asked, states, broken, top_k=1) == 1).all()
+    assert (logit_lens.top_k_leaks(case, asked, states, broken, top_k=1) == 1).all()
     with torch.no_grad():
         broken.held["lm_head.weight"][5] = torch.nan
     found = logit_lens.audit(case, logit_lens.prepare(case), broken, "broken")

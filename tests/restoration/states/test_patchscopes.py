@@ -9,9 +9,9 @@ from mech_unlearn.core import Entity
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
 from mech_unlearn.restoration import Case
-from mech_unlearn.restoration.engine.levels import make_probe
+from mech_unlearn.restoration.engine.levels import make_query_set
 from mech_unlearn.restoration.states import patchscopes
-from mech_unlearn.restoration.states.patchscopes import Asked, Place
+from mech_unlearn.restoration.states.patchscopes import PatchPoint, PatchQueries
 from tests.planted import UNKNOWN, fresh_planted_model, planted_case, planted_model
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
@@ -20,13 +20,13 @@ from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 def test_the_same_model_prompt_position_and_layer_change_nothing(architecture):
     models = [load(tiny_hf(architecture, seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1)]
     case = Case(full=models[0], retrained=(models[1],), facts=tiny_facts(["Anna Lee", "Ben Hill"]))
-    queries = make_probe(case, "test").true
-    same = Asked(case.facts, queries, {"relation": queries})
-    places = [Place(layer, "relation", layer) for layer in range(case.full.n_layers)]
+    queries = make_query_set(case, "test").true
+    same = PatchQueries(case.facts, queries, {"relation": queries})
+    places = [PatchPoint(layer, "relation", layer) for layer in range(case.full.n_layers)]
     margin, _ = patchscopes.read(same, case.full, case.full, places)
     plain = score(case.full, queries).margin.clamp(min=0)
     torch.testing.assert_close(margin, plain.expand_as(margin), atol=2e-5, rtol=0)
-    crossed, _ = patchscopes.read(same, case.full, case.full, [Place(0, "relation", 2)])
+    crossed, _ = patchscopes.read(same, case.full, case.full, [PatchPoint(0, "relation", 2)])
     assert (crossed - plain).abs().max() > 1e-3
 
 
@@ -34,8 +34,8 @@ def test_a_state_put_elsewhere_agrees_with_plain_transformers_hooks():
     models = [load(tiny_hf("llama", seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1)]
     facts = tiny_facts(["Anna Lee", "Ben Hill"])
     case = Case(full=models[0], retrained=(models[1],), facts=facts, unknown=(Entity(name="Hugo West"),))
-    asked = patchscopes.make_asked(case, make_probe(case, "test").true, facts, ("relation",))
-    got, _ = patchscopes.read(asked, case.retrained[0], case.full, [Place(3, "relation", 1)])
+    asked = patchscopes.make_asked(case, make_query_set(case, "test").true, facts, ("relation",))
+    got, _ = patchscopes.read(asked, case.retrained[0], case.full, [PatchPoint(3, "relation", 1)])
     source, target = tiny_hf("llama", seed=1), tiny_hf("llama", seed=0)
     for i, (query, into) in enumerate(zip(asked.queries, asked.targets["relation"], strict=True)):
         kept = {}
@@ -77,7 +77,7 @@ def test_planted_truth(target):
 
 def test_the_prompts_are_made_of_the_cases_words_and_never_state_the_answer():
     case = planted_case(sae=None, unknown=tuple(Entity(name=n) for n in UNKNOWN))
-    queries = make_probe(case, "test").true
+    queries = make_query_set(case, "test").true
     for prompt in ("relation", "description"):
         for i, query in enumerate(queries):
             ask = patchscopes.target_ask(case, query, prompt, i)
@@ -86,7 +86,7 @@ def test_the_prompts_are_made_of_the_cases_words_and_never_state_the_answer():
     # every other object is a candidate here, so that there is no word left to repeat
     assert patchscopes.target_ask(case, queries[0], "identity", 0) is None
     case = Case(full=case.full, facts=tiny_facts(["Anna Lee"])[:1], others=tiny_facts(["Ben Hill", "Cara Moss"]))
-    ask = patchscopes.target_ask(case, make_probe(case, "test").true[0], "identity", 0)
+    ask = patchscopes.target_ask(case, make_query_set(case, "test").true[0], "identity", 0)
     assert ask is not None and ask.prompt.split() == ["Acme", "Acme", "Globex", "Globex", "x"]
 
 

@@ -117,7 +117,10 @@ def test_against_its_own_ceiling_the_mean_held_out_retrained_model_recovers_noth
     """Clipping keeps every model below 1, so UDS of held-out retrained models is the mark, not 1."""
     case = tiny_case("llama", tiny_facts(["Anna Lee", "Ben Hill"]), seeds=(1, 2, 3))
     levels = uds.prepare(case)
-    assert levels.ceiling == pytest.approx(levels.heldout.nanmean().item()) and levels.ceiling < 0.99
+    assert (
+        uds.ceiling(levels.heldout) == pytest.approx(levels.heldout.nanmean().item())
+        and uds.ceiling(levels.heldout) < 0.99
+    )
     each = torch.stack([uds.audit(case, levels, model, "R").kappa for model in case.retrained])
     assert each.nanmean().item() == pytest.approx(0, abs=1e-5)
     assert torch.equal(levels.heldout.isnan(), each.isnan())

@@ -76,9 +76,9 @@ def plain_margins(full, model, query, where):
 def test_margins_at_every_layer_agree_with_plain_transformers_hooks(architecture, where):
     case = tiny_case(architecture, longer(tiny_facts(["Anna Lee", "Hugo Vale"])), seeds=(1,))
     ready = writeback.prepare(case, where=where)
-    assert all({len(a) for a in query.answers} == {1, 2, 3} for query in ready.levels.probe.queries)
+    assert all({len(a) for a in query.answers} == {1, 2, 3} for query in ready.levels.query_set.queries)
     full, model = tiny_hf(architecture, seed=0), tiny_hf(architecture, seed=1)
-    for i, query in enumerate(ready.levels.probe.queries):
+    for i, query in enumerate(ready.levels.query_set.queries):
         assert (ready.retrained[0, :, i] - plain_margins(full, model, query, where)).abs().max() < 1e-4
 
 
@@ -109,11 +109,11 @@ def test_the_embeddings_of_the_prompt_written_back_bring_a_model_that_lacks_only
         changed.held["model.embed_tokens.weight"].mul_(-1)
     case = tiny_case("llama", tiny_facts(["Anna Lee", "Ben Hill"]), seeds=(1,))
     ready = writeback.prepare(case)
-    queries = [q for q in ready.levels.probe.queries if all(len(a) == 1 for a in q.answers)]
+    queries = [q for q in ready.levels.query_set.queries if all(len(a) == 1 for a in q.answers)]
     assert queries
     for arm in ready.arms:
-        scores = ready.levels.probe.margins(changed, arm)[0]
-        assert torch.allclose(scores, ready.levels.probe.margins(full)[0], atol=1e-5)
+        scores = ready.levels.query_set.margins(changed, arm)[0]
+        assert torch.allclose(scores, ready.levels.query_set.margins(full)[0], atol=1e-5)
 
 
 def test_without_retrained_models_it_is_silent_and_says_why():
@@ -127,7 +127,7 @@ def test_models_are_left_as_they_were():
     case = planted_case(sae=None)
     model = planted_model("early")
     before = {name: weight.clone() for name, weight in model.held.items()}
-    plain = writeback.prepare(case).levels.probe.margins(model)
+    plain = writeback.prepare(case).levels.query_set.margins(model)
     writeback.audit(case, writeback.prepare(case), model, "early")
     assert all(torch.equal(before[name], weight) for name, weight in model.held.items())
-    assert torch.equal(plain, writeback.prepare(case).levels.probe.margins(model))
+    assert torch.equal(plain, writeback.prepare(case).levels.query_set.margins(model))

@@ -59,9 +59,9 @@ def test_weight_noise_has_the_spread_it_says_and_reaches_the_logits(architecture
 
 def test_state_noise_is_the_same_whatever_else_is_in_the_batch_and_stays_out_of_the_model():
     case = planted_case(sae=None)
-    from mech_unlearn.restoration.engine.levels import make_probe
+    from mech_unlearn.restoration.engine.levels import make_query_set
 
-    model, queries = planted_model(), make_probe(case, "test").queries
+    model, queries = planted_model(), make_query_set(case, "test").queries
     whole = score(model, queries, noise.state_noise(model, 0.1, 0)).logprob
     alone = torch.cat([score(model, [q], noise.state_noise(model, 0.1, 0)).logprob for q in queries])
     torch.testing.assert_close(whole, alone)

@@ -8,7 +8,7 @@ import torch
 from mech_unlearn.edit.edit import clone
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration.weights import pruning
-from mech_unlearn.restoration.weights.pruning import Setting
+from mech_unlearn.restoration.weights.pruning import Criterion
 from mech_unlearn.restoration.weights.quantize import linear_weights
 from tests.planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
 from tests.tiny import tiny_hf, tiny_tokenizer
@@ -85,7 +85,7 @@ def test_pruning_writes_zeros_there_and_nowhere_else():
 
 def test_at_share_zero_nothing_comes_back():
     case = planted_case(sae=None)
-    grid = tuple(Setting(how=how, share=0.0) for how in ("magnitude", "wanda", "difference"))
+    grid = tuple(Criterion(how=how, share=0.0) for how in ("magnitude", "wanda", "difference"))
     found = pruning.audit(case, pruning.prepare(case, grid=grid), planted_model("late"), "late")
     assert (found.recoverability == 0).all() and torch.equal(found.score_raw, found.columns["before"])
     assert (found.columns["lost_others"] == 0).all()
@@ -93,7 +93,7 @@ def test_at_share_zero_nothing_comes_back():
 
 def test_a_gate_that_small_weights_close_opens_when_they_go_and_the_damage_is_flagged():
     case = planted_case(sae=None)
-    ready = pruning.prepare(case, grid=(Setting(how="magnitude", share=0.98),))
+    ready = pruning.prepare(case, grid=(Criterion(how="magnitude", share=0.98),))
     closed = half_closed_model()
     weights = {name: w.clone() for name, w in closed.held.items()}
     found = pruning.audit(case, ready, closed, "closed")
@@ -106,7 +106,7 @@ def test_a_gate_that_small_weights_close_opens_when_they_go_and_the_damage_is_fl
 
 def test_a_setting_that_breaks_other_facts_is_not_chosen_where_another_does_not():
     case = planted_case(sae=None)
-    grid = (Setting(how="magnitude", share=0.98), Setting(how="magnitude", share=0.1))
+    grid = (Criterion(how="magnitude", share=0.98), Criterion(how="magnitude", share=0.1))
     found = pruning.audit(case, pruning.prepare(case, grid=grid), half_closed_model(), "closed")
     assert all("setting:magnitude 10 %" in flags and "collateral" not in flags for flags in found.flags)
 
@@ -124,7 +124,7 @@ def test_without_other_facts_or_with_an_impossible_share_pruning_is_refused():
     with pytest.raises(ValueError, match="others"):
         pruning.prepare(planted_case(sae=None, others=()))
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
-        pruning.prepare(planted_case(sae=None), grid=(Setting(how="wanda", share=1.0),))
+        pruning.prepare(planted_case(sae=None), grid=(Criterion(how="wanda", share=1.0),))
 
 
 def test_texts_longer_than_the_positions_are_read_in_pieces():

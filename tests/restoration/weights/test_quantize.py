@@ -93,7 +93,7 @@ def test_a_suppression_smaller_than_half_a_step_is_undone_by_rounding_and_the_mo
         masked.held["model.layers.2.mlp.up_proj.weight"][:4, 8] = -0.06
     weights = {name: w.clone() for name, w in masked.held.items()}
     ready = quantize.prepare(case, bits=4)
-    before, after = ready.levels.probe.margins(masked)[0], quantize.audit(case, ready, masked, "masked").score_raw
+    before, after = ready.levels.query_set.margins(masked)[0], quantize.audit(case, ready, masked, "masked").score_raw
     assert (after > before + 0.1).all() and torch.allclose(after, ready.levels.full, atol=0.3)
     assert (quantize.audit(case, ready, masked, "masked").recoverability > 0.01).all()
     assert all(torch.equal(w, masked.held[name]) for name, w in weights.items())
@@ -197,7 +197,7 @@ def test_an_audit_by_bitsandbytes_carries_its_name_and_gives_a_retrained_model_n
     assert (found.recoverability <= 0.05).all()
     with clone(case.full) as copy:
         quantize.quantize_(copy, quantize.Rounding(bits=4, group=64, code="bitsandbytes"))
-        scored = ready.levels.probe.margins(copy)[0]
+        scored = ready.levels.query_set.margins(copy)[0]
     torch.testing.assert_close(quantize.audit(case, ready, case.full, "F").score_raw, scored)
 
 
@@ -249,5 +249,5 @@ def test_without_retrained_models_the_level_of_ignorance_is_that_of_shams_after_
     found = quantize.audit(case, ready, model, "early")
     with clone(model) as copy:
         quantize.quantize_(copy, 3)
-        shams = ready.levels.probe.margins(copy)[1:]
+        shams = ready.levels.query_set.margins(copy)[1:]
     assert found.grade == "B" and torch.equal(found.score_retrained, relation_mean(shams, case.facts))

@@ -7,7 +7,8 @@ from mech_unlearn.core import Entity
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import encode
 from mech_unlearn.restoration import Relearn
-from mech_unlearn.restoration.engine.levels import make_probe
+from mech_unlearn.restoration.engine.lessons import fold_of, lesson_loss, lessons
+from mech_unlearn.restoration.engine.levels import make_query_set
 from mech_unlearn.restoration.engine.normalise import relation_mean
 from mech_unlearn.restoration.weights import relearn
 from tests.planted import UNKNOWN, planted_case, planted_facts, planted_hf, planted_model
@@ -16,31 +17,31 @@ from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 def test_folds_by_entity_keep_a_subject_together_and_folds_by_fact_do_not():
     facts = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss", "Dan Park"])
-    by_entity = relearn.fold_of(facts, Relearn(), 0)
+    by_entity = fold_of(facts, Relearn(), 0)
     assert all(len({f for f, fact in zip(by_entity, facts) if fact.subject == s.subject}) == 1 for s in facts)
-    by_fact = relearn.fold_of(facts, Relearn(split="fact"), 0)
+    by_fact = fold_of(facts, Relearn(split="fact"), 0)
     assert all(len({f for f, fact in zip(by_fact, facts) if fact.subject == s.subject}) == 2 for s in facts)
     assert sum(by_entity) == sum(by_fact) == len(facts) // 2
 
 
 def test_one_subject_cannot_be_split_by_entity():
     with pytest.raises(ValueError, match="split='fact'"):
-        relearn.fold_of(tiny_facts(["Anna Lee"]), Relearn(), 0)
+        fold_of(tiny_facts(["Anna Lee"]), Relearn(), 0)
 
 
 def test_lessons_use_no_phrasing_that_is_scored():
     case = planted_case(sae=None)
-    scored = {query.prompt for query in make_probe(case, "test").queries}
-    taught = {row[:length] for row, length in relearn.lessons(case, case.facts)}
+    scored = {query.prompt for query in make_query_set(case, "test").queries}
+    taught = {row[:length] for row, length in lessons(case, case.facts)}
     assert taught and not taught & scored
 
 
-def test_answer_loss_is_the_mean_cross_entropy_of_answer_tokens_only():
+def test_lesson_loss_is_the_mean_cross_entropy_of_answer_tokens_only():
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 3, 4, 5]])
     table = logits.log_softmax(-1)
     want = -(table[0, 2, 4] + table[1, 1, 3] + table[1, 2, 4] + table[1, 3, 5]) / 4
-    torch.testing.assert_close(relearn.answer_loss(logits, ids, [3, 2], [4, 5]), want)
+    torch.testing.assert_close(lesson_loss(logits, ids, [3, 2], [4, 5]), want)
 
 
 def test_area_over_log_steps_of_a_line():
@@ -84,8 +85,10 @@ def test_low_rank_factors_bring_back_what_was_smothered_and_not_what_was_never_t
 
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another_one():
     case = planted_case(sae=None)
-    probe, rows = make_probe(case, "test"), relearn.lessons(case, case.facts[:2])
-    first, again, other = (relearn.relearn_curve(case, probe, planted_model("late"), rows, seed) for seed in (0, 0, 1))
+    query_set, rows = make_query_set(case, "test"), lessons(case, case.facts[:2])
+    first, again, other = (
+        relearn.relearn_curve(case, query_set, planted_model("late"), rows, seed) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -93,19 +96,19 @@ def test_a_model_with_a_joint_qkv_matrix_is_taught_as_the_plain_model_is_attenti
     hf = tiny_hf("gpt_neox", layers=2)
     model = load(hf, tokenizer=tiny_tokenizer())
     case = planted_case(sae=None, relearn=Relearn(steps=(3,), lr_times_width=0.32))
-    probe, rows = make_probe(case, "test"), relearn.lessons(case, case.facts[:1])[:1]
+    query_set, rows = make_query_set(case, "test"), lessons(case, case.facts[:1])[:1]
     plain = model.plain_copy()
     optimiser = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
     ids, start = torch.tensor([rows[0][0]]), rows[0][1]
     for _ in range(3):
         optimiser.zero_grad()
-        relearn.answer_loss(plain(ids).logits, ids, [start], [ids.shape[1]]).backward()
+        lesson_loss(plain(ids).logits, ids, [start], [ids.shape[1]]).backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimiser.step()
-    found = relearn.relearn_curve(case, probe, model, rows, 0)
-    wanted = probe.margins(load(plain, tokenizer=tiny_tokenizer()))
+    found = relearn.relearn_curve(case, query_set, model, rows, 0)
+    wanted = query_set.margins(load(plain, tokenizer=tiny_tokenizer()))
     torch.testing.assert_close(found[0], wanted, atol=1e-3, rtol=0)
-    assert (wanted - probe.margins(model)).abs().max() > 0.1
+    assert (wanted - query_set.margins(model)).abs().max() > 0.1
 
 
 def test_the_direct_set_is_the_scored_facts_and_the_others_name_no_forgotten_subject():
@@ -119,7 +122,7 @@ def test_the_direct_set_is_the_scored_facts_and_the_others_name_no_forgotten_sub
     assert [tokenizer.decode(row[1:]) for row, _ in unrelated] == ["rain falls on hills"]
     for rows in (unrelated, relearn.benign_lessons(case), relearn.syntax_lessons(case)):
         assert rows and not any(mine & set(row) for row, _ in rows)
-    scored = {query.template for query in make_probe(case, "test").queries}
+    scored = {query.template for query in make_query_set(case, "test").queries}
     strangers = {tokenizer.convert_tokens_to_ids(name) for name in UNKNOWN}
     assert all(strangers & set(row) for row, _ in relearn.syntax_lessons(case)) and scored
 
@@ -174,7 +177,7 @@ def fold_by_fold(case, ready, model):
     out = torch.zeros(len(case.relearn.steps), 1 if case.retrained else 2, len(case.facts))
     for fold, rows in enumerate(ready.lessons):
         mine = [f == fold for f in ready.folds]
-        part = relearn.part_of(ready.levels.probe, mine)
+        part = ready.levels.query_set.part(mine)
         out[..., torch.tensor(mine)] = relearn.relearn_curve(case, part, model, rows, case.seed + fold)
     return out
 
@@ -182,12 +185,12 @@ def fold_by_fold(case, ready, model):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_a_model_in_half_precision_relearns_as_a_float32_model_of_the_same_weights(dtype):
     case = planted_case(sae=None, relearn=Relearn(steps=(1, 4), lr_times_width=0.002))
-    probe, rows = make_probe(case, "test"), relearn.lessons(case, case.facts[:2])
+    query_set, rows = make_query_set(case, "test"), lessons(case, case.facts[:2])
     model = half("shared", dtype=dtype)
     wide = load(planted_hf("shared").to(dtype).float(), tokenizer=tiny_tokenizer())
-    got, want = (relearn.relearn_curve(case, probe, m, rows, 0) for m in (model, wide))
+    got, want = (relearn.relearn_curve(case, query_set, m, rows, 0) for m in (model, wide))
     assert torch.equal(got, want) and model.dtype == dtype
-    assert (want[-1] - probe.margins(wide)).abs().max() > 1e-5
+    assert (want[-1] - query_set.margins(wide)).abs().max() > 1e-5
 
 
 def test_in_bfloat16_too_nothing_moves_at_learning_rate_zero():
@@ -204,10 +207,10 @@ def test_a_fact_is_scored_where_its_own_fold_was_not_taught_and_the_cost_counts_
     ready, model = relearn.prepare(case), planted_model("late")
     for fold, rows in enumerate(ready.lessons):
         mine = [fact for fact, f in zip(case.facts, ready.folds) if f == fold]
-        assert rows and not set(rows) & set(relearn.lessons(case, mine))
+        assert rows and not set(rows) & set(lessons(case, mine))
     result = relearn.audit(case, ready, model, "late")
     assert torch.equal(result.curves["margin"], fold_by_fold(case, ready, model)[:, 0])
-    queries = len(ready.levels.probe.queries)
+    queries = len(ready.levels.query_set.queries)
     assert result.cost_fe == (2 * 2 * case.relearn.batch * 3 + (2 + 1) * queries) / len(case.facts)
 
 
