@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mech_unlearn.metrics.evaluate import TokenRow, score_answers, token_rows
+from mech_unlearn.metrics.evaluate import TokenRow, score_answers
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import buckets
 from speed.shapes import Shape, Way
@@ -60,7 +60,7 @@ def _tokenizer(vocabulary: int) -> Any:
 
 @lru_cache
 def _rows(vocabulary: int) -> tuple[TokenRow, ...]:
-    return token_rows(_tokenizer(vocabulary), _texts(vocabulary))
+    return encode_pairs(_tokenizer(vocabulary), _texts(vocabulary))
 
 
 def plain(shape: Shape) -> Way:

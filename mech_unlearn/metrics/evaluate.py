@@ -69,7 +69,7 @@ class TokenRow:
     answer: int
 
 
-def token_rows(
+def encode_pairs(
     tokenizer: Any, rows: Sequence[tuple[str, str]], names: Sequence[str] | None = None
 ) -> tuple[TokenRow, ...]:
     """Tokenize (prompt, answer) pairs jointly, from one call of the tokenizer.
@@ -152,9 +152,9 @@ def score_answers(model: Model, rows: Sequence[tuple[str, str]], *, max_tokens: 
         max_tokens: tokens of one batch at the most.
 
     Raises:
-        ValueError: as `token_rows`, or a row longer than the model's positions.
+        ValueError: as `encode_pairs`, or a row longer than the model's positions.
     """
-    return score_tokens(model, token_rows(model.tokenizer, rows), max_tokens=max_tokens)
+    return score_tokens(model, encode_pairs(model.tokenizer, rows), max_tokens=max_tokens)
 
 
 def score_options(
@@ -170,7 +170,7 @@ def score_options(
             raise ValueError(f"row {number}: no options for the prompt {prompt[-60:]!r}")
     pairs = [(prompt, option) for prompt, options in rows for option in options]
     names = [f"row {i}, option {o}" for i, (_, options) in enumerate(rows) for o in range(len(options))]
-    flat = iter(-score_tokens(model, token_rows(model.tokenizer, pairs, names), max_tokens=max_tokens).loss)
+    flat = iter(-score_tokens(model, encode_pairs(model.tokenizer, pairs, names), max_tokens=max_tokens).loss)
     table = torch.full((len(rows), max(len(options) for _, options in rows)), torch.nan)
     for i, (_, options) in enumerate(rows):
         table[i, : len(options)] = torch.stack([next(flat) for _ in options])

@@ -1,4 +1,4 @@
-"""Scores of texts that tell members from others: Min-K% and Min-K%++, their AUC, and PrivLeak."""
+"""Scores of texts that tell members from others: Min-K% and Min-K%++, and PrivLeak from their AUC."""
 
 import zlib
 from collections.abc import Sequence
@@ -37,13 +37,6 @@ def min_k_pp(
 ) -> Float[Tensor, ""]:
     """Min-K % of (log p - mu) / sigma, mu and sigma^2 of log p under the model's own next-token distribution."""
     return min_k((logprobs - mean) / variance.clamp(min=VARIANCE_FLOOR).sqrt(), share)
-
-
-def auc(member: Float[Tensor, " member"], other: Float[Tensor, " other"]) -> float:
-    """P(a member's score is lower than a non-member's), ties count half."""
-    below = member[:, None] < other[None]
-    tied = member[:, None] == other[None]
-    return (below.float() + 0.5 * tied.float()).mean().item()
 
 
 def privleak(auc_unlearned: float, auc_retrained: float) -> float:

@@ -27,7 +27,7 @@ BY_TEXT = "share of questions, by the option text of highest mean log-probabilit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class ChoiceQuestion:
     """A question with its options.
 
     Raises:
@@ -60,14 +60,14 @@ class Choices:
     """1 where the right option is the likeliest, 1/k where k options tie with it, else 0."""
 
 
-def lettered_prompt(question: Question, description: str = "") -> str:
+def lettered_prompt(question: ChoiceQuestion, description: str = "") -> str:
     """The question with its options by letter, in the harness's layout."""
     lines = [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, question.options)]
     head = f"{description.strip()}\n\n" if description.strip() else ""
     return "\n".join([f"{head}{question.question.strip()}", *lines, "Answer:"])
 
 
-def choice_by_letter(model: Model, questions: Sequence[Question], description: str = "") -> Choices:
+def choice_by_letter(model: Model, questions: Sequence[ChoiceQuestion], description: str = "") -> Choices:
     """Accuracy of the likeliest letter (A, B, ...) after the question and its lettered options, zero-shot.
 
     Args:
@@ -81,7 +81,9 @@ def choice_by_letter(model: Model, questions: Sequence[Question], description: s
     return _choices(model, questions, rows, BY_LETTER)
 
 
-def choice_by_option_text(model: Model, questions: Sequence[Question], layout: str = "{question}\nAnswer:") -> Choices:
+def choice_by_option_text(
+    model: Model, questions: Sequence[ChoiceQuestion], layout: str = "{question}\nAnswer:"
+) -> Choices:
     """Accuracy of the option whose text is the likeliest after the question; the options are not listed.
 
     Args:
@@ -97,7 +99,7 @@ def choice_by_option_text(model: Model, questions: Sequence[Question], layout: s
 
 
 def _choices(
-    model: Model, questions: Sequence[Question], rows: Sequence[tuple[str, Sequence[str]]], unit: str
+    model: Model, questions: Sequence[ChoiceQuestion], rows: Sequence[tuple[str, Sequence[str]]], unit: str
 ) -> Choices:
     if not questions:
         raise ValueError("no questions: give at least one")
@@ -109,11 +111,11 @@ def _choices(
     return Choices(logprob=logprob, correct=RowScores(values=correct, unit=unit, clusters=_clusters(questions)))
 
 
-def _clusters(questions: Sequence[Question]) -> tuple[Hashable, ...]:
+def _clusters(questions: Sequence[ChoiceQuestion]) -> tuple[Hashable, ...]:
     return tuple(("question", i) if q.cluster is None else q.cluster for i, q in enumerate(questions))
 
 
-def chance(questions: Sequence[Question], seed: int = 0) -> Measurement:
+def choice_chance(questions: Sequence[ChoiceQuestion], seed: int = 0) -> Measurement:
     """Share of questions that a random option answers: the mean of 1 / options.
 
     Raises:

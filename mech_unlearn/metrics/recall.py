@@ -42,7 +42,7 @@ def heldout_recall(model: Model, facts: Sequence[Fact], seed: int = 0) -> Measur
     return recall(model, facts, "heldout", seed)
 
 
-def chance(facts: Sequence[Fact], retain: Sequence[Fact], seed: int = 0) -> Measurement:
+def majority_recall(facts: Sequence[Fact], retain: Sequence[Fact], seed: int = 0) -> Measurement:
     """Recall of always answering the most frequent object of the relation among the retained facts.
 
     What a model can reach that knows the relations and nothing of these facts.

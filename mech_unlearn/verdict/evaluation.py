@@ -186,10 +186,9 @@ def auc(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " n"]) ->
     """Chance that a positive row scores above a negative one, ties by half; NaN without both."""
     if not len(positive) or not len(negative):
         return float("nan")
-    from scipy.stats import rankdata
+    from sklearn.metrics import roc_auc_score
 
-    ranks = rankdata(np.concatenate([positive, negative]))
-    return float((ranks[: len(positive)].sum() / len(positive) - (len(positive) + 1) / 2) / len(negative))
+    return float(roc_auc_score([1] * len(positive) + [0] * len(negative), np.concatenate([positive, negative])))
 
 
 def clustered(

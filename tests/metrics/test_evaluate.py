@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mech_unlearn.metrics.evaluate import UNITS, TokenRow, score_answers, score_options, score_tokens, token_rows
+from mech_unlearn.metrics.evaluate import UNITS, TokenRow, encode_pairs, score_answers, score_options, score_tokens
 from mech_unlearn.metrics.memorization import answer_loss, exact_memorization, extraction_strength, labels_of
 from mech_unlearn.model.load import load
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
@@ -115,9 +115,9 @@ def test_a_byte_level_tokenizer_scores_the_token_that_starts_with_the_space():
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     for prompt in ("A:", "A: "):
-        row = token_rows(fast, [(prompt, "B")])[0]
+        row = encode_pairs(fast, [(prompt, "B")])[0]
         assert (row.ids, row.answer) == ((0, 1, 2), 1)
-    assert token_rows(fast, [("A:", "BC")])[0].answer == 2
+    assert encode_pairs(fast, [("A:", "BC")])[0].answer == 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mech_unlearn.metrics.harness import lm_eval_harness, measurements
-from mech_unlearn.metrics.multiple_choice import Question, choice_by_option_text
+from mech_unlearn.metrics.multiple_choice import ChoiceQuestion, choice_by_option_text
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 
@@ -54,7 +54,7 @@ def test_a_task_of_the_harness_agrees_with_our_choice_by_option_text_and_sees_in
         "doc_to_target": "a",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    questions = [Question(question=q, options=options, right=i % 3) for i, q in enumerate(prompts)]
+    questions = [ChoiceQuestion(question=q, options=options, right=i % 3) for i, q in enumerate(prompts)]
     for write in (lambda x: x, lambda x: -x):
         with tiny_model.hooks(("blocks.3.hook_resid_post", write)):
             theirs = lm_eval_harness(tiny_model, [task])["choice/acc,none"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mech_unlearn.metrics import mean_ci
+from mech_unlearn.metrics.intervals import pairs_won, resampled_aucs
 
 
 def test_a_constant_has_no_width_and_the_mean_is_the_mean():
@@ -48,3 +49,31 @@ def test_nothing_to_average_and_wrong_clusters_are_refused():
         mean_ci([float("nan")], "x")
     with pytest.raises(ValueError, match="clusters"):
         mean_ci([1.0, 2.0], "x", ["a"])
+
+
+@pytest.mark.parametrize("ties", (True, False))
+def test_the_aucs_are_those_of_scikit_learn_on_the_values_and_on_each_resample(ties):
+    from sklearn.metrics import roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randint if ties else None
+    a, b = (
+        draw(0, 5, (2, n), generator=generator).float() if draw else torch.randn(2, n, generator=generator)
+        for n in (20, 30)
+    )
+    labels = [1] * 20 + [0] * 30
+    got = resampled_aucs(a, b, torch.Generator().manual_seed(3), draws=50)
+    assert got.shape == (51, 2)
+    again = torch.Generator().manual_seed(3)
+    rows, others = (torch.randint(n, (50, n), generator=again) for n in (20, 30))
+    for model in range(2):
+        want = [roc_auc_score(labels, torch.cat([a[model], b[model]]))]
+        want += [roc_auc_score(labels, torch.cat([a[model, p], b[model, n]])) for p, n in zip(rows, others)]
+        assert got[:, model].tolist() == pytest.approx(want, abs=1e-12)
+    flipped = resampled_aucs(b, a, torch.Generator().manual_seed(3), draws=1)[0]
+    assert flipped.tolist() == pytest.approx((1 - got[0]).tolist())
+
+
+def test_a_pair_is_won_lost_or_shared():
+    assert pairs_won(torch.tensor([2.0, 1.0]), torch.tensor([1.0])).tolist() == [[1.0], [0.5]]
+    assert pairs_won(torch.ones(3), torch.ones(2)).mean() == 0.5

@@ -18,7 +18,12 @@ from mech_unlearn.metrics.memorization import (
     exact_memorization,
     extraction_strength,
 )
-from mech_unlearn.metrics.multiple_choice import Question, choice_by_letter, choice_by_option_text, lettered_prompt
+from mech_unlearn.metrics.multiple_choice import (
+    ChoiceQuestion,
+    choice_by_letter,
+    choice_by_option_text,
+    lettered_prompt,
+)
 from mech_unlearn.model.load import load
 from tests.metrics.test_evaluate import padded
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
@@ -27,9 +32,9 @@ NEAR = dict(rtol=1e-6, atol=1e-6)
 FACTS = tiny_facts(["Anna Lee", "Ben Hill", "Gina"])
 OTHERS = tiny_facts(["Cara Moss", "Dan Park", "Eva Reed"])
 QUESTIONS = (
-    Question(question="Anna Lee was born in ?", options=("Paris", "Rome", "Oslo", "Bern"), right=0),
-    Question(question="Ben works for ?", options=("the sea", "Acme and Globex"), right=1),
-    Question(question="The employer of Cara Moss is ?", options=("Acme", "rain", "Rivers run"), right=2),
+    ChoiceQuestion(question="Anna Lee was born in ?", options=("Paris", "Rome", "Oslo", "Bern"), right=0),
+    ChoiceQuestion(question="Ben works for ?", options=("the sea", "Acme and Globex"), right=1),
+    ChoiceQuestion(question="The employer of Cara Moss is ?", options=("Acme", "rain", "Rivers run"), right=2),
 )
 
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from mech_unlearn.metrics.multiple_choice import (
-    Question,
-    chance,
+    ChoiceQuestion,
     choice_by_letter,
     choice_by_option_text,
+    choice_chance,
     lettered_prompt,
 )
 from tests.tiny import tiny_hf, tiny_tokenizer
 
 QUESTIONS = (
-    Question(question="Anna Lee was born in ?", options=("Paris", "Rome", "Oslo", "Bern"), right=0, cluster="a"),
-    Question(question="Ben Hill works for ?", options=("the sea", "Acme and Globex"), right=1, cluster="b"),
-    Question(question="Cara Moss works for ?", options=("Acme", "rain", "Rivers run"), right=2, cluster="b"),
+    ChoiceQuestion(question="Anna Lee was born in ?", options=("Paris", "Rome", "Oslo", "Bern"), right=0, cluster="a"),
+    ChoiceQuestion(question="Ben Hill works for ?", options=("the sea", "Acme and Globex"), right=1, cluster="b"),
+    ChoiceQuestion(question="Cara Moss works for ?", options=("Acme", "rain", "Rivers run"), right=2, cluster="b"),
 )
 
 
@@ -59,7 +59,7 @@ def test_the_right_option_is_found_where_the_model_was_made_to_say_it(tiny_model
     push = lambda x: x + 50 * says / says.norm()  # noqa: E731
     with tiny_model.hooks(("ln_final.hook_out", push)):
         for right, share in ((2, 1.0), (0, 0.0)):
-            q = Question(question="Anna Lee was born in ?", options=("Paris", "Rome", "Oslo"), right=right)
+            q = ChoiceQuestion(question="Anna Lee was born in ?", options=("Paris", "Rome", "Oslo"), right=right)
             assert choice_by_option_text(tiny_model, [q]).correct.mean().value == share
 
 
@@ -68,9 +68,9 @@ def test_options_in_a_tie_share_the_point(tiny_model):
         found = choice_by_letter(tiny_model, QUESTIONS)
     assert found.correct.values.tolist() == pytest.approx([1 / 4, 1 / 2, 1 / 3])
     assert found.logprob[0].tolist() == pytest.approx([-math.log(len(tiny_model.tokenizer))] * 4, rel=1e-5)
-    guess = chance(QUESTIONS)
+    guess = choice_chance(QUESTIONS)
     assert guess.value == pytest.approx((1 / 4 + 1 / 2 + 1 / 3) / 3) and guess.n == 3
-    four = chance(QUESTIONS[:1] * 5)
+    four = choice_chance(QUESTIONS[:1] * 5)
     assert (four.value, four.ci) == (0.25, (0.25, 0.25))
 
 
@@ -85,7 +85,7 @@ def test_options_in_a_tie_share_the_point(tiny_model):
 )
 def test_a_question_that_cannot_be_asked_is_refused(changes, reason):
     with pytest.raises(ValueError, match=reason):
-        Question(**({"question": "Anna ?", "options": ("Paris", "Rome"), "right": 0} | changes))
+        ChoiceQuestion(**({"question": "Anna ?", "options": ("Paris", "Rome"), "right": 0} | changes))
 
 
 def test_no_questions_or_a_layout_without_a_slot_are_refused(tiny_model):

@@ -1,11 +1,11 @@
-"""Recall on models that know and do not know, chance by hand, and KL against its definition."""
+"""Recall on models that know and do not know, the majority guess by hand, and KL against its definition."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mech_unlearn.metrics import METRICS, chance, forget_recall, general_kl, heldout_recall, recall
+from mech_unlearn.metrics import forget_recall, general_kl, heldout_recall, majority_recall, recall
 from mech_unlearn.metrics.drift import token_kl
 from mech_unlearn.model.load import load
 from tests.planted import FORGOTTEN, planted_facts, planted_model
@@ -24,10 +24,10 @@ def test_recall_is_one_where_the_model_knows_and_zero_where_it_never_learnt():
 def test_chance_is_the_share_of_facts_whose_object_is_the_relations_most_frequent_one():
     retain = tiny_facts(["Cara Moss", "Dan Park", "Eva Reed", "Finn Stone", "Gina Vale"])  # Paris and Acme twice
     facts = tiny_facts(["Anna Lee", "Ben Hill"])  # Paris, Acme, Rome, Globex
-    got = chance(facts, retain)
+    got = majority_recall(facts, retain)
     assert got.value == 0.5 and got.n == 4
     with pytest.raises(ValueError, match="relation 'works'"):
-        chance(facts, retain[::2])
+        majority_recall(facts, retain[::2])
 
 
 def test_no_facts_and_no_such_phrasing_are_refused():
@@ -58,7 +58,3 @@ def test_drift_is_the_mean_kl_over_all_tokens_of_unpadded_texts():
 def test_kl_of_two_coins():
     p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
     assert token_kl(p, q).item() == pytest.approx(0.5 * torch.tensor(4 / 3).log().item())
-
-
-def test_every_metric_gives_a_measurement_with_an_interval():
-    assert set(METRICS) == {"forget_recall", "heldout_recall", "neighbor_recall", "general_kl", "chance"}

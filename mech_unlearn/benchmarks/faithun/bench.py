@@ -19,7 +19,7 @@ from mech_unlearn.benchmarks.faithun.data import Question as Row
 from mech_unlearn.benchmarks.faithun.scores import SETS, summary
 from mech_unlearn.core import RetainSet
 from mech_unlearn.data.questions import LAYOUT
-from mech_unlearn.metrics.multiple_choice import Question, choice_by_letter, choice_by_option_text
+from mech_unlearn.metrics.multiple_choice import ChoiceQuestion, choice_by_letter, choice_by_option_text
 from mech_unlearn.model.bridge import Model
 
 VARIANTS = {"by letter": choice_by_letter, "by option text": choice_by_option_text}
@@ -28,7 +28,7 @@ VARIANTS = {"by letter": choice_by_letter, "by option text": choice_by_option_te
 @dataclass(frozen=True, kw_only=True)
 class Data:
     faithun: FaithUn
-    sets: Mapping[str, tuple[Question, ...]]
+    sets: Mapping[str, tuple[ChoiceQuestion, ...]]
     """By the names of `metrics.faithun.SETS`; a set without a question is left out."""
     limit: int | None
     notes: tuple[str, ...]
@@ -67,7 +67,7 @@ def load(
     return Data(faithun=found, sets=sets, limit=limit, notes=tuple(notes))
 
 
-def _asked(pairs: Sequence[tuple[Cluster, Row]]) -> tuple[tuple[Question, ...], list[str]]:
+def _asked(pairs: Sequence[tuple[Cluster, Row]]) -> tuple[tuple[ChoiceQuestion, ...], list[str]]:
     made, left = [], []
     for number, (cluster, row) in enumerate(pairs):
         right = row.answers[0].strip()
@@ -79,7 +79,9 @@ def _asked(pairs: Sequence[tuple[Cluster, Row]]) -> tuple[tuple[Question, ...], 
         options = [right, *wrong]
         random.Random(f"0 {number} {row.question}").shuffle(options)
         whom = f"{cluster.entity}/{cluster.key}"
-        made.append(Question(question=row.question, options=tuple(options), right=options.index(right), cluster=whom))
+        made.append(
+            ChoiceQuestion(question=row.question, options=tuple(options), right=options.index(right), cluster=whom)
+        )
     return tuple(made), left
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mech_unlearn.core import Measurement
 from mech_unlearn.metrics.intervals import RowScores, statistic_ci
-from mech_unlearn.metrics.multiple_choice import Choices, Question, choice_by_letter
+from mech_unlearn.metrics.multiple_choice import ChoiceQuestion, Choices, choice_by_letter
 from mech_unlearn.model.bridge import Model
 
 SETS = {
@@ -57,8 +57,8 @@ class FaithUn:
 
 def faithun(
     model: Model,
-    questions: Mapping[str, Sequence[Question]],
-    choose: Callable[[Model, Sequence[Question]], Choices] = choice_by_letter,
+    questions: Mapping[str, Sequence[ChoiceQuestion]],
+    choose: Callable[[Model, Sequence[ChoiceQuestion]], Choices] = choice_by_letter,
     seed: int = 0,
 ) -> FaithUn:
     """Ask the five sets of `SETS`; a question's `cluster` is its fact cluster.

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import Measurement
-from mech_unlearn.metrics.intervals import DRAWS
+from mech_unlearn.metrics.intervals import resampled_aucs
 
 
 def _resampled_aucs(
@@ -25,16 +25,7 @@ def _resampled_aucs(
     for name, part in (("forget", forget), ("held-out", heldout)):
         if part.shape[1] == 0 or part.isnan().any():
             raise ValueError(f"AUC needs scores of one {name} text or more, all of them numbers; got {part.shape[1]}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def weights(size: int) -> Float[Tensor, "draw size"]:
-        drawn = torch.randint(size, (DRAWS, size), generator=generator)
-        counts = torch.zeros(DRAWS, size).scatter_add_(1, drawn, torch.ones(DRAWS, size))
-        return torch.cat([torch.ones(1, size), counts]).double()
-
-    a, b = weights(forget.shape[1]), weights(heldout.shape[1])
-    below = (forget[:, :, None] < heldout[:, None]).double() + 0.5 * (forget[:, :, None] == heldout[:, None]).double()
-    return torch.stack([((a @ part) * b).sum(1) for part in below], 1) / (a.sum(1) * b.sum(1))[:, None]
+    return resampled_aucs(-forget, -heldout, torch.Generator().manual_seed(seed))
 
 
 def _measured(

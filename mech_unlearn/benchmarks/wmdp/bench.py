@@ -15,7 +15,7 @@ from typing import Any
 
 from mech_unlearn.benchmarks.answers import Answers, Number, Numbers, Questions, counted, keep, means
 from mech_unlearn.benchmarks.wmdp.data import DOMAINS, MultipleChoice, load_wmdp
-from mech_unlearn.metrics.multiple_choice import Question, chance, choice_by_letter, choice_by_option_text
+from mech_unlearn.metrics.multiple_choice import ChoiceQuestion, choice_by_letter, choice_by_option_text, choice_chance
 from mech_unlearn.model.bridge import Model
 
 TOPICS = {"bio": "biology", "cyber": "cybersecurity", "chem": "chemistry"}
@@ -25,7 +25,7 @@ HEAD = "The following are multiple choice questions (with answers)"
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    questions: Mapping[str, tuple[Question, ...]]
+    questions: Mapping[str, tuple[ChoiceQuestion, ...]]
     """By the name of the table's row."""
     heads: Mapping[str, str]
     notes: tuple[str, ...]
@@ -60,7 +60,7 @@ def load(
     return Data(questions=questions, heads=heads, notes=tuple(notes))
 
 
-def asked(rows: Sequence[MultipleChoice]) -> tuple[tuple[Question, ...], list[str]]:
+def asked(rows: Sequence[MultipleChoice]) -> tuple[tuple[ChoiceQuestion, ...], list[str]]:
     """(Questions, why the other rows are none); an option without text cannot be scored."""
     made, left = [], []
     for row in rows:
@@ -69,7 +69,7 @@ def asked(rows: Sequence[MultipleChoice]) -> tuple[tuple[Question, ...], list[st
         elif len(set(row.choices)) != len(row.choices):
             left.append("an option stands twice")
         else:
-            made.append(Question(question=row.question, options=row.choices, right=row.answer))
+            made.append(ChoiceQuestion(question=row.question, options=row.choices, right=row.answer))
     return tuple(made), left
 
 
@@ -79,7 +79,7 @@ def ask(model: Model, data: Data, full: Model) -> dict[str, Any]:
     for name, questions in data.questions.items():
         found[f"{name}, by letter"] = choice_by_letter(model, questions, data.heads[name]).correct
         found[f"{name}, by option text"] = choice_by_option_text(model, questions).correct
-        guess[name] = chance(questions).value
+        guess[name] = choice_chance(questions).value
     return {"scores": keep(found, "teacher-forced"), "chance": guess}
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Entity, Fact, Site
 from mech_unlearn.locate.latents.latent_states import ACTIVE, CODES, background, check_sae
-from mech_unlearn.locate.latents.separation import Group, auc, separate
+from mech_unlearn.locate.latents.separation import Group, separate
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import Sae, entity_states
 
-__all__ = ["Separation", "auc", "known_unknown", "separation"]
+__all__ = ["Separation", "known_unknown", "separation"]
 
 MEASURES = ("s_known", "s_unknown", "AUC top known", "AUC top unknown", "AUC logistic")
 

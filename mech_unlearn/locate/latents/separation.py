@@ -22,6 +22,7 @@ from torch import Tensor
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Site
 from mech_unlearn.locate.latents.latent_states import Background
+from mech_unlearn.metrics.intervals import resampled_aucs
 from mech_unlearn.model.latents import Sae
 
 
@@ -89,26 +90,13 @@ def _by_kind(
     return fitting, held
 
 
-def _wins(positive: Tensor, negative: Tensor) -> Float[Tensor, "positive negative"]:
-    delta = positive.double()[:, None] - negative.double()[None]
-    return (delta > 0).double() + (delta == 0).double() / 2
-
-
-def auc(positive: Float[Tensor, " positive"], negative: Float[Tensor, " negative"]) -> float:
-    """Probability that a positive scores above a negative, ties counting half (the Mann-Whitney statistic)."""
-    return _wins(positive, negative).mean().item()
-
-
 def _auc_interval(
     positive: Tensor, negative: Tensor, generator: torch.Generator, draws: int = 1000
 ) -> tuple[float, float, float]:
     """AUC and its 95 % percentile bootstrap interval over the items of each group."""
-    wins = _wins(positive, negative)
-    p = torch.randint(len(positive), (draws, len(positive)), generator=generator)
-    n = torch.randint(len(negative), (draws, len(negative)), generator=generator)
-    values = torch.stack([wins[a][:, b].mean() for a, b in zip(p, n, strict=True)])
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return wins.mean().item(), low, high
+    values = resampled_aucs(positive[None], negative[None], generator, draws)[:, 0]
+    low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return values[0].item(), low, high
 
 
 def _difference(first: Float[Tensor, "a d_sae"], second: Float[Tensor, "b d_sae"]) -> tuple[Tensor, Tensor]:

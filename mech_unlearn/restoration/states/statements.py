@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mech_unlearn.metrics.intervals import pairs_won
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.forward import last_logits
 from mech_unlearn.model.tokens import Query
@@ -25,8 +26,7 @@ def ranked(right: Float[Tensor, " right"], wrong: Float[Tensor, " wrong"]) -> fl
     """K: share of the pairs in which the right answer has the higher score, ties 1/2; NaN without a pair."""
     if not len(right) or not len(wrong):
         return float("nan")
-    apart = right[:, None] - wrong
-    return ((apart > 0).float() + (apart == 0).float() / 2).mean().item()
+    return pairs_won(right, wrong).mean().item()
 
 
 @dataclass(frozen=True, eq=False)

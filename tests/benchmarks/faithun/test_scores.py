@@ -13,7 +13,7 @@ from mech_unlearn.benchmarks.restor.scores import (
 )
 from mech_unlearn.metrics.evaluate import score_answers
 from mech_unlearn.metrics.intervals import RowScores
-from mech_unlearn.metrics.multiple_choice import Question, choice_by_letter, choice_by_option_text
+from mech_unlearn.metrics.multiple_choice import ChoiceQuestion, choice_by_letter, choice_by_option_text
 
 
 def answered(shares, n=40, unit="x", clusters=True):
@@ -62,7 +62,7 @@ def test_a_clusters_questions_are_drawn_together_over_all_sets():
 
 
 def test_the_five_sets_are_asked_in_one_variant(tiny_model):
-    ask = lambda text, right: [Question(question=text, options=("Paris", "Rome"), right=right, cluster="c")]  # noqa: E731
+    ask = lambda text, right: [ChoiceQuestion(question=text, options=("Paris", "Rome"), right=right, cluster="c")]  # noqa: E731
     questions = {name: ask(f"Anna Lee {'was born in' if i % 2 else 'works for'}", i % 2) for i, name in enumerate(SETS)}
     for choose in (choice_by_letter, choice_by_option_text):
         found = faithun(tiny_model, questions, choose)
@@ -72,7 +72,7 @@ def test_the_five_sets_are_asked_in_one_variant(tiny_model):
 
 
 def test_missing_empty_or_mixed_sets_are_refused(tiny_model):
-    good, one = answered((0, 0, 0, 1, 1)), Question(question="?", options=("Paris", "Rome"), right=0)
+    good, one = answered((0, 0, 0, 1, 1)), ChoiceQuestion(question="?", options=("Paris", "Rome"), right=0)
     with pytest.raises(ValueError, match="base, paraphrase, multihop, test, same_answer; found base"):
         summary({"base": good["base"]})
     with pytest.raises(ValueError, match="set 'test' holds no question"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mech_unlearn.core import Entity, Site
-from mech_unlearn.locate.latents.known_unknown import auc, known_unknown, separation
+from mech_unlearn.locate.latents.known_unknown import known_unknown, separation
 from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.load import load
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
@@ -94,19 +94,6 @@ def test_latents_that_fire_on_any_text_are_left_out_when_there_is_enough_text(mo
     assert few.background is None and "filter off" in few.known.note and not few.known.values.isnan().any()
     with pytest.raises(ValueError, match="every latent fires"):
         separation(model, SAE, KNOWN, UNKNOWN, TEMPLATES, texts=texts, max_background=0.0)
-
-
-def test_auc_is_the_share_of_pairs_in_the_right_order():
-    from sklearn.metrics import roc_auc_score
-
-    generator = torch.Generator().manual_seed(0)
-    a, b = (
-        torch.randint(0, 6, (20,), generator=generator).float(),
-        torch.randint(0, 5, (30,), generator=generator).float(),
-    )
-    expected = roc_auc_score([1] * 20 + [0] * 30, torch.cat([a, b]).numpy())
-    assert auc(a, b) == pytest.approx(expected) and auc(b, a) == pytest.approx(1 - expected)
-    assert auc(torch.ones(3), torch.ones(2)) == 0.5
 
 
 def test_the_locator_gives_one_row_per_layer_with_intervals(model):
