@@ -55,7 +55,7 @@ WORDS = [
     "?",
 ]
 
-ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2", "qwen3", "olmo2")
+ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2", "gemma3", "qwen3", "olmo2")
 
 
 def tiny_tokenizer(bos: bool = True, unk: str = "<unk>"):
@@ -92,6 +92,7 @@ def tiny_hf(architecture: str = "llama", layers: int = 4, seed: int = 0):
         eos_token_id=3,
     )
     gqa = dict(num_key_value_heads=2)
+    windows = [("sliding_attention", "full_attention")[i % 3 == 2] for i in range(layers)]
     config = {
         "gpt2": lambda: t.GPT2Config(
             vocab_size=shape["vocab_size"],
@@ -106,6 +107,9 @@ def tiny_hf(architecture: str = "llama", layers: int = 4, seed: int = 0):
         "gpt_neox": lambda: t.GPTNeoXConfig(**shape),
         "llama": lambda: t.LlamaConfig(**shape, **gqa),
         "gemma2": lambda: t.Gemma2Config(**shape, **gqa, head_dim=8, sliding_window=8),
+        "gemma3": lambda: t.Gemma3TextConfig(
+            **shape, **gqa, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, layer_types=windows
+        ),
         "qwen3": lambda: t.Qwen3Config(**shape, **gqa, head_dim=8),
         "olmo2": lambda: t.Olmo2Config(**shape, **gqa),
         "opt": lambda: t.OPTConfig(**shape, word_embed_proj_dim=32, ffn_dim=64, init_std=0.2),

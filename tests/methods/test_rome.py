@@ -16,7 +16,7 @@ from mech_unlearn.methods.writing.questions import Optimize, by_name, prefixes
 from mech_unlearn.methods.writing.value_optimization import module_path, optimized
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
-from tests.planted import fresh_planted_model
+from tests.planted import fresh_planted_model, planted_sets
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 FEW = Optimize(steps=4, target="entropy")

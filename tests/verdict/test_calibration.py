@@ -8,6 +8,7 @@ import pytest
 from mech_unlearn.verdict.calibration import ALPHA, TRUTHS, conformal_p, load, save
 from mech_unlearn.verdict.features import FEATURES, RECOVERY, Pool, matrix, summarised
 from mech_unlearn.verdict.fitting import FOLDS, SEES, _against, fit, require_enough
+from tests.simulated import parts, simulated
 
 
 @pytest.fixture(scope="module")
