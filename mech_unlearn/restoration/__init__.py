@@ -9,7 +9,6 @@ from functools import partial
 
 from mech_unlearn.restoration.engine.audit import Entry, Reference, audit, prepared
 from mech_unlearn.restoration.engine.case import Case, Relearn
-from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.outputs import membership, output, trace
 from mech_unlearn.restoration.profiles import sae, steering_anonymised
 from mech_unlearn.restoration.prompts import forms, in_context, keyword, sink_trigger, soft_prompt, suffix
@@ -26,6 +25,7 @@ from mech_unlearn.restoration.states import (
 )
 from mech_unlearn.restoration.states.probe_tasks import kept_facts
 from mech_unlearn.restoration.weights import noise, pruning, quantize, relearn
+from mech_unlearn.verdict.result import Result
 
 __all__ = ["CORE", "TESTS", "Case", "Reference", "Relearn", "Result", "Entry", "audit", "core_of", "reference"]
 

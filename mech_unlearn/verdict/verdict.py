@@ -30,9 +30,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import LABELS, Fact, Label, Measurement, Verdict
-from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.verdict.calibration import Calibration
 from mech_unlearn.verdict.features import READS, matrix, measurements
+from mech_unlearn.verdict.result import Result
 
 BRINGING_BACK = ("uds", "uds_subject", "writeback", "sae", "relearn", "int8", "int4")
 """Tests whose recoverability can show that a fact is still there."""

@@ -27,7 +27,7 @@ from mech_unlearn.restoration.engine.case import Case, tune_facts
 from mech_unlearn.restoration.engine.gain import gain_result, measure_gain
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_levels
 from mech_unlearn.restoration.engine.normalise import relation_mean
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 OTHER_FACTS = 200
 """Other facts on which damage is measured, at the most: enough for `MAX_LOST` to be four of them."""

@@ -7,7 +7,7 @@ from typing import Any
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration.engine.case import Case, require_same_shape
 from mech_unlearn.restoration.engine.levels import Levels, make_levels
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mech_unlearn.model.asking import Split, split_templates
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.tokens import Ask, Query, tokenize
-from mech_unlearn.restoration.engine.result import Grade, Result
+from mech_unlearn.verdict.result import Grade, Result
 
 TUNE_FACTS = 40
 """Facts on which a test chooses its setting or place, at the most."""

@@ -16,7 +16,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration.engine.case import Case, make_result
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import relation_mean
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 Operator = Callable[[Model], Float[Tensor, "*point kind fact"]]
 """A model's margins under the operator, in nats, at each of its points (steps, layers, settings)."""

@@ -18,8 +18,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.scores import RowWrite, Scores, score, score_each
 from mech_unlearn.model.tokens import Query
 from mech_unlearn.restoration.engine.case import Case, split_queries
-from mech_unlearn.restoration.engine.normalise import gains, relation_mean, rho, sham_facts
-from mech_unlearn.restoration.engine.result import mean_by_fact
+from mech_unlearn.restoration.engine.normalise import gains, mean_by_fact, relation_mean, rho, sham_facts
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mech_unlearn.core import Fact
+from mech_unlearn.model.tokens import Query
 
 MIN_GAP = 0.5
 """Nats of margin between full and retrained below which a fact cannot be tested."""
@@ -101,3 +102,11 @@ def is_testable(
     gap = full_margin - retrained_margin.mean(0)
     guess = (chosen <= chance + slack + 1e-6) & ((chosen < 1 - 1e-6) | (candidates < 2))
     return (gap >= MIN_GAP) & (full_choice >= 0.75) & guess
+
+
+def mean_by_fact(values: Float[Tensor, "*other query"], queries: Sequence[Query], facts: Sequence[Fact]) -> Tensor:
+    """The mean over the phrasings of each fact, on the last axis."""
+    order = {fact.id: i for i, fact in enumerate(facts)}
+    index = torch.tensor([order[query.fact.id] for query in queries])
+    total = torch.zeros(*values.shape[:-1], len(facts)).index_add(-1, index, values.float())
+    return total / torch.bincount(index, minlength=len(facts))

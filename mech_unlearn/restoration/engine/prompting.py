@@ -18,7 +18,7 @@ from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 
 @dataclass(frozen=True, eq=False)

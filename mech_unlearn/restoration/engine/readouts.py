@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration.engine.case import Case, make_result
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 READABLE = 0.25
 """Share of the largest gap between full and retrained that a point needs to be chosen."""

@@ -32,7 +32,7 @@ from mech_unlearn.model.gradients import gradient_of
 from mech_unlearn.model.tokens import encode_all
 from mech_unlearn.restoration.engine.case import Case, make_result
 from mech_unlearn.restoration.engine.levels import Levels
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 MIN_AUC_GAP = 0.02
 """AUC between full and retrained below which kappa is undefined."""

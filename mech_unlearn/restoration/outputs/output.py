@@ -19,7 +19,7 @@ from mech_unlearn.model.tokens import Query, make_queries
 from mech_unlearn.restoration.engine.case import Case, make_result
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import is_testable, kappa, relation_mean, sham_facts
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 
 def fact_scores(model: Model, queries: tuple[Query, ...], facts: tuple[Fact, ...]) -> FactScores:

@@ -30,7 +30,7 @@ from mech_unlearn.model.pieces import pieces
 from mech_unlearn.model.tokens import buckets
 from mech_unlearn.restoration.engine.case import Case, irrelevant_texts, make_result
 from mech_unlearn.restoration.engine.levels import Levels
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 TOP_LOGPROBS = 32
 """Largest log-probabilities that the classifier reads."""

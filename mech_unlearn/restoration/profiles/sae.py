@@ -36,9 +36,9 @@ from mech_unlearn.restoration.engine.case import TUNE_FACTS, Case, split_queries
 from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet
 from mech_unlearn.restoration.engine.normalise import MIN_GAP
-from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.profiles.experts import Profiles, contrast_facts, make_profiles, read_span
 from mech_unlearn.restoration.profiles.steer import Arm, Steer, null_donors, null_rows
+from mech_unlearn.verdict.result import Result
 
 ALPHAS = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Strengths tried; 0 changes nothing. Source: grid of the release of arXiv 2602.18505, with 0.5 added."""

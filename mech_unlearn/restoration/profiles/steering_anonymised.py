@@ -39,8 +39,9 @@ from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet
-from mech_unlearn.restoration.engine.result import Result, mean_by_fact
+from mech_unlearn.restoration.engine.normalise import mean_by_fact
 from mech_unlearn.restoration.states import uds
+from mech_unlearn.verdict.result import Result
 
 NAMES, TEMPERATURE, TOP_K, MAX_TOKENS = 8, 2.0, 40, 10
 """Anonymous names; sampling. Source: arXiv 2411.02631 (temperature 2, top-k 40, 10 tokens)."""

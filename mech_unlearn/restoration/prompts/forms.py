@@ -50,8 +50,8 @@ from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import relation_mean
 from mech_unlearn.restoration.engine.prompting import PromptReady
-from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.prompts.in_context import states_answer, told_sentence
+from mech_unlearn.verdict.result import Result
 
 Kind = Literal["forms", "prefix", "steps"]
 PREFIXES = {

@@ -26,7 +26,7 @@ from mech_unlearn.restoration.engine import prompting
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.prompting import PromptReady
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 COUNTS = (1, 2, 4, 8)
 """Statements told first."""

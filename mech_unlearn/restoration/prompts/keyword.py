@@ -33,7 +33,7 @@ from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_query_set
 from mech_unlearn.restoration.engine.prompting import PromptReady
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 BETAS = (0.5, 1.0, 2.0)
 """Added to attention scores (logits before the softmax)."""

@@ -28,8 +28,8 @@ from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
 from mech_unlearn.restoration.engine.lessons import by_fold, fold_of
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_levels
-from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.prompts.soft_prompt import prefixed, start_of
+from mech_unlearn.verdict.result import Result
 
 Trigger = str | tuple[int, ...]
 """A text, or token ids."""

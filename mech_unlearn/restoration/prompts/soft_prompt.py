@@ -40,7 +40,7 @@ from mech_unlearn.restoration.engine.lessons import (
     lesson_loss,
 )
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_levels
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 LENGTH = 8
 """Embeddings of the prompt, of {4, 8, 16}."""

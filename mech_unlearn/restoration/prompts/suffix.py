@@ -26,7 +26,7 @@ from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
 from mech_unlearn.restoration.engine.lessons import Lesson, by_fold, fold_lessons, fold_of, lesson_loss
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet, make_levels
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,8 +39,9 @@ from mech_unlearn.model.scores import greedy
 from mech_unlearn.model.tokens import Query, buckets
 from mech_unlearn.restoration.engine.case import Case, require_same_vocabulary, split_queries, tune_facts
 from mech_unlearn.restoration.engine.levels import Levels
+from mech_unlearn.restoration.engine.normalise import mean_by_fact
 from mech_unlearn.restoration.engine.readouts import Read, ReadLevels, readout_result
-from mech_unlearn.restoration.engine.result import Result, mean_by_fact
+from mech_unlearn.verdict.result import Result
 
 Part = Literal["coefficients", "attention", "values"]
 SITES: Mapping[Part, SiteKind] = {"coefficients": "mlp_post", "attention": "attn_out"}

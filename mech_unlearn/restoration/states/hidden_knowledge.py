@@ -36,9 +36,9 @@ from mech_unlearn.model.scores import score
 from mech_unlearn.model.tokens import Ask, Query, encode_all, has_unknown, tokenize
 from mech_unlearn.restoration.engine.case import Case, make_result, split_queries
 from mech_unlearn.restoration.engine.levels import Levels
-from mech_unlearn.restoration.engine.normalise import relation_mean, sham_facts
-from mech_unlearn.restoration.engine.result import Result, mean_by_fact
+from mech_unlearn.restoration.engine.normalise import mean_by_fact, relation_mean, sham_facts
 from mech_unlearn.restoration.states.statements import Statements, classify, even_weights, k_of, sampled, statements
+from mech_unlearn.verdict.result import Result
 
 MIN_K_GAP = 0.2
 """K between full and retrained below which the test says nothing about a fact."""

@@ -29,9 +29,10 @@ from mech_unlearn.model.readout import answer_logprobs, read_out
 from mech_unlearn.model.tokens import Query
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels, make_query_set
-from mech_unlearn.restoration.engine.result import Result, mean_by_fact
+from mech_unlearn.restoration.engine.normalise import mean_by_fact
 from mech_unlearn.restoration.states import uds
 from mech_unlearn.restoration.states.uds import Rowset, erasure_result, read_rows, rowset, uds_score
+from mech_unlearn.verdict.result import Result
 
 TOP_K = 20
 """Candidates of the projection that the attacker may look at. Source: arXiv 2309.17410, budget of 20."""

@@ -35,9 +35,9 @@ from mech_unlearn.model.scores import Batch, score_each
 from mech_unlearn.model.tokens import Ask, Query, encode, has_unknown, tokenize
 from mech_unlearn.restoration.engine.case import Case, split_queries, tune_facts
 from mech_unlearn.restoration.engine.levels import Levels
-from mech_unlearn.restoration.engine.normalise import MIN_GAP, relation_mean, sham_facts
+from mech_unlearn.restoration.engine.normalise import MIN_GAP, mean_by_fact, relation_mean, sham_facts
 from mech_unlearn.restoration.engine.readouts import Read, ReadLevels, readout_result
-from mech_unlearn.restoration.engine.result import Result, mean_by_fact
+from mech_unlearn.verdict.result import Result
 
 ReadBy = Literal["full", "self"]
 Name = Literal["relation", "description", "identity"]

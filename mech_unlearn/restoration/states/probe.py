@@ -35,11 +35,11 @@ from mech_unlearn.metrics.intervals import DRAWS
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels
-from mech_unlearn.restoration.engine.normalise import MIN_GAP, relation_mean, sham_facts
+from mech_unlearn.restoration.engine.normalise import MIN_GAP, mean_by_fact, relation_mean, sham_facts
 from mech_unlearn.restoration.engine.readouts import Read, ReadLevels, readout_result
-from mech_unlearn.restoration.engine.result import Result, mean_by_fact
 from mech_unlearn.restoration.states.probe_fit import Fit, code_lengths, fit_linear, make_fit
 from mech_unlearn.restoration.states.probe_tasks import PLACES, Setup, features, make_setup
+from mech_unlearn.verdict.result import Result
 
 STRENGTHS = (0.01, 0.1, 1.0)
 """Values of C that are tried."""

@@ -33,7 +33,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import capture
 from mech_unlearn.restoration.engine.case import Case, make_result, split_queries
 from mech_unlearn.restoration.engine.levels import Levels
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 NEIGHBOURS = 10
 MIN_ROOM = 1e-3

@@ -26,7 +26,6 @@ from mech_unlearn.locate.lenses.tuned_lens import TunedLens, train_tuned_lens
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels
-from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.states.logit_lens import (
     LensLevels,
     States,
@@ -37,6 +36,7 @@ from mech_unlearn.restoration.states.logit_lens import (
     make_lens_levels,
     read_states,
 )
+from mech_unlearn.verdict.result import Result
 
 STEPS = 250
 """Of Adam. Source: arXiv 2303.08112, section 3 (250 steps)."""

@@ -34,7 +34,8 @@ from mech_unlearn.model.sweep import Patch, put, record, sweep
 from mech_unlearn.model.tokens import Ask, Query, tokenize
 from mech_unlearn.restoration.engine.case import Case, make_result
 from mech_unlearn.restoration.engine.levels import Levels, make_query_set
-from mech_unlearn.restoration.engine.result import Result, mean_by_fact
+from mech_unlearn.restoration.engine.normalise import mean_by_fact
+from mech_unlearn.verdict.result import Result
 
 TAU = 0.05
 """Nats below which a layer of R does not count as lacking the fact. Source: arXiv 2605.24614, default tau."""

@@ -33,7 +33,7 @@ from mech_unlearn.model.tokens import Query
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.gain import gain_result, margins_after, measure_gain
 from mech_unlearn.restoration.engine.levels import Levels, make_levels
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 Positions = Literal["prompt", "subject"]
 

@@ -33,7 +33,7 @@ from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet
 from mech_unlearn.restoration.engine.normalise import gains, relation_mean
-from mech_unlearn.restoration.engine.result import Result
+from mech_unlearn.verdict.result import Result
 
 SIGMAS = (0.005, 0.01, 0.02, 0.05, 0.1)
 """Standard deviation of the noise over that of what it is added to."""

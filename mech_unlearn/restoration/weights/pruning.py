@@ -33,8 +33,8 @@ from mech_unlearn.restoration.engine import attack
 from mech_unlearn.restoration.engine.attack import Curves, Ready
 from mech_unlearn.restoration.engine.case import Case, split_queries
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet
-from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.weights.quantize import coverage_flags, linear_weights
+from mech_unlearn.verdict.result import Result
 
 SPARSITIES = (0.01, 0.05, 0.1, 0.2, 0.3)
 """Shares removed by magnitude and by Wanda."""

@@ -50,9 +50,9 @@ from mech_unlearn.restoration.engine.lessons import (
     taught_templates,
 )
 from mech_unlearn.restoration.engine.levels import Levels, QuerySet
-from mech_unlearn.restoration.engine.result import Result
 from mech_unlearn.restoration.weights.quantize import coverage_flags, linear_weights
 from mech_unlearn.restoration.weights.update import every_weight, low_rank
+from mech_unlearn.verdict.result import Result
 
 Teach = Literal["rest", "direct", "benign", "unrelated", "syntax"]
 UNRELATED = 10

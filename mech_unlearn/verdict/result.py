@@ -1,16 +1,14 @@
 """What each restoration test gives back: a number per fact, and what it was computed from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.core import Fact
-from mech_unlearn.model.tokens import Query
 
 Grade = Literal["A", "B", "C"]
 
@@ -91,11 +89,3 @@ class Result:
             }
             for i, fact in enumerate(self.facts)
         ]
-
-
-def mean_by_fact(values: Float[Tensor, "*other query"], queries: Sequence[Query], facts: Sequence[Fact]) -> Tensor:
-    """The mean over the phrasings of each fact, on the last axis."""
-    order = {fact.id: i for i, fact in enumerate(facts)}
-    index = torch.tensor([order[query.fact.id] for query in queries])
-    total = torch.zeros(*values.shape[:-1], len(facts)).index_add(-1, index, values.float())
-    return total / torch.bincount(index, minlength=len(facts))
