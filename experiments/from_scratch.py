@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.runner import Cells, command_line, provenance, read, run_cells
+from experiments.runner import Cells, command_line, provenance, read
 from experiments.scratch import build
 from experiments.study import Make, Study, compute
 from mech_unlearn.core import LABELS, Fact
 from mech_unlearn.files import write_json
 from mech_unlearn.metrics import mean_ci
-from mech_unlearn.run import data_hash, open_run
+from mech_unlearn.run import data_hash, open_run, side_by_side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Work:
         write_json(self.folder / "seconds.json", seconds)
         jobs = [(s, row) for s in study.sizes for row in rows_of(study, s) if not self.cells.has(f"{s}-{row}")]
         with _adding("cells", seconds):
-            for done, (job, _) in enumerate(run_cells(jobs, partial(_cell, self), workers), 1):
+            for done, (job, _) in enumerate(side_by_side(jobs, partial(_cell, self), workers=workers), 1):
                 say(f"{done}/{len(jobs)} {' '.join(job)}")
         spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         seconds["cpu"] = seconds.get("cpu", 0.0) + sum(used.ru_utime + used.ru_stime for used in spent)

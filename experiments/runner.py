@@ -4,20 +4,14 @@ import gzip
 import json
 import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from mech_unlearn import run
 from mech_unlearn.files import write_atomic, write_json
 
-Name = TypeVar("Name")
-Found = TypeVar("Found")
 SHARED_DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[2] / "shared" / "data"))
 """Where published files lie, beside the checkout by default."""
 
@@ -69,27 +63,6 @@ def pack(path: Path, items: Iterable[Any]) -> None:
 
 def unpack(path: Path) -> list[Any]:
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
-
-
-def run_cells(names: Sequence[Name], work: Callable[[Name], Found], workers: int = 2) -> Iterator[tuple[Name, Found]]:
-    """`work` of every name in so many fresh processes of one thread each: (name, what it gave) as each ends.
-
-    Names, work and results are pickled; work writes its cell itself, so that what is finished outlives a failure.
-
-    Raises:
-        Exception: what `work` raised; what has not begun by then is not begun.
-    """
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        running = {pool.submit(work, name): name for name in names}
-        try:
-            for done in as_completed(running):
-                yield running[done], done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def command_line(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from experiments.runner import run_cells
+from mech_unlearn.run import side_by_side
 from mech_unlearn.testbed.build import save_model
 from mech_unlearn.testbed.corpus import Line
 from mech_unlearn.testbed.recipe import (
@@ -279,5 +279,5 @@ def build(plan: Plan, folder: Path, *, workers: int = 2, said: Callable[[str], N
     make(plan, folder, "base", threads=workers)
     say("base")
     waiting = [name for name in plan.names() if not (folder / name / "config.json").exists()]
-    for name, _ in run_cells(waiting, partial(make, plan, folder), workers):
+    for name, _ in side_by_side(waiting, partial(make, plan, folder), workers=workers):
         say(name)

@@ -246,16 +246,21 @@ def as_html(result: Attribution, k: int = 10) -> str:
 
     buffer = io.BytesIO()
     draw(result, new_axis()).figure.savefig(buffer, dpi=100, format="png")
-    head = "".join(f"<th>{html.escape(axis)}</th>" for axis in (*result.axes, result.unit))
-    body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(str(at[axis]))}</td>' for axis in result.axes)}<td>{value:.4f}</td></tr>"
-        for at, value in result.top(k)
-    )
+    rows = [(*(at[axis] for axis in result.axes), f"{value:.4f}") for at, value in result.top(k)]
+    table = as_table((*result.axes, result.unit), rows, f"n = {result.n}; {result.note}")
     picture = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img src="data:image/png;base64,{picture}" alt="{html.escape(result.name)}">'
-        f"<table><tr>{head}</tr>{body}</table><p>n = {result.n}; {html.escape(result.note)}</p>"
-    )
+    return f'<img src="data:image/png;base64,{picture}" alt="{html.escape(result.name)}">{table}'
+
+
+def as_table(header: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> str:
+    """A table as HTML with a line below it; all that stands in it is escaped, as models and users wrote some of it."""
+    import html
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table>{line(header, 'th')}{body}</table><p>{html.escape(note)}</p>"
 
 
 def save(path: Path, draw_on: Any, size: tuple[float, float] = (7.5, 4.2)) -> Path:

@@ -5,6 +5,7 @@ and what is to stay. A `Site` names a place in a model. `Attribution`, `Measurem
 locating, measuring and judging give back. A little over 300 lines, so that all nouns stand in one file.
 """
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -199,6 +200,13 @@ class Verdict:
     C: outputs only."""
     p_values: Mapping[str, float] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Verdict({self.fact_id!r}, {self.label}, grade {self.grade})"
+
+    def _repr_html_(self) -> str:
+        """The sentence, for Jupyter; what models and users wrote is escaped."""
+        return f"<p><b>{html.escape(self.fact_id)}</b>: {html.escape(self.sentence)}</p>"
 
     def with_flags(self, *flags: str) -> "Verdict":
         return replace(self, flags=tuple(dict.fromkeys((*self.flags, *flags))))

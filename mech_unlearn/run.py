@@ -1,4 +1,4 @@
-"""A run directory: what was asked, what it ran on, and each result as soon as it exists.
+"""A run directory: what was asked, what it ran on, and each result as soon as it exists; and work side by side.
 
 spec.yaml        what was asked; the same command on the same folder goes on where it stopped
 provenance.json  versions, git commit, model and data hashes, seed, device
@@ -15,17 +15,22 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from mech_unlearn.core import Fact
 from mech_unlearn.files import _finite, write_atomic, write_json
 
+Name = TypeVar("Name")
+Found = TypeVar("Found")
 PACKAGES = ("mech_unlearn", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "scikit-learn")
 
 
@@ -121,3 +126,71 @@ def open_run(out: str | os.PathLike, spec: Mapping[str, Any]) -> Run:
     require_empty(folder).mkdir(parents=True, exist_ok=True)
     write_atomic(begun, yaml.safe_dump(asked, sort_keys=False))
     return Run(folder, asked)
+
+
+_SAY: list[Callable[[str], None]] = []
+
+
+def say(message: str) -> None:
+    """From within a process of `side_by_side`: a line for the `log` of the one that started it."""
+    _SAY[0](message)
+
+
+def side_by_side(
+    names: Sequence[Name],
+    work: Callable[[Name], Found],
+    *,
+    workers: int = 2,
+    method: Literal["spawn", "fork"] = "spawn",
+    setup: Callable[..., None] | None = None,
+    given: tuple[Any, ...] = (),
+    log: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Name, Found]]:
+    """`work` of every name in so many processes of one thread each: (name, what it gave) as each ends.
+
+    Names, work and what it gives are pickled. Work writes what it makes itself, so that what is finished outlives a
+    failure.
+
+    Args:
+        names: begun in this order; the longest work first lets all processes end at about the same time.
+        method: "fork" lets processes inherit what `given` holds, pickled or not; Linux only.
+        setup: called with `given` once in each process, before any work.
+        log: told what processes `say`.
+
+    Raises:
+        Exception: what `work` raised; what has not begun by then is not begun.
+        RuntimeError: a process was killed.
+    """
+    context = get_context(method)
+    said = context.SimpleQueue()
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(said, setup, given)) as pool:
+        running = {pool.submit(work, name): name for name in names}
+        waiting = set(running)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not said.empty():
+                    message = said.get()
+                    if log:
+                        log(message)
+                for future in done:
+                    yield running[future], _result(future, running[future])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _result(future: Future[Found], name: Any) -> Found:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(f"a process was killed while {name!r} was under way") from error
+
+
+def _begin(said: Any, setup: Callable[..., None] | None, given: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    _SAY[:] = [said.put]
+    if setup:
+        setup(*given)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from mech_unlearn.commands.demo import Bench, run_demo
+from mech_unlearn.commands.demo import Study, run_demo
+from mech_unlearn.commands.options import DemoOptions
 from mech_unlearn.edit.edit import clone
 from mech_unlearn.locate.lenses.probes import probe_auc
 from mech_unlearn.methods import SaeShift
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=WORLDS)
 def bench(request, tmp_path_factory):
     run = open_run(tmp_path_factory.mktemp("bench") / "run", {})
-    return Bench(open_world(request.param), run, seed=0, log=lambda _: None)
+    return Study(open_world(request.param), run, seed=0, log=lambda _: None)
 
 
 @pytest.mark.parametrize("name", ["rocr", "sae_shift"])
@@ -66,7 +67,7 @@ def test_shifted_states_cannot_be_told_from_those_of_unknown_people_and_before_t
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_demos_verdicts_are_the_truth(world, tmp_path):
-    summary = run_demo(world, tmp_path / "run")
+    summary = run_demo(DemoOptions(world=world, out=tmp_path / "run"))
     shares = {row["name"]: row["verdicts"] for row in summary["rows"]}
     # a calibrated verdict rules out up to alpha = .05 of each truth by design, and leaves some facts undetermined
     bar = 0.9 if world == "biographies" else 0.95

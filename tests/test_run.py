@@ -1,11 +1,14 @@
 """A run directory goes on where it stopped, never half-written, and refuses a folder that is not its own."""
 
 import json
+import os
+import time
 
 import pytest
+import torch
 
 from mech_unlearn.files import write_json
-from mech_unlearn.run import data_hash, open_run
+from mech_unlearn.run import data_hash, open_run, say, side_by_side
 
 ROW = {"name": "full", "verdicts": None}
 
@@ -72,3 +75,60 @@ def test_the_data_hash_changes_with_any_fact(tiny_sets):
     assert data_hash(forget.facts) == data_hash(forget.facts)
     assert data_hash(forget.facts) != data_hash(forget.facts[1:])
     assert data_hash(forget.facts) != data_hash(retain.facts)
+
+
+def slow_square(number):
+    if number < 0:
+        raise ValueError("no root")
+    time.sleep(0.1 * number)
+    return number**2, torch.get_num_threads(), os.getpid()
+
+
+def touch(path):
+    if path.name == "fails":
+        raise ValueError("failed")
+    time.sleep(0.2)
+    path.touch()
+
+
+def test_every_name_is_worked_on_once_in_other_processes_of_one_thread_each():
+    found = dict(side_by_side([2, 0, 1], slow_square, workers=2))
+    assert {number: square for number, (square, *_) in found.items()} == {0: 0, 1: 1, 2: 4}
+    assert {threads for _, threads, _ in found.values()} == {1}
+    assert os.getpid() not in {process for *_, process in found.values()}
+    assert list(side_by_side([], slow_square, workers=2)) == []
+
+
+def test_what_a_cell_raises_ends_the_run_and_what_has_not_begun_is_not_begun(tmp_path):
+    names = [tmp_path / "fails", *(tmp_path / str(i) for i in range(40))]
+    with pytest.raises(ValueError, match="failed"):
+        list(side_by_side(names, touch, workers=1))
+    assert len(list(tmp_path.iterdir())) < 10
+
+
+def inherit(state):
+    INHERITED.append(state)
+    say(f"have {type(state).__name__}")
+
+
+INHERITED = []
+
+
+def read_inherited(name):
+    return INHERITED[-1][name]()
+
+
+def die(name):
+    os.kill(os.getpid(), 9)
+
+
+def test_forked_processes_inherit_what_cannot_be_pickled_and_say_what_they_do():
+    said = []
+    state = {"a": lambda: 1, "b": lambda: 2}
+    ran = side_by_side(["a", "b"], read_inherited, method="fork", setup=inherit, given=(state,), log=said.append)
+    assert dict(ran) == {"a": 1, "b": 2} and set(said) == {"have dict"} and not INHERITED
+
+
+def test_a_process_that_is_killed_ends_the_run_by_name():
+    with pytest.raises(RuntimeError, match="killed while 'x' was under way"):
+        list(side_by_side(["x"], die, workers=1))

@@ -10,9 +10,9 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from experiments.runner import Cells, command_line, provenance, read, run_cells, write_results
+from experiments.runner import Cells, command_line, provenance, read, write_results
 from mech_unlearn.model.load import load
-from mech_unlearn.run import data_hash
+from mech_unlearn.run import data_hash, side_by_side
 from mech_unlearn.testbed import SHIPPED, spec
 from mech_unlearn.testbed.corpus import Spec, streams
 from mech_unlearn.testbed.measure import groups, interchange, recall, to_json
@@ -130,7 +130,7 @@ def main() -> None:
         parser.error(f"unknown {sorted(unknown)}; choose from {', '.join(VARIANTS)}")
     if not given.report:
         names = [name for name in given.variants or VARIANTS if not CELLS.has(name)]
-        for name, _ in run_cells(names, search, given.workers):
+        for name, _ in side_by_side(names, search, workers=given.workers):
             print(name, flush=True)
     summary()
 

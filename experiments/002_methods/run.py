@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from experiments.runner import Cells, command_line, pack, provenance, run_cells, unpack
+from experiments.runner import Cells, command_line, pack, provenance, unpack
 from mech_unlearn.commands.row import audit_row
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.metrics import forget_recall, recall
@@ -26,7 +26,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import load_sae
 from mech_unlearn.model.load import load
 from mech_unlearn.restoration import Case, Reference, reference
-from mech_unlearn.run import data_hash
+from mech_unlearn.run import data_hash, side_by_side
 from mech_unlearn.testbed import WORLDS, open_world
 from mech_unlearn.verdict.calibration import shipped
 from mech_unlearn.verdict.verdict import CALIBRATED, Thresholds
@@ -267,7 +267,7 @@ def main() -> None:
     lay_out()
     for stage in () if given.report else STAGES:
         jobs = list(todo(given.methods, given.seeds, stage))
-        for done, (_, cell) in enumerate(run_cells(jobs, run_cell, given.workers), 1):
+        for done, (_, cell) in enumerate(side_by_side(jobs, run_cell, workers=given.workers), 1):
             said = cell.get("error") or (report.headline(cell) if "row" in cell else cell.get("cost"))
             print(f"{stage} {done}/{len(jobs)} {cell['world']} {cell['name']} {cell['index']}: {said}", flush=True)
     cells = {name: CELLS[name] for name in CELLS.names()}

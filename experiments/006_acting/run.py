@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.runner import command_line, provenance, read, run_cells, write_results
+from experiments.runner import command_line, provenance, read, write_results
 from mech_unlearn.attribution import Attribution, over_facts
 from mech_unlearn.core import Fact, ForgetSet
 from mech_unlearn.locate.acting.act import act_per_fact
@@ -32,7 +32,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import per_fact, score
 from mech_unlearn.model.tokens import make_queries
-from mech_unlearn.run import data_hash
+from mech_unlearn.run import data_hash, side_by_side
 from mech_unlearn.testbed import WORLDS, open_world
 
 HERE = Path(__file__).parent
@@ -232,7 +232,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.parts) - {*WORLDS, PLANTED}:
         parser.error(f"unknown {sorted(unknown)}; choose from {', '.join((*WORLDS, PLANTED))}")
-    for part, found in run_cells(given.parts or list(WORLDS), compute, given.workers):
+    for part, found in side_by_side(given.parts or list(WORLDS), compute, workers=given.workers):
         save(part, found)
 
 

@@ -1,4 +1,4 @@
-"""What the command `audit` does on a user's own models and files, without the printing."""
+"""The verb `audit`, and what the command of that name does with files, without the printing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -6,7 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn.commands.inputs import choose, entities, hashes, mentions, open_model, open_sae, read_lines
+from mech_unlearn.commands.inputs import (
+    choose,
+    entities,
+    hashes,
+    mentions,
+    open_model,
+    open_sae,
+    progress,
+    read_lines,
+)
+from mech_unlearn.commands.options import AuditOptions, spec_of
+from mech_unlearn.commands.row import Audited
 from mech_unlearn.core import Entity, Fact
 from mech_unlearn.data.jsonl import load_facts
 from mech_unlearn.edit.edit import twin
@@ -15,7 +26,7 @@ from mech_unlearn.run import Run, open_run, provenance
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Audit:
+class Prepared:
     """What is tested, on which facts, and what judges it: everything but the audited models."""
 
     case: Any
@@ -89,14 +100,14 @@ def prepare_audit(
     kept: Sequence[Fact],
     *,
     retrained: Sequence[Any],
-    sae: str | None,
+    sae: Any,
     tests: str,
     calibration: str,
     seed: int,
     log: Callable[[str], None],
     texts: Sequence[str] = (),
     unknown: Sequence[Entity] = (),
-) -> Audit:
+) -> Prepared:
     """An audit of some facts; writes nothing.
 
     Args:
@@ -119,7 +130,7 @@ def prepare_audit(
         others=tuple(fact for fact in kept if fact.subject not in subjects),
         texts=tuple(texts) or mentions(kept),
         unknown=tuple(unknown),
-        sae=open_sae(sae, full, (), seed) if sae else None,
+        sae=open_sae(sae, full, (), seed) if isinstance(sae, str) else sae,
         seed=seed,
         log=log,
     )
@@ -131,7 +142,7 @@ def prepare_audit(
     note += "" if sae else "; no SAE given, the mean-difference direction stands in for expert latents"
     note = "; ".join([note, *lacks, *unfit]) + "."
     note = f"{note} {(made_for or Thresholds()).describe()}"
-    return Audit(case=case, tests=wanted, calibration=made_for, note=note, lenient=tests == "all")
+    return Prepared(case=case, tests=wanted, calibration=made_for, note=note, lenient=tests == "all")
 
 
 def _core(case: Any) -> tuple[Any, tuple[str, ...], list[str]]:
@@ -172,23 +183,66 @@ def open_unlearned(stack: ExitStack, source: str, full: Any, device: str, dtype:
     return open_model(source, device, dtype)
 
 
-def run_audit(
-    full: str,
-    unlearned: str,
-    facts: Path,
-    out: Path,
+def audit(
+    full: Any,
+    unlearned: Any,
+    facts: Sequence[Fact],
     *,
-    retrained: Sequence[str],
-    retain: Path | None,
-    sae: str | None,
-    tests: str,
-    device: str,
-    dtype: str,
-    seed: int,
+    retrained: Sequence[Any] = (),
+    retain: Sequence[Fact] = (),
+    texts: Sequence[str] = (),
+    unknown: Sequence[Entity] = (),
+    sae: Any = None,
+    tests: str = "core",
     calibration: str = "auto",
-    texts: Path | None = None,
-    unknown: Path | None = None,
-) -> dict[str, Any]:
+    seed: int = 0,
+    log: Callable[[str], None] = lambda message: None,
+) -> Audited:
+    """Outputs and restoration tests of one model after unlearning; `judge` gives the verdicts.
+
+    Without retrained models the evidence is of grade B, scores and no verdict on what the outputs lost; without an SAE
+    the mean-difference direction stands in for expert latents.
+
+    Args:
+        full: the model before unlearning, as `load` gives it; `unlearned` and `retrained` likewise.
+        facts: what was to be forgotten.
+        retain: facts that were to stay; those about other subjects show the model's health and serve as contrast.
+        texts: running text on which drift is measured; without any, the kept facts written out.
+        unknown: entities that no model knows.
+        sae: as `load_sae` gives it, a folder or release/id.
+        tests: core, all, or names from `mech-unlearn list tests` with commas.
+        calibration: auto (the package's, if it has one for this full model), none, or a file of `calibrate`.
+        log: told each step of work.
+
+    Raises:
+        ValueError: an unknown test, one that the case does not allow, or a calibration that cannot serve.
+    """
+    from mech_unlearn.commands.row import measure
+    from mech_unlearn.metrics import recall
+    from mech_unlearn.restoration import reference
+
+    prepared = prepare_audit(
+        full, facts, retain, retrained=retrained, sae=sae, tests=tests, calibration=calibration, seed=seed, log=log,
+        texts=texts, unknown=unknown,
+    )  # fmt: skip
+    case = prepared.case
+
+    def left_out(test: str, why: str) -> None:
+        log(f"left out: {test}: {why}")
+
+    return measure(
+        reference(case, prepared.tests, left_out if prepared.lenient else None),
+        unlearned,
+        name=unlearned.name,
+        neighbors=case.others,
+        texts=case.texts,
+        full_neighbor_recall=recall(full, case.others, "prompt", seed) if case.others else None,
+        seed=seed,
+        calibration=prepared.calibration,
+    )
+
+
+def run_audit(options: AuditOptions) -> dict[str, Any]:
     """Restoration tests and a verdict per fact for one before/after pair, in a run directory.
 
     `unlearned` is a model, or an edit file of ours to be put on the full model. Without retrained models the evidence
@@ -198,37 +252,34 @@ def run_audit(
     Raises:
         ValueError: bad input; nothing is written before all of it was read.
     """
-    from mech_unlearn.commands.inputs import progress
     from mech_unlearn.edit.edit import clone
     from mech_unlearn.report.figures import draw_figures
     from mech_unlearn.report.page import write_report
 
-    wanted = named_tests(tests)
-    asked, kept = load_facts(facts), load_facts(retain) if retain else ()
-    given = {"texts": read_lines(texts), "unknown": entities(unknown, asked[0].kind)}
-    before = open_model(full, device, dtype)
+    wanted = named_tests(options.tests)
+    asked, kept = load_facts(options.facts), load_facts(options.retain) if options.retain else ()
+    given = {"texts": read_lines(options.texts), "unknown": entities(options.unknown, asked[0].kind)}
+    before = open_model(options.full, options.device, options.dtype)
     with ExitStack() as stack:
-        after = open_unlearned(stack, unlearned, before, device, dtype)
-        others = tuple(open_model(source, device, dtype) for source in retrained)
-        spec = {"command": "audit", "full": full, "unlearned": unlearned, "retrained": list(retrained)}
-        spec |= {"facts": str(facts), "retain": retain and str(retain), "sae": sae, "seed": seed}
-        spec |= {"calibration": calibration, "device": device, "dtype": dtype}
+        after = open_unlearned(stack, options.unlearned, before, options.device, options.dtype)
+        others = tuple(open_model(source, options.device, options.dtype) for source in options.retrained)
         about = hashes(
-            asked, kept=kept, sae=sae, calibration=calibration, full=before, unlearned=after,
+            asked, kept=kept, sae=options.sae, calibration=options.calibration, full=before, unlearned=after,
             **given, **{f"retrained {k}": model for k, model in enumerate(others)},
         )  # fmt: skip
         log = stack.enter_context(progress(total=8 * (len(wanted) + 1)))
-        audit = prepare_audit(
-            before, asked, kept, retrained=others, sae=sae, tests=tests, calibration=calibration, seed=seed, log=log,
-            **given,
+        prepared = prepare_audit(
+            before, asked, kept, retrained=others, sae=options.sae, tests=options.tests,
+            calibration=options.calibration, seed=options.seed, log=log, **given,
         )  # fmt: skip
-        run = open_run(out, spec | {"tests": list(audit.tests), "hashes": about})
-        write_json(run.folder / "provenance.json", provenance(about, seed, device))
+        spec = spec_of("audit", options, ("texts", "unknown"), tests=list(prepared.tests), hashes=about)
+        run = open_run(options.out, spec)
+        write_json(run.folder / "provenance.json", provenance(about, options.seed, options.device))
         models = {"full": stack.enter_context(clone(before)), "unlearned": after}
         if len(others) > 1:
             models["retrained"] = others[0]
-        cells = audit.cells(run, models)
-    write_json(run.folder / "captions.json", {"note": audit.note_of(cells)})
+        cells = prepared.cells(run, models)
+    write_json(run.folder / "captions.json", {"note": prepared.note_of(cells)})
     summary = run.finish("audit", None, cells)
     draw_figures(run.folder)
     write_report(run.folder)

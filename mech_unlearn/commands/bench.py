@@ -1,24 +1,25 @@
 """What the command `bench` does: a benchmark's own table for checkpoints, and the restoration tests beside it.
 
 Three stages. A benchmark asks each model once (a cell per model and benchmark, never computed again); the table is made
-of the cells; the facts that have a subject go through `auditing.Audit`, as in the command `audit`.
+of the cells; the facts that have a subject go through `audit.Prepared`, as in the command `audit`.
 """
 
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from mech_unlearn.benchmarks import BENCHMARKS, Benchmark
 from mech_unlearn.benchmarks.answers import Questions, counted
 from mech_unlearn.benchmarks.forms import FORMS, ask_forms
 from mech_unlearn.benchmarks.table import tabulate
-from mech_unlearn.commands.audit import Audit, named_tests, open_unlearned, prepare_audit
-from mech_unlearn.commands.inputs import choose, hashes, key_values, open_model
+from mech_unlearn.commands.audit import Prepared, named_tests, open_unlearned, prepare_audit
+from mech_unlearn.commands.inputs import choose, hashes, key_values, open_model, progress
+from mech_unlearn.commands.options import BenchOptions, spec_of
 from mech_unlearn.core import LABELS, Fact
 from mech_unlearn.files import write_json
 from mech_unlearn.metrics.intervals import mean_ci
@@ -26,97 +27,140 @@ from mech_unlearn.report.tables import COLUMNS, NO_VERDICT
 from mech_unlearn.run import Run, open_run, provenance
 
 
-def run_bench(
-    name: str,
-    source: str,
-    full: str,
-    unlearned: str,
-    out: Path,
-    *,
-    retrained: Sequence[str] = (),
-    settings: Sequence[str] = (),
-    tests: str = "core",
-    sae: str | None = None,
-    calibration: str = "auto",
-    limit: int | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Score models on a benchmark, run the restoration tests on its facts, and write both to a run directory.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Questioned:
+    """What a benchmark asks, and of which models."""
 
-    Args:
-        source: what the benchmark's loader takes: a folder, a file or a hub id.
-        unlearned: a model, or an edit file of ours to be put on the full model.
-        settings: `key=value`, arguments of the benchmark's `load`.
-        tests: restoration tests: core, all, none, or names with commas.
-        limit: so many rows of each set of the benchmark; all when None.
+    name: str
+    bench: Benchmark
+    data: Any
+    settings: Mapping[str, Any]
+    models: Mapping[str, Any]
+    """Row name -> model: full, unlearned, retrained or retrained_1, ..."""
+    facts: tuple[Fact, ...]
+    """The benchmark's facts to forget that the full model's tokenizer can ask for."""
+    kept: tuple[Fact, ...]
+    notes: list[str]
+
+    @property
+    def retrained(self) -> dict[str, Any]:
+        return {name: model for name, model in self.models.items() if name.startswith("retrained")}
+
+    def cell(self, called: str, seed: int) -> dict[str, Any]:
+        """What one model answers to the benchmark, and to its facts in other forms."""
+        found = self.bench.ask(self.models[called], self.data, self.models["full"])
+        more = {FORMS: ask_forms(self.models[called], self.facts, self.kept, seed)} if self.facts else {}
+        return found | more
+
+
+def run_bench(options: BenchOptions) -> dict[str, Any]:
+    """Score models on a benchmark, run the restoration tests on its facts, and write both to a run directory.
 
     Raises:
         ValueError: bad input; nothing is written before all of it was read.
     """
-    from mech_unlearn.commands.inputs import progress
+    if not options.data or not options.full or not options.unlearned:
+        raise ValueError(f"bench {options.name} needs --data, --full and --unlearned")
+    wanted = () if options.tests == "none" else named_tests(options.tests)
+    with ExitStack() as stack:
+        asked = _ask_what(options, stack)
+        tested, more = restorable(asked.models["full"], asked.facts, bool(asked.retrained)) if wanted else ((), [])
+        asked.notes.extend(more)
+        steps = len(asked.models) + 8 * (len(wanted) + 1) * bool(wanted and tested)
+        log = stack.enter_context(progress(total=steps))
+        prepared = _prepare(options, asked, tested, log) if tested else None
+        if prepared is None and options.calibration not in ("auto", "none"):
+            told = "; ".join(asked.notes)
+            raise ValueError(f"calibration {options.calibration!r} was given, but no fact can be restored: {told}")
+        if not asked.facts:
+            asked.notes.append("no restoration tests and no scores by form: there are no facts to ask for")
+        run = _open(options, asked, prepared)
+        cells = {}
+        for called in asked.models:
+            log(f"{asked.name}: {called}")
+            cells[called] = run.cell(f"bench_{called}", lambda called=called: asked.cell(called, options.seed))
+        rows = prepared.cells(run, _audited(asked, stack)) if prepared else []
+    return _finish(run, _result(asked, cells, rows, options.seed), rows, prepared)
+
+
+def _ask_what(options: BenchOptions, stack: ExitStack) -> Questioned:
+    """The benchmark's data and the loaded models, checked against each other."""
+    bench = choose(options.name, BENCHMARKS, "benchmark")
+    settings = _settings(options.name, bench, options.settings)
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"limit must be 1 or more rows, got {options.limit}")
+    data = bench.load(options.data, options.limit, **settings)
+    questions = bench.facts(data)
+    assert options.full is not None and options.unlearned is not None
+    models: dict[str, Any] = {"full": open_model(options.full, options.device, options.dtype)}
+    models["unlearned"] = open_unlearned(stack, options.unlearned, models["full"], options.device, options.dtype)
+    for i, where in enumerate(options.retrained, 1):
+        called = f"retrained_{i}" if len(options.retrained) > 1 else "retrained"
+        models[called] = open_model(where, options.device, options.dtype)
+    for model in models.values():
+        bench.fits(model, data)
+    facts, kept, notes = askable(models["full"], questions)
+    return Questioned(
+        name=options.name, bench=bench, data=data, settings=settings, models=models, facts=facts, kept=kept, notes=notes
+    )
+
+
+def _prepare(options: BenchOptions, asked: Questioned, tested: Sequence[Fact], log: Callable[[str], None]) -> Prepared:
+    return prepare_audit(
+        asked.models["full"],
+        tested,
+        asked.kept,
+        retrained=list(asked.retrained.values()),
+        sae=options.sae,
+        tests=options.tests,
+        calibration=options.calibration,
+        seed=options.seed,
+        log=log,
+    )
+
+
+def _open(options: BenchOptions, asked: Questioned, prepared: Prepared | None) -> Run:
+    """The run directory, with its provenance."""
+    known = hashes(asked.facts, sae=options.sae, calibration=options.calibration, **asked.models)
+    known |= {"data": hashlib.sha256(repr(asked.data).encode()).hexdigest()}
+    spec = spec_of(
+        "bench",
+        options,
+        ("name", "logs", "retain_logs", "intervals", "rows_per_author"),
+        benchmark=options.name,
+        settings=dict(asked.settings),
+        tests=list(prepared.tests) if prepared else [],
+        hashes=known,
+    )
+    run = open_run(options.out, spec)
+    write_json(run.folder / "provenance.json", provenance(known, options.seed, options.device))
+    return run
+
+
+def _audited(asked: Questioned, stack: ExitStack) -> dict[str, Any]:
+    """The models that are audited: a copy of full, since full itself is what the others are compared with, and each of
+    several retrained ones against the others."""
     from mech_unlearn.edit.edit import clone
 
-    bench = choose(name, BENCHMARKS, "benchmark")
-    wanted = () if tests == "none" else named_tests(tests)
-    given = _settings(name, bench, settings)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be 1 or more rows, got {limit}")
-    data = bench.load(source, limit, **given)
-    questions = bench.facts(data)
-    models: dict[str, Any] = {"full": open_model(full, device, dtype)}
-    with ExitStack() as stack:
-        models["unlearned"] = open_unlearned(stack, unlearned, models["full"], device, dtype)
-        numbered = len(retrained) > 1
-        for i, where in enumerate(retrained, 1):
-            models[f"retrained_{i}" if numbered else "retrained"] = open_model(where, device, dtype)
-        for model in models.values():
-            bench.fits(model, data)
-        others = [model for called, model in models.items() if called.startswith("retrained")]
-        facts, kept, notes = askable(models["full"], questions)
-        tested, more = restorable(models["full"], facts, bool(others)) if wanted else ((), [])
-        notes += more
-        log = stack.enter_context(progress(total=len(models) + 8 * (len(wanted) + 1) * bool(wanted and tested)))
-        audit = None
-        if tested and wanted:
-            asked = {"sae": sae, "tests": tests, "calibration": calibration, "seed": seed, "log": log}
-            audit = prepare_audit(models["full"], tested, kept, retrained=others, **asked)
-        elif calibration not in ("auto", "none"):
-            raise ValueError(f"calibration {calibration!r} was given, but no fact can be restored: {'; '.join(notes)}")
-        if not facts:
-            notes.append("no restoration tests and no scores by form: there are no facts to ask for")
-        spec = {"command": "bench", "benchmark": name, "data": str(source), "settings": given, "limit": limit}
-        spec |= {"full": full, "unlearned": unlearned, "retrained": list(retrained), "sae": sae, "seed": seed}
-        spec |= {"tests": list(audit.tests) if audit else [], "calibration": calibration}
-        known = hashes(facts, sae=sae, calibration=calibration, **models)
-        known |= {"data": hashlib.sha256(repr(data).encode()).hexdigest()}
-        run = open_run(out, spec | {"device": device, "dtype": dtype, "hashes": known})
-        write_json(run.folder / "provenance.json", provenance(known, seed, device))
+    several = asked.retrained if len(asked.retrained) > 1 else {}
+    return {
+        "full": stack.enter_context(clone(asked.models["full"])), "unlearned": asked.models["unlearned"], **several
+    }  # fmt: skip
 
-        def ask(called: str) -> dict[str, Any]:
-            log(f"{name}: {called}")
-            model = models[called]
-            found = bench.ask(model, data, models["full"])
-            return found | ({FORMS: ask_forms(model, facts, kept, seed)} if facts else {})
 
-        cells = {called: run.cell(f"bench_{called}", lambda called=called: ask(called)) for called in models}
-        rows = []
-        if audit is not None:
-            audited = {"full": stack.enter_context(clone(models["full"])), "unlearned": models["unlearned"]}
-            audited |= {called: models[called] for called in models if called.startswith("retrained") and numbered}
-            rows = audit.cells(run, audited)
-    table, more = tabulate(bench, cells, seed)
-    notes += untestable(rows)
-    result = {
-        "benchmark": name,
-        "paper": bench.paper,
-        "models": list(models),
+def _result(
+    asked: Questioned, cells: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
+    """What stands in bench.json."""
+    table, lacking = tabulate(asked.bench, cells, seed)
+    return {
+        "benchmark": asked.name,
+        "paper": asked.bench.paper,
+        "models": list(asked.models),
         "rows": table,
-        "restoration": restoration(rows, facts, seed),
-        "notes": [*notes, *more],
+        "restoration": restoration(rows, asked.facts, seed),
+        "notes": [*asked.notes, *untestable(rows), *lacking],
     }
-    return _finish(run, result, rows, audit)
 
 
 def _settings(name: str, bench: Benchmark, settings: Sequence[str]) -> dict[str, Any]:
@@ -186,7 +230,7 @@ def restorable(full: Any, facts: Sequence[Fact], retrained: bool) -> tuple[tuple
 
 
 def _finish(
-    run: Run, result: dict[str, Any], cells: Sequence[Mapping[str, Any]], audit: Audit | None
+    run: Run, result: dict[str, Any], cells: Sequence[Mapping[str, Any]], audit: Prepared | None
 ) -> dict[str, Any]:
     """Write bench.json, summary.json, verdicts.json, figures and report.html; gives the summary back."""
     from mech_unlearn.report.bench_figure import draw_bench

@@ -1,30 +1,15 @@
 """What the command `calibrate` does on a user's own models and files, without the printing."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from mech_unlearn.commands.inputs import entities, read_lines
+from mech_unlearn.commands.options import CalibrateOptions
 from mech_unlearn.core import RetainSet
 from mech_unlearn.data.jsonl import load_facts
 
 
-def run_calibrate(
-    full: str,
-    facts: Path,
-    retain: Path,
-    texts: Path,
-    out: Path,
-    *,
-    references: Sequence[str],
-    retrained: Sequence[str],
-    unknown: Path | None,
-    sae: str | None,
-    workers: int,
-    device: str,
-    dtype: str,
-    seed: int,
-) -> tuple[Path, str]:
+def run_calibrate(options: CalibrateOptions) -> tuple[Path, str]:
     """Pools of known truth from a user's own models, and the calibration they give: (its file, what it says of itself).
 
     Raises:
@@ -36,26 +21,27 @@ def run_calibrate(
     from mech_unlearn.verdict.evaluation import leave_one_out, rates, rotate
     from mech_unlearn.verdict.fitting import fit_whole, require_enough
 
-    known, kept = load_facts(facts), load_facts(retain)
+    out, seed = options.out, options.seed
+    known, kept = load_facts(options.facts), load_facts(options.retain)
     subjects = {fact.subject for fact in known}
     materials = Materials(
-        full=full,
-        references=tuple(references),
-        retrained=tuple(retrained),
+        full=options.full,
+        references=tuple(options.reference),
+        retrained=tuple(options.retrained),
         facts=known,
         retain=RetainSet(
             neighbors=tuple(fact for fact in kept if fact.subject not in subjects),
-            texts=read_lines(texts),
-            unknown=entities(unknown, known[0].kind),
+            texts=read_lines(options.texts),
+            unknown=entities(options.unknown, known[0].kind),
         ),
-        sae=sae,
-        device=device,
-        dtype=dtype,
+        sae=options.sae,
+        device=options.device,
+        dtype=options.dtype,
     )
     require_enough(len(groups_of(known)))
     lab = Lab(materials)
     made_from = {"models_from": "pools of your own models", **lab.described()}
-    make_pools(materials, out, workers=workers, log=lambda line: print(line, file=sys.stderr))
+    make_pools(materials, out, workers=options.workers, log=lambda line: print(line, file=sys.stderr))
     pool = read_pool([cell for cell in cells(out) if not cell["kind"].startswith("mixture")])
     measured = rates(rotate(pool, seed), leave_one_out(pool, seed))
     made = fit_whole(pool, lab.full.hash(), seed, **made_from, **measured)

@@ -4,8 +4,6 @@ Runs on an embedded world where the truth is known: `retrained` never saw the fa
 suppressor (every tensor below the last layer stays bit-identical), `full` knows all. The other removals are judged.
 """
 
-import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import sys
@@ -13,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from mech_unlearn.commands.inputs import progress
+from mech_unlearn.commands.options import DemoOptions, spec_of
 from mech_unlearn.commands.row import audit_row
 from mech_unlearn.core import Fact
 from mech_unlearn.edit.edit import Edit
@@ -26,7 +24,7 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
 from mech_unlearn.report.figures import draw_figures
 from mech_unlearn.report.page import write_report
-from mech_unlearn.run import Run, data_hash, open_run, provenance
+from mech_unlearn.run import Run, data_hash, open_run, provenance, say, side_by_side
 from mech_unlearn.verdict.verdict import Thresholds
 
 TRUTH = {"full": "intact", "retrained": "deleted", "last_layer_ascent": "suppressed"}
@@ -37,7 +35,7 @@ ROWS = ("full", "retrained", "last_layer_ascent", "rocr", "sae_shift", "npo")
 
 
 @dataclass
-class Bench:
+class Study:
     """Models, facts and prepared tests of one demo; each is made when it is first needed."""
 
     world: Any
@@ -165,7 +163,7 @@ def drawn(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
     return [facts[i] for i in sorted(random.Random(seed).sample(range(len(facts)), min(count, len(facts))))]
 
 
-def run_demo(world_name: str, out: Path, *, seed: int = 0) -> dict[str, Any]:
+def run_demo(options: DemoOptions) -> dict[str, Any]:
     """Run the main job on a world, or go on with it, and give the summary back.
 
     Raises:
@@ -174,67 +172,52 @@ def run_demo(world_name: str, out: Path, *, seed: int = 0) -> dict[str, Any]:
     from mech_unlearn.restoration import CORE
     from mech_unlearn.testbed import open_world
 
-    world = open_world(world_name)
-    run = open_run(out, {"command": "demo", "world": world_name, "seed": seed})
+    world = open_world(options.world)
+    run = open_run(options.out, spec_of("demo", options))
     fits, prepared = len(ROWS) - 2, len(CORE)
     with progress(total=fits + 1 + prepared + len(ROWS) * (1 + len(CORE))) as log:
-        bench = Bench(world, run, seed, log)
-        hashes = {"facts": data_hash(world.forget.facts), "full": bench.full.hash()}
-        write_json(run.folder / "provenance.json", provenance(hashes, seed, str(bench.full.device)))
+        study = Study(world, run, options.seed, log)
+        hashes = {"facts": data_hash(world.forget.facts), "full": study.full.hash()}
+        write_json(run.folder / "provenance.json", provenance(hashes, options.seed, str(study.full.device)))
         located = run.folder / "locate.json"
         if not located.exists():
-            write_json(located, bench.locate())
-        audit_rows(bench, [name for name in ROWS if not run.has(name)])
-        cells = [run.cell(name, lambda name=name: bench.audit(name)) for name in ROWS]
-    write_json(run.folder / "captions.json", captions(world, bench.calibration or Thresholds()))
-    summary = run.finish("demo", world_name, cells)
+            write_json(located, study.locate())
+        audit_rows(study, [name for name in ROWS if not run.has(name)])
+        cells = [run.cell(name, lambda name=name: study.audit(name)) for name in ROWS]
+    write_json(run.folder / "captions.json", captions(world, study.calibration or Thresholds()))
+    summary = run.finish("demo", options.world, cells)
     draw_figures(run.folder)
     write_report(run.folder)
     return summary
 
 
-def audit_rows(bench: Bench, names: Sequence[str], workers: int = 2) -> None:
-    """Audit rows side by side in forked processes, one thread each: small models gain little from threads.
+def audit_rows(study: Study, names: Sequence[str]) -> None:
+    """Audit rows side by side in two forked processes: small models gain little from threads.
 
-    The children inherit the prepared tests and write their cells themselves. Where processes cannot be forked
-    (no Linux, one core) nothing is done and the caller audits one row after the other.
-
-    Raises:
-        RuntimeError: a child failed; its own error is on stderr.
+    The processes inherit the prepared tests and write their cells themselves. Where none can be forked (no Linux, one
+    core) nothing is done and the caller audits one row after the other.
     """
     if sys.platform != "linux" or (os.cpu_count() or 1) < 2 or len(names) < 2:
         return
-    _ = (
-        bench.reference,
-        bench.full_neighbor_recall,
-        bench.methods,
-        bench.calibration,
-    )  # made before forking, so that children share them
-    context = multiprocessing.get_context("fork")
-    said, waiting, running = context.SimpleQueue(), sorted(names, key=SLOWEST.index), {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            name = waiting.pop(0)
-            child = context.Process(target=_audit_in_child, args=(bench, name, said), name=name)
-            child.start()
-            running[child.sentinel] = child
-        for sentinel in multiprocessing.connection.wait(list(running), timeout=0.2):
-            child = running.pop(sentinel)
-            child.join()
-            if child.exitcode:
-                raise RuntimeError(f"the audit of {child.name!r} failed with status {child.exitcode}")
-        while not said.empty():
-            bench.log(said.get())
+    _ = (study.reference, study.full_neighbor_recall, study.methods, study.calibration)  # made here, and inherited
+    ordered = sorted(names, key=SLOWEST.index)
+    for _ in side_by_side(ordered, _audit_inherited, method="fork", setup=_inherit, given=(study,), log=study.log):
+        pass
 
 
-def _audit_in_child(bench: Bench, name: str, said: Any) -> None:
-    import torch
+_INHERITED: list[Study] = []
+"""The study of a forked process."""
 
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    bench.log = said.put
-    object.__setattr__(bench.reference.case, "log", said.put)
-    bench.run.cell(name, lambda: bench.audit(name))
+
+def _inherit(study: Study) -> None:
+    study.log = say
+    object.__setattr__(study.reference.case, "log", say)
+    _INHERITED[:] = [study]
+
+
+def _audit_inherited(name: str) -> None:
+    study = _INHERITED[0]
+    study.run.cell(name, lambda: study.audit(name))
 
 
 def captions(world: Any, judged: Any) -> dict[str, Any]:

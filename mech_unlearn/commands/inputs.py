@@ -82,8 +82,8 @@ def key_values(settings: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def make_method(name: str, settings: Sequence[str], seed: int, **given: Any) -> Any:
-    """A removal method from `key=value` settings, each parsed as the type its field has.
+def make_method(name: str, settings: Mapping[str, Any], seed: int, **given: Any) -> Any:
+    """A removal method from its settings, each checked against the type its field has.
 
     Dots reach into a field that has settings of its own: base.lr=1e-3, base.base.epochs=2, optimize.steps=20; those of
     the `schedule` of a method that trains need none: lr=1e-3. The base of a method that wraps another is named,
@@ -94,7 +94,7 @@ def make_method(name: str, settings: Sequence[str], seed: int, **given: Any) -> 
     """
     from mech_unlearn.methods import METHODS
 
-    return _made(choose(name, METHODS, "method"), name, key_values(settings), seed, given)
+    return _made(choose(name, METHODS, "method"), name, settings, seed, given)
 
 
 def _made(

@@ -19,8 +19,9 @@ def summary_of(thing: Any) -> tuple[str, str]:
     return first, " ".join(paper[1].split()) if paper else ""
 
 
-def listing(kind: str) -> list[dict[str, Any]]:
-    """Name, paper and summary of every method, locator, test, dataset or world; of methods, whether experimental."""
+def listing(kind: str) -> list[dict[str, str]]:
+    """Name, paper and summary of every method, locator, test, dataset or world; a method without evidence of its own is
+    marked as experimental."""
     if kind == "tests":
         from mech_unlearn.restoration import TESTS
 
@@ -39,7 +40,6 @@ def listing(kind: str) -> list[dict[str, Any]]:
     rows = []
     for name, thing in things.items():
         first, paper = summary_of(getattr(thing, "run", thing))
-        rows.append({"name": name, "paper": paper, "summary": first})
-        if kind == "methods":
-            rows[-1]["experimental"] = ".experimental." in thing.__module__
+        mark = "Experimental. " if kind == "methods" and ".experimental." in thing.__module__ else ""
+        rows.append({"name": name, "paper": paper, "summary": mark + first})
     return rows

@@ -1,10 +1,11 @@
-"""What the command `locate` does on a user's own model and facts, without the printing."""
+"""The verb `locate`, and what the command of that name does with files, without the printing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mech_unlearn import attribution
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.commands.inputs import (
     choose,
@@ -17,7 +18,8 @@ from mech_unlearn.commands.inputs import (
     prompts_about,
     read_lines,
 )
-from mech_unlearn.core import Fact
+from mech_unlearn.commands.options import LocateOptions, spec_of
+from mech_unlearn.core import Entity, Fact
 from mech_unlearn.data.jsonl import load_facts
 from mech_unlearn.files import write_json
 from mech_unlearn.run import open_run, provenance
@@ -26,58 +28,108 @@ PIECE = 100
 """Facts located at a time; an interrupted run goes on behind the last finished piece."""
 
 
-def run_locate(
-    model: str,
-    facts: Path,
-    how: str,
-    out: Path,
+def locate(
+    model: Any,
+    facts: Sequence[Fact],
+    how: str = "causal_trace",
     *,
-    settings: Sequence[str],
-    unknown: Path | None,
-    retain: Path | None,
-    texts: Path | None,
-    sae: str | None,
-    device: str,
-    dtype: str,
-    seed: int,
+    retain: Sequence[Fact] = (),
+    unknown: Sequence[Entity] = (),
+    texts: Sequence[str] = (),
+    sae: Any = None,
+    seed: int = 0,
+    **settings: Any,
 ) -> Attribution:
+    """Where a model keeps facts: one of `mech-unlearn list locators`, with what it needs found among the arguments.
+
+    Args:
+        model: as `load` gives it.
+        retain: other facts: what to compare with, partners for patching.
+        unknown: entities that the model knows nothing about.
+        texts: running text.
+        sae: as `load_sae` gives it, a folder or release/id; trained on the facts written out where a locator reads one
+            and none is given.
+        settings: of the locator, as `inspect.signature(LOCATORS[how].run)` shows them.
+
+    Raises:
+        ValueError: an unknown locator or setting, or an input that the locator needs and was not given.
+    """
+    locator = chosen(how, settings)
+    _require_inputs(how, unknown, retain)
+    found = _inputs(locator, model, facts, retain=retain, unknown=unknown, texts=texts, sae=sae, seed=seed)
+    return locator.run(model, facts, **found, **settings)
+
+
+def chosen(how: str, settings: Mapping[str, Any]) -> Any:
+    """The locator of that name, for which these are settings.
+
+    Raises:
+        ValueError: an unknown locator or setting; the message lists the nearest.
+    """
+    from mech_unlearn.locate import LOCATORS
+
+    locator = choose(how, LOCATORS, "locator")
+    for key in settings:
+        choose(key, dict.fromkeys(locator.settings()), f"setting of {how}")
+    return locator
+
+
+def run_locate(options: LocateOptions) -> Attribution:
     """Run one locator over a facts file; writes locate.json, provenance.json and a figure, and resumes.
 
     Raises:
         ValueError: an unknown locator or setting, bad input, an input that the locator needs and was not given, or a
             folder that holds a run of something else, be it the same files with other contents.
     """
-    from mech_unlearn import attribution
+    wanted = key_values(options.settings)
+    locator = chosen(options.how, wanted)
+    facts, kept = load_facts(options.facts), load_facts(options.retain) if options.retain else ()
+    unknown, passages = entities(options.unknown, facts[0].kind), read_lines(options.texts)
+    _require_inputs(options.how, unknown, kept)
+    model = open_model(options.model, options.device, options.dtype)
+    found = _inputs(
+        locator, model, facts, retain=kept, unknown=unknown, texts=passages, sae=options.sae, seed=options.seed,
+        folder=options.out / "neurons",
+    )  # fmt: skip
+    about = hashes(facts, kept=kept, texts=passages, unknown=unknown, sae=options.sae, model=model)
+    run = open_run(options.out, spec_of("locate", options, settings=wanted, hashes=about))
+    write_json(run.folder / "provenance.json", provenance(about, options.seed, options.device))
+    result = _locate_in_pieces(run, locator, model, facts, found | wanted)
+    write_json(run.folder / "locate.json", {options.how: result.to_json()})
+    attribution.save(run.folder / "figures" / f"{options.how}.png", lambda ax: attribution.draw(result, ax))
+    return result
+
+
+def _require_inputs(how: str, unknown: Sequence[Entity], retain: Sequence[Fact]) -> None:
+    if how == "known_unknown" and not unknown:
+        raise ValueError("known_unknown compares with entities the model does not know; pass --unknown FILE")
+    if how == "sae_latents" and bool(unknown) == bool(retain):
+        raise ValueError("sae_latents compares with unknown entities or retained facts; pass --unknown or --retain")
+
+
+def _inputs(
+    locator: Any,
+    model: Any,
+    facts: Sequence[Fact],
+    *,
+    retain: Sequence[Fact],
+    unknown: Sequence[Entity],
+    texts: Sequence[str],
+    sae: Any,
+    seed: int,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """What a locator asks for beside model and facts; an SAE is opened or trained only for one that reads it."""
     from mech_unlearn.locate import LOCATORS
 
-    locator = choose(how, LOCATORS, "locator")
-    wanted = key_values(settings)
-    for key in wanted:
-        choose(key, dict.fromkeys(locator.settings()), f"setting of {how}")
-    known, kept = load_facts(facts), load_facts(retain) if retain else ()
-    names = entities(unknown, known[0].kind)
-    if how == "known_unknown" and not names:
-        raise ValueError("known_unknown compares with entities the model does not know; pass --unknown FILE")
-    if how == "sae_latents" and bool(names) == bool(kept):
-        raise ValueError("sae_latents compares with unknown entities or retained facts; pass --unknown or --retain")
-    passages = read_lines(texts)
-    loaded = open_model(model, device, dtype)
-    given: dict[str, Any] = {"seed": seed, "others": kept, "retain": kept, "unknown": names, "folder": out / "neurons"}
-    given["texts"] = passages or (mentions((*known, *kept)) if how == "tuned_lens" else ())
+    written = mentions((*facts, *retain))
+    given: dict[str, Any] = {"seed": seed, "others": retain, "retain": retain, "unknown": unknown, "folder": folder}
+    given["texts"] = texts or (written if locator is LOCATORS["tuned_lens"] else ())
     if {"sae", "saes"} & set(locator.inputs):
-        corpus = (*mentions((*known, *kept)), *prompts_about(names, known), *passages)
-        given["sae"] = open_sae(sae, loaded, corpus, seed)
-        given["saes"] = (given["sae"],)
-    passed = {key: value for key, value in given.items() if key in locator.inputs} | wanted
-    about = hashes(known, kept=kept, texts=passages, unknown=names, sae=sae, model=loaded)
-    spec = {"command": "locate", "model": model, "facts": str(facts), "how": how, "settings": wanted, "seed": seed}
-    spec |= {"unknown": unknown and str(unknown), "retain": retain and str(retain), "texts": texts and str(texts)}
-    run = open_run(out, spec | {"sae": sae, "device": device, "dtype": dtype, "hashes": about})
-    write_json(run.folder / "provenance.json", provenance(about, seed, device))
-    result = _locate_in_pieces(run, locator, loaded, known, passed)
-    write_json(run.folder / "locate.json", {how: result.to_json()})
-    attribution.save(run.folder / "figures" / f"{how}.png", lambda ax: attribution.draw(result, ax))
-    return result
+        if sae is None or isinstance(sae, str):
+            sae = open_sae(sae, model, (*written, *prompts_about(unknown, facts), *texts), seed)
+        given |= {"sae": sae, "saes": (sae,)}
+    return {key: value for key, value in given.items() if key in locator.inputs}
 
 
 def _locate_in_pieces(run: Any, locator: Any, model: Any, facts: Sequence[Fact], passed: dict[str, Any]) -> Attribution:

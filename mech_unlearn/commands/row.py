@@ -1,12 +1,13 @@
 """One audited model as one row: measure its outputs, run the restoration tests, judge each fact."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Bool
 from torch import Tensor
 
+from mech_unlearn.attribution import as_table
 from mech_unlearn.core import Fact, Measurement, Verdict
 from mech_unlearn.metrics import forget_recall, general_kl, heldout_recall, mean_ci, recall
 from mech_unlearn.metrics.forms import FormReport, by_form
@@ -14,7 +15,9 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration import Reference, Result, audit
 from mech_unlearn.verdict.calibration import Calibration
 from mech_unlearn.verdict.claims import EXPLAINED, corrected_intervals, corrected_shares, unexplained
-from mech_unlearn.verdict.verdict import Health, Thresholds, judge, lost_without_verdict, shares
+from mech_unlearn.verdict.verdict import Health, Thresholds, lost_without_verdict
+from mech_unlearn.verdict.verdict import judge as judge_results
+from mech_unlearn.verdict.verdicts import Verdicts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,93 @@ def _mean(
     return mean_ci(numbers[kept], unit, clusters, seed).to_json()
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Audited:
+    """What outputs and restoration tests say of one model: all that a verdict reads. `judge` gives the verdicts."""
+
+    name: str
+    outputs: Outputs
+    results: Mapping[str, Result]
+    """Test -> a number per fact."""
+    health: Health
+    held_back: bool
+    """The weights are the full model's, and only an intervention keeps the answers back."""
+    full: str
+    """Hash of the full model."""
+    calibration: Calibration | None
+    seed: int
+
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        return self.results["output"].facts
+
+    def measurements(self) -> dict[str, Any]:
+        """Each measurement of the outputs, and the mean score of each test over the testable facts, by name."""
+        testable, results = self.results["output"].columns["testable"].bool(), self.results
+        share = "share of the gap between retrained and full"
+        scores = {"writeback": "writeback", "rho_sae": "sae", "relearn_recovery": "relearn", "int4_recovery": "int4"}
+        uds = _mean(results.get("uds"), testable, "score_raw", "UDS, 0 as full, 1 as retrained", self.seed)
+        means = {
+            key: _mean(results.get(test), testable, "recoverability", share, self.seed) for key, test in scores.items()
+        }
+        return self.outputs.to_json(self.seed) | {"uds": uds} | means
+
+    def __repr__(self) -> str:
+        return f"Audited({self.name!r}, {len(self.facts)} facts, tests: {', '.join(self.results)})"
+
+    def _repr_html_(self) -> str:
+        """The measurements with their intervals, for Jupyter."""
+        numbers = {key: x for key, x in self.measurements().items() if isinstance(x, Mapping) and "ci" in x}
+        rows = [
+            (key, f"{x['value']:.3f}", "[{:.3f}, {:.3f}]".format(*x["ci"]), x["n"], x["unit"])
+            for key, x in numbers.items()
+        ]
+        return as_table(("measurement", "value", "95 % interval", "n", "unit"), rows, self.name)
+
+
+def measure(
+    reference: Reference,
+    model: Model,
+    *,
+    name: str,
+    neighbors: Sequence[Fact],
+    texts: Sequence[str],
+    full_neighbor_recall: Measurement | None,
+    seed: int,
+    calibration: Calibration | None = None,
+) -> Audited:
+    """Run the tests of a reference on a model, and measure its outputs."""
+    case = reference.case
+    outputs = measure_outputs(case.full, model, case.facts, neighbors, texts, seed)
+    full = case.full.hash()
+    return Audited(
+        name=name,
+        outputs=outputs,
+        results=audit(reference, model, name),
+        health=Health(
+            neighbor_recall=outputs.neighbor_recall,
+            full_neighbor_recall=full_neighbor_recall,
+            general_kl=outputs.general_kl,
+        ),
+        held_back=bool(model.in_force.interventions) and model.hash() == full,
+        full=full,
+        calibration=calibration,
+        seed=seed,
+    )
+
+
+def judge(audited: Audited, thresholds: Thresholds | None = None) -> Verdicts:
+    """The verdict on each fact: by the audit's calibration, else by provisional thresholds."""
+    return judge_results(
+        audited.results,
+        audited.health,
+        thresholds or Thresholds(),
+        held_back=audited.held_back,
+        calibration=audited.calibration,
+        full=audited.full,
+    )
+
+
 def audit_row(
     reference: Reference,
     model: Model,
@@ -77,34 +167,22 @@ def audit_row(
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Row, records, verdicts and layer curves of one model: a cell of a run directory."""
-    case = reference.case
-    outputs = measure_outputs(case.full, model, case.facts, neighbors, texts, seed)
-    results = audit(reference, model, name)
+    audited = measure(
+        reference, model, name=name, neighbors=neighbors, texts=texts, full_neighbor_recall=full_neighbor_recall,
+        seed=seed, calibration=calibration,
+    )  # fmt: skip
+    verdicts, facts, results = judge(audited, thresholds), reference.case.facts, audited.results
     testable = results["output"].columns["testable"].bool()
-    health = Health(
-        neighbor_recall=outputs.neighbor_recall,
-        full_neighbor_recall=full_neighbor_recall,
-        general_kl=outputs.general_kl,
-    )
-    full = case.full.hash()
-    held_back = bool(model.in_force.interventions) and model.hash() == full
-    verdicts = judge(results, health, thresholds, held_back=held_back, calibration=calibration, full=full)
-    share = "share of the gap between retrained and full"
     row = {
         "name": name,
         "method": method,
         "truth": truth,
-        **outputs.to_json(seed),
-        "uds": _mean(results.get("uds"), testable, "score_raw", "UDS, 0 as full, 1 as retrained", seed),
-        "writeback": _mean(results.get("writeback"), testable, "recoverability", share, seed),
-        "rho_sae": _mean(results.get("sae"), testable, "recoverability", share, seed),
-        "relearn_recovery": _mean(results.get("relearn"), testable, "recoverability", share, seed),
-        "int4_recovery": _mean(results.get("int4"), testable, "recoverability", share, seed),
-        "verdicts": shares(verdicts),
+        **audited.measurements(),
+        "verdicts": verdicts.shares(),
         "no_verdict": lost_without_verdict(verdicts),
         "judged": "calibrated" if calibration else "provisional",
-        **_seen(calibration, full, case.facts),
-        "corrected": _corrected(verdicts, case.facts, calibration, seed),
+        **_seen(calibration, audited.full, facts),
+        "corrected": _corrected(verdicts, facts, calibration, seed),
     }
     return {
         "row": row,
@@ -127,7 +205,7 @@ def _corrected(
 ) -> dict[str, Any] | None:
     """Shares of truths freed from the verdict's own errors, with intervals, and what they leave unexplained; no shares
     where that is more than `claims.EXPLAINED`. None without a calibration whose errors were measured."""
-    found = shares(verdicts)
+    found = Verdicts(verdicts).shares()
     if calibration is None or "confusion_by_group" not in calibration.provenance or not sum(found.values()):
         return None
     labels: dict[str, dict[str, int]] = {}

@@ -1,6 +1,6 @@
-"""What the command `unlearn` does on a user's own model and facts, without the printing."""
+"""The verb `unlearn`, and what the command of that name does with files, without the printing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from mech_unlearn.commands.inputs import (
     choose,
     entities,
     hashes,
+    key_values,
     make_method,
     mentions,
     open_model,
@@ -16,110 +17,184 @@ from mech_unlearn.commands.inputs import (
     prompts_about,
     read_lines,
 )
-from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.commands.options import UnlearnOptions, spec_of
+from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet
 from mech_unlearn.data.jsonl import load_facts
-from mech_unlearn.edit.edit import twin
-from mech_unlearn.files import write_json
+from mech_unlearn.edit.edit import Edit, twin
+from mech_unlearn.files import require_empty, write_json
 from mech_unlearn.run import open_run, provenance
 
+CHECKPOINT, SAVED, RESULT = "checkpoint.safetensors", "edit.safetensors", "unlearn.json"
 
-def run_unlearn(
-    model: str,
-    forget: Path,
-    retain: Path,
-    method: str,
-    out: Path,
+
+def unlearn(
+    model: Any,
+    forget: ForgetSet | Sequence[Fact],
+    retain: RetainSet | Sequence[Fact] = (),
+    method: str = "rocr",
     *,
-    settings: Sequence[str],
-    unknown: Path | None,
-    texts: Path | None,
-    sae: str | None,
-    device: str,
-    dtype: str,
-    seed: int,
+    unknown: Sequence[Entity] = (),
+    texts: Sequence[str] = (),
+    sae: Any = None,
     sequential: int | None = None,
-) -> dict[str, Any]:
-    """Fit one method, save its edit and, where weights can hold it, export the edited model with a parity proof.
-
-    A method that trains keeps a checkpoint in `out` while it does, and the edit is saved as soon as it is fitted; the
-    same call goes on from there, until unlearn.json is written.
+    seed: int = 0,
+    **settings: Any,
+) -> Edit:
+    """Fit a removal method: the edit that makes the model forget. The model is left bit-identical.
 
     Args:
+        model: as `load` gives it.
+        forget: facts to forget.
+        retain: facts to keep; those about forgotten subjects count as `same_subject`, the others as `neighbors`.
+        method: one of `mech-unlearn list methods`.
+        unknown: entities that the model knows nothing about; `retain` as a `RetainSet` has its own.
+        texts: running text to keep; without any, the kept facts written out.
+        sae: as `load_sae` gives it, a folder or release/id; trained where a method reads one and none is given.
         sequential: entities per request, fitted one request after another; None fits all at once.
+        settings: settings of the method, with dots for those inside (`**{"base.lr": 1e-4}`).
+
+    Raises:
+        ValueError: an unknown method or setting, or what the method refuses.
+    """
+    forget_set = forget if isinstance(forget, ForgetSet) else ForgetSet(facts=tuple(forget))
+    if not isinstance(retain, RetainSet):
+        retain = retain_set(forget_set.facts, retain, texts, unknown)
+    choose_method(method, settings, seed)
+    made = _made(method, settings, seed, model, forget_set, retain, sae)
+    return _fit(made, model, forget_set, retain, sequential)
+
+
+def retain_set(
+    forgotten: Sequence[Fact], kept: Sequence[Fact], texts: Sequence[str], unknown: Sequence[Entity]
+) -> RetainSet:
+    """What is kept, told apart by whether it is about a forgotten subject; kept facts written out stand for texts."""
+    subjects = {fact.subject for fact in forgotten}
+    return RetainSet(
+        neighbors=tuple(fact for fact in kept if fact.subject not in subjects),
+        same_subject=tuple(fact for fact in kept if fact.subject in subjects),
+        texts=tuple(texts) or mentions(kept),
+        unknown=tuple(unknown),
+    )
+
+
+def choose_method(name: str, settings: Mapping[str, Any], seed: int) -> Any:
+    """The class of a method, for which these are settings: a misspelt one is refused before a model is loaded.
+
+    Raises:
+        ValueError: unknown method or setting.
+    """
+    from mech_unlearn.methods import METHODS
+
+    kind = choose(name, METHODS, "method")
+    if not _reads_sae(kind):
+        make_method(name, settings, seed)
+    return kind
+
+
+def _reads_sae(kind: Any) -> bool:
+    return "sae" in {field.name for field in fields(kind)}
+
+
+def _made(
+    name: str, settings: Mapping[str, Any], seed: int, model: Any, forget: ForgetSet, retain: RetainSet, sae: Any
+) -> Any:
+    """The method with its settings; an SAE is opened or trained for one that reads it."""
+    from mech_unlearn.methods import METHODS
+
+    if not _reads_sae(METHODS[name]):
+        return make_method(name, settings, seed)
+    if sae is None or isinstance(sae, str):
+        written = mentions((*forget.facts, *retain.neighbors, *retain.same_subject))
+        sae = open_sae(sae, model, (*written, *prompts_about(retain.unknown, forget.facts), *retain.texts), seed)
+    return make_method(name, settings, seed, sae=sae)
+
+
+def _fit(
+    method: Any,
+    model: Any,
+    forget: ForgetSet,
+    retain: RetainSet,
+    sequential: int | None,
+    checkpoint: Path | None = None,
+) -> Edit:
+    """The method's edit, of one request after another where `sequential` says how many entities each has."""
+    from mech_unlearn.edit.sequential import fit_sequence, requests
+    from mech_unlearn.training.around import Around
+    from mech_unlearn.training.wrapping import trains
+
+    if sequential is not None:
+        return fit_sequence(method, model, requests(forget, sequential), retain)
+    if checkpoint is not None and trains(method):
+        return method.fit(model, forget, retain, around=Around(checkpoint=checkpoint))
+    return method.fit(model, forget, retain)
+
+
+def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
+    """Fit one method, save its edit and, where weights can hold it, export the edited model with a parity proof.
+
+    A method that trains keeps a checkpoint in the folder while it does, and the edit is saved as soon as it is fitted;
+    the same call goes on from there, until unlearn.json is written.
 
     Raises:
         ValueError: bad input, or a folder with something else in it; nothing is written before all of it was read.
     """
-    from mech_unlearn.commands.row import measure_outputs
-    from mech_unlearn.edit.edit import Edit
-    from mech_unlearn.edit.sequential import fit_sequence, requests
-    from mech_unlearn.files import require_empty
-    from mech_unlearn.methods import METHODS
-    from mech_unlearn.training.around import Around
-    from mech_unlearn.training.wrapping import trains
-
-    kind = choose(method, METHODS, "method")
-    checkpoint, saved = out / "checkpoint.safetensors", out / "edit.safetensors"
-    begun = (out / "spec.yaml").is_file() and not (out / "unlearn.json").exists()
-    training = out.is_dir() and [path.name for path in out.iterdir()] == [checkpoint.name]
-    if not begun and not (training and trains(kind) and not sequential):
-        require_empty(out)
-    forgotten, kept = load_facts(forget), load_facts(retain)
-    subjects = {fact.subject for fact in forgotten}
-    retain_set = RetainSet(
-        neighbors=tuple(fact for fact in kept if fact.subject not in subjects),
-        same_subject=tuple(fact for fact in kept if fact.subject in subjects),
-        texts=read_lines(texts) or mentions(kept),
-        unknown=entities(unknown, forgotten[0].kind),
-    )
-    forget_set = ForgetSet(facts=forgotten)
-    parts = () if sequential is None else requests(forget_set, sequential)
-    needs_sae = "sae" in {f.name for f in fields(kind)}
-    if not needs_sae:
-        make_method(method, settings, seed)  # a misspelt setting is refused before the model is loaded
-    loaded = open_model(model, device, dtype)
+    out, settings = options.out, key_values(options.settings)
+    kind = choose_method(options.method, settings, options.seed)
+    begun = _begun(out, kind, options.sequential)
+    forgotten, kept = load_facts(options.forget), load_facts(options.retain)
+    retain = retain_set(forgotten, kept, read_lines(options.texts), entities(options.unknown, forgotten[0].kind))
+    forget = ForgetSet(facts=forgotten)
+    model = open_model(options.model, options.device, options.dtype)
     about = hashes(
-        (*forgotten, *kept), kept=kept, texts=retain_set.texts, unknown=retain_set.unknown, sae=sae, model=loaded
+        (*forgotten, *kept), kept=kept, texts=retain.texts, unknown=retain.unknown, sae=options.sae, model=model
     )
-    spec = {"command": "unlearn", "model": model, "forget": str(forget), "retain": str(retain), "method": method}
-    spec |= {"settings": list(settings), "sequential": sequential, "sae": sae, "seed": seed}
-    spec |= {"unknown": unknown and str(unknown), "texts": texts and str(texts)}
-    spec |= {"device": device, "dtype": dtype, "hashes": about}
+    spec = spec_of("unlearn", options, hashes=about)
     if begun:
         open_run(out, spec)
-    edit = Edit.load(saved, loaded) if begun and saved.is_file() else None
-    made: Any = None
-    if edit is None:
-        given: dict[str, Any] = {}
-        if needs_sae:
-            corpus = (*mentions((*forgotten, *kept)), *prompts_about(retain_set.unknown, forgotten), *retain_set.texts)
-            given = {"sae": open_sae(sae, loaded, corpus, seed)}
-        made = make_method(method, settings, seed, **given)
-
-    def outputs(of: Any) -> dict[str, Any]:
-        return measure_outputs(loaded, of, forgotten, retain_set.neighbors, retain_set.texts, seed).to_json(seed)
-
-    before = outputs(loaded)
-    if edit is None:
-        if parts:
-            edit = fit_sequence(made, loaded, parts, retain_set)
-        elif trains(made):
-            edit = made.fit(loaded, forget_set, retain_set, around=Around(checkpoint=checkpoint))
-        else:
-            edit = made.fit(loaded, forget_set, retain_set)
-        open_run(out, spec)
-        edit.save(saved)
-    with twin(loaded, edit) as edited:
-        after = outputs(edited)
-    result: dict[str, Any] = {"method": method, "recipe": dict(edit.recipe), "before": before, "after": after}
-    result["files"] = [saved.name, "unlearn.json"]
-    write_json(out / "provenance.json", provenance(about, seed, device))
-    if edit.interventions:
-        result["parity"] = None
+    before = _outputs(model, model, forget, retain, options.seed)
+    if begun and (out / SAVED).is_file():
+        edit = Edit.load(out / SAVED, model)
     else:
-        card = {"data": about["facts"], "measurements": {"before": before, "after": after}, "verdict": "not audited"}
-        worst, bound = edit.export(loaded, out / "model", card)
-        result["parity"] = {"max_abs_logit_difference": worst, "bound": bound}
-        result["files"].append("model/")
-    write_json(out / "unlearn.json", result)
+        made = _made(options.method, settings, options.seed, model, forget, retain, options.sae)
+        edit = _fit(made, model, forget, retain, options.sequential, out / CHECKPOINT)
+        open_run(out, spec)
+        edit.save(out / SAVED)
+    with twin(model, edit) as edited:
+        after = _outputs(model, edited, forget, retain, options.seed)
+    write_json(out / "provenance.json", provenance(about, options.seed, options.device))
+    result = {"method": options.method, "recipe": dict(edit.recipe), "before": before, "after": after}
+    result |= _export(edit, model, out, {"data": about["facts"], "measurements": {"before": before, "after": after}})
+    write_json(out / RESULT, result)
     return result
+
+
+def _begun(out: Path, kind: Any, sequential: int | None) -> bool:
+    """Whether the folder holds a run that was interrupted behind its spec.
+
+    Raises:
+        ValueError: it holds something else, but for the checkpoint of a method that trains.
+    """
+    from mech_unlearn.training.wrapping import trains
+
+    begun = (out / "spec.yaml").is_file() and not (out / RESULT).exists()
+    training = out.is_dir() and [path.name for path in out.iterdir()] == [CHECKPOINT]
+    if not begun and not (training and trains(kind) and not sequential):
+        require_empty(out)
+    return begun
+
+
+def _outputs(full: Any, model: Any, forget: ForgetSet, retain: RetainSet, seed: int) -> dict[str, Any]:
+    from mech_unlearn.commands.row import measure_outputs
+
+    return measure_outputs(full, model, forget.facts, retain.neighbors, retain.texts, seed).to_json(seed)
+
+
+def _export(edit: Edit, model: Any, out: Path, card: Mapping[str, Any]) -> dict[str, Any]:
+    """Parity of the exported folder (None where no weights can hold the edit), and the files that were made."""
+    if edit.interventions:
+        return {"parity": None, "files": [SAVED, RESULT]}
+    worst, bound = edit.export(model, out / "model", {**card, "verdict": "not audited"})
+    return {
+        "parity": {"max_abs_logit_difference": worst, "bound": bound},
+        "files": [SAVED, RESULT, "model/"],
+    }

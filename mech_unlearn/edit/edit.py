@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mech_unlearn.attribution import as_table
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.attach import attached
 from mech_unlearn.edit.export import export
@@ -74,6 +75,25 @@ class Edit:
     interventions: tuple[Intervention, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Method settings, seed and report; plain JSON values."""
+
+    def __repr__(self) -> str:
+        acts = ", ".join(kind_of(intervention) for intervention in self.interventions)
+        told = [f"{len(self.deltas)} weights", *([f"interventions: {acts}"] if acts else []), f"base {self.base[:12]}"]
+        return f"Edit({self.name!r}, {', '.join(told)})"
+
+    def _repr_html_(self) -> str:
+        """What changes: rank and norm of each weight's delta, the kind and place of each intervention; for Jupyter."""
+        rows = [
+            (
+                name,
+                *delta.shape,
+                delta.left.shape[1] if isinstance(delta, LowRank) else "dense",
+                f"{_dense(delta).norm():.3g}",
+            )
+            for name, delta in self.deltas.items()
+        ]
+        rows += [(f"{kind_of(i)} at {i.site or 'the prompt or logits'}", "", "", "", "") for i in self.interventions]
+        return as_table(("what", "rows", "columns", "rank", "norm"), rows, f"{self!r}, recipe {dict(self.recipe)}")
 
     def _check(self, model: Model) -> None:
         if getattr(model.bridge, "_weights_processed", False):

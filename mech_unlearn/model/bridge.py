@@ -75,6 +75,10 @@ class Model:
     in_force: InForce = field(kw_only=True)
     """What acts on the forward pass beside the weights."""
 
+    def __repr__(self) -> str:
+        acts = f", {len(self.in_force.interventions)} interventions in force" if self.in_force.interventions else ""
+        return f"Model({self.name!r}, {self.n_layers} layers of {self.d_model}, {self.dtype}, {self.device}{acts})"
+
     @property
     def weights(self) -> dict[str, Tensor]:
         """All that a checkpoint holds: `held` and `buffers`."""

@@ -1,7 +1,8 @@
 """What is in force on a model beside its weights: interventions of edits, hooks, and forward passes put in place of
 its own. One object a model, `Model.in_force`; whoever must know whether the plain forward pass is all there is asks it.
 
-Hooks count by identity: those that loading gave the model are known from the start, all others were hung on later.
+Hooks count by identity: those that loading gave the model are known from the start. Others were hung on later, by the
+bridge itself where it wires its layers in the first forward pass, or by somebody else.
 """
 
 import hashlib
@@ -9,11 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+BRIDGE = "transformer_lens.model_bridge."
+"""Where the bridge's own hooks are written."""
 
-def _hooks(module: Any) -> Iterator[int]:
-    """torch's numbers of a module's forward hooks; no two hooks have the same."""
-    yield from module._forward_hooks
-    yield from module._forward_pre_hooks
+
+def _hooks(module: Any) -> Iterator[tuple[int, Any]]:
+    """torch's numbers of a module's forward hooks, no two of which are the same, and the hooks."""
+    yield from module._forward_hooks.items()
+    yield from module._forward_pre_hooks.items()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +37,7 @@ class InForce:
     """Numbers of the hooks that loading gave the model."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "given", frozenset(n for module in self.hf.modules() for n in _hooks(module)))
+        object.__setattr__(self, "given", frozenset(n for module in self.hf.modules() for n, _ in _hooks(module)))
 
     def handles(self) -> set[int]:
         """ids of the hook handles that hang at points now."""
@@ -48,8 +52,12 @@ class InForce:
         return any(point.fwd_hooks for name, point in self.points.items() if name.startswith(under))
 
     def as_loaded(self, *modules: Any) -> bool:
-        """Whether these modules have no hook but those that loading gave."""
-        return all(number in self.given for module in modules for number in _hooks(module))
+        """Whether these modules have no hook but those that loading or the bridge itself gave."""
+        return all(
+            number in self.given or (getattr(hook, "__module__", None) or "").startswith(BRIDGE)
+            for module in modules
+            for number, hook in _hooks(module)
+        )
 
     @property
     def layers_bypassed(self) -> bool:

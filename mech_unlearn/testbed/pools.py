@@ -10,10 +10,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from mech_unlearn.metrics import general_kl, recall
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.restoration import audit
 from mech_unlearn.restoration.weights.quantize import Rounding, quantize_
-from mech_unlearn.run import data_hash
+from mech_unlearn.run import data_hash, side_by_side
 from mech_unlearn.testbed import spec as find_spec
 from mech_unlearn.testbed.corpus import streams
 from mech_unlearn.testbed.families import CONTROLS, FAMILIES, Made
@@ -154,13 +152,11 @@ _LABS: list[Lab] = []
 
 
 def _open_lab(materials: Materials) -> None:
-    torch.set_num_threads(1)
     _LABS.append(Lab(materials))
 
 
-def _cell(folder: str, family: str, group: str) -> str:
-    write_json(_path(Path(folder), family, group), score_model(_LABS[0], family, group))
-    return f"{family}, {group}"
+def _cell(folder: str, job: tuple[str, str]) -> None:
+    write_json(_path(Path(folder), *job), score_model(_LABS[0], *job))
 
 
 def _path(folder: Path, family: str, group: str) -> Path:
@@ -199,15 +195,10 @@ def make_pools(
         and (k % 2 == 0 or not (family in CONTROLS or KINDS[family].pool in SPARSE))
         and not _path(root, family, group).exists()
     ]
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_open_lab, initargs=(materials,)) as pool:
-        running = [pool.submit(_cell, str(root), family, group) for family, group in jobs]
-        try:
-            for done, future in enumerate(as_completed(running), 1):
-                log(f"{done}/{len(jobs)} {future.result()}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    work = partial(_cell, str(root))
+    ran = side_by_side(jobs, work, workers=workers, setup=_open_lab, given=(materials,))
+    for done, ((family, group), _) in enumerate(ran, 1):
+        log(f"{done}/{len(jobs)} {family}, {group}")
     return root
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from mech_unlearn.attribution import as_table
 from mech_unlearn.core import Fact
 
 Grade = Literal["A", "B", "C"]
@@ -50,6 +51,18 @@ class Result:
     curves: Mapping[str, Float[Tensor, "point fact"]] = field(default_factory=dict)
     """Numbers per layer, strength or step, and fact; `curve_axes` names the points."""
     curve_axes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        mean = self.recoverability.nanmean().item()
+        return f"Result({self.test!r} of {self.model_id!r}, {len(self.facts)} facts, recovered {mean:.2f} on average)"
+
+    def _repr_html_(self) -> str:
+        """Fact by fact what the test recovers, for Jupyter."""
+        rows = [
+            (fact.id, f"{self.recoverability[i]:.2f}", f"{self.score_raw[i]:.3g}", ", ".join(self.flags_of(i)))
+            for i, fact in enumerate(self.facts)
+        ]
+        return as_table(("fact", "recovered", "own score", "flags"), rows, repr(self))
 
     def flags_of(self, i: int) -> tuple[str, ...]:
         return self.flags[i] if self.flags else ()

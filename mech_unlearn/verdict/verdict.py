@@ -29,10 +29,11 @@ from dataclasses import dataclass, fields, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.core import LABELS, Fact, Label, Measurement, Verdict
+from mech_unlearn.core import Fact, Label, Measurement, Verdict
 from mech_unlearn.verdict.calibration import Calibration
 from mech_unlearn.verdict.features import READS, matrix, measurements
 from mech_unlearn.verdict.result import Result
+from mech_unlearn.verdict.verdicts import Verdicts
 
 BRINGING_BACK = ("uds", "uds_subject", "writeback", "sae", "relearn", "int8", "int4")
 """Tests whose recoverability can show that a fact is still there."""
@@ -125,7 +126,7 @@ def judge(
     held_back: bool = False,
     calibration: Calibration | None = None,
     full: str | None = None,
-) -> tuple[Verdict, ...]:
+) -> Verdicts:
     """One verdict per fact from the results of `restoration.audit` on one model.
 
     Args:
@@ -156,8 +157,8 @@ def judge(
         weights = evidence(results, bounds)
         verdicts = tuple(_judge(i, fact, results, weights, broken, bounds) for i, fact in enumerate(facts))
     if not held_back:
-        return verdicts
-    return tuple(_only_held_back(verdict, _lost(results, i, bounds)) for i, verdict in enumerate(verdicts))
+        return Verdicts(verdicts)
+    return Verdicts(_only_held_back(verdict, _lost(results, i, bounds)) for i, verdict in enumerate(verdicts))
 
 
 def _lost(results: Mapping[str, Result], i: int, bounds: Thresholds) -> bool:
@@ -368,12 +369,6 @@ def _by_tests(
 
 def _number(x: float) -> float | None:
     return None if x != x else x
-
-
-def shares(verdicts: Sequence[Verdict], testable_only: bool = True) -> dict[str, float]:
-    """Share of each label, by default over the testable facts; all zero if there is none."""
-    counted = [v for v in verdicts if not (testable_only and "not_testable" in v.flags)]
-    return {label: sum(v.label == label for v in counted) / max(1, len(counted)) for label in LABELS}
 
 
 def lost_without_verdict(verdicts: Sequence[Verdict]) -> float:

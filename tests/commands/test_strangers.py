@@ -10,16 +10,15 @@ import torch
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.commands.audit import run_audit
-from mech_unlearn.commands.inputs import hashes, make_method
+from mech_unlearn.commands.inputs import hashes, key_values, make_method
 from mech_unlearn.commands.locate import run_locate
+from mech_unlearn.commands.options import AuditOptions, CalibrateOptions, LocateOptions
 from mech_unlearn.core import Entity, Site
 from mech_unlearn.data.jsonl import save_facts
 from mech_unlearn.locate import LOCATORS
 from mech_unlearn.testbed import open_world
 from tests.planted import planted_facts, planted_hf, planted_model, planted_sae
 from tests.tiny import tiny_tokenizer
-
-COMMON = dict(device="cpu", dtype="float32", seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +41,8 @@ def strangers(tmp_path_factory):
 
 
 def audited(root, out, unlearned, **changes):
-    given = dict(retrained=[], retain=None, sae=None, tests="core") | changes
-    return run_audit(str(root / "full"), str(root / unlearned), root / "facts.jsonl", out, **given, **COMMON)
+    asked = dict(full=str(root / "full"), unlearned=str(root / unlearned), facts=root / "facts.jsonl", out=out)
+    return run_audit(AuditOptions(**asked, **changes))
 
 
 def test_an_audit_needs_neither_sae_nor_retrained_model_and_says_grade_b(strangers, tmp_path):
@@ -110,9 +109,17 @@ def test_calibrating_on_too_little_is_refused_before_anything_is_made(strangers,
 
     def calibrate(references, retrained):
         run_calibrate(
-            str(strangers / "full"), strangers / "facts.jsonl", strangers / "retain.jsonl", tmp_path / "texts.txt",
-            tmp_path / "out", references=references, retrained=retrained, unknown=None, sae=None, workers=1, **COMMON,
-        )  # fmt: skip
+            CalibrateOptions(
+                full=str(strangers / "full"),
+                facts=strangers / "facts.jsonl",
+                retain=strangers / "retain.jsonl",
+                texts=tmp_path / "texts.txt",
+                out=tmp_path / "out",
+                reference=references,
+                retrained=retrained,
+                workers=1,
+            )
+        )
 
     with pytest.raises(ValueError, match="two retrained models to compare with and two"):
         calibrate(["a"], ["b", "c"])
@@ -137,11 +144,8 @@ def test_an_unknown_test_is_refused(strangers, tmp_path):
         audited(strangers, tmp_path / "run", "late", tests="udz")
 
 
-INPUTS = dict(settings=[], unknown=None, retain=None, texts=None, sae=None)
-
-
 def located(model, facts, how, out, **changes):
-    return run_locate(str(model), facts, how, out, **INPUTS | COMMON | changes)
+    return run_locate(LocateOptions(model=str(model), facts=facts, how=how, out=out, **changes))
 
 
 def test_locate_finds_the_planted_layer(strangers, tmp_path):
@@ -283,5 +287,5 @@ def test_what_a_locator_lacks_or_does_not_know_is_refused_before_anything_is_wri
 
 
 def test_settings_are_parsed_as_their_fields_types():
-    method = make_method("rocr", ["layers=(0, 1)", "ridge=0.5", "anchor=Anna"], seed=3)
+    method = make_method("rocr", key_values(["layers=(0, 1)", "ridge=0.5", "anchor=Anna"]), seed=3)
     assert (method.layers, method.ridge, method.anchor, method.seed) == ((0, 1), 0.5, "Anna", 3)

@@ -1,42 +1,8 @@
-"""The shared runner: every cell once, in processes of one thread; a failure ends the run; packed cells are the same."""
-
-import os
-import time
+"""What experiments share: cells are files, what lacks is named, packed cells are the same."""
 
 import pytest
-import torch
 
-from experiments.runner import Cells, command_line, pack, run_cells, unpack, write_results
-
-
-def slow_square(number):
-    if number < 0:
-        raise ValueError("no root")
-    time.sleep(0.1 * number)
-    return number**2, torch.get_num_threads(), os.getpid(), os.environ["OMP_WAIT_POLICY"]
-
-
-def touch(path):
-    if path.name == "fails":
-        raise ValueError("failed")
-    time.sleep(0.2)
-    path.touch()
-
-
-def test_every_name_is_worked_on_once_in_other_processes_of_one_thread_each():
-    found = dict(run_cells([2, 0, 1], slow_square, 2))
-    assert {number: square for number, (square, *_) in found.items()} == {0: 0, 1: 1, 2: 4}
-    assert {threads for _, threads, *_ in found.values()} == {1}
-    assert os.getpid() not in {process for _, _, process, _ in found.values()}
-    assert {policy for *_, policy in found.values()} == {os.environ["OMP_WAIT_POLICY"]}
-    assert list(run_cells([], slow_square, 2)) == []
-
-
-def test_what_a_cell_raises_ends_the_run_and_what_has_not_begun_is_not_begun(tmp_path):
-    names = [tmp_path / "fails", *(tmp_path / str(i) for i in range(40))]
-    with pytest.raises(ValueError, match="failed"):
-        list(run_cells(names, touch, 1))
-    assert len(list(tmp_path.iterdir())) < 10
+from experiments.runner import Cells, command_line, pack, unpack, write_results
 
 
 def test_cells_are_files_and_one_that_is_lacking_is_told_by_name(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift, clone
 from mech_unlearn.restoration import CORE, Relearn, audit, reference
-from mech_unlearn.verdict.verdict import judge, shares
+from mech_unlearn.verdict.verdict import judge
 from tests.planted import FORGOTTEN, fresh_planted_model, planted_case, planted_model
 
 TESTED = tuple(name for name in CORE if name != "int8")  # the same code as int4
@@ -34,7 +34,7 @@ def audited():
     ("name", "label"), (("full", "intact"), ("retrained", "deleted"), ("early", "suppressed"), ("late", "suppressed"))
 )
 def test_the_verdict_is_the_truth(audited, name, label):
-    assert shares(judge(audited[2][name]))[label] == 1.0
+    assert judge(audited[2][name]).shares()[label] == 1.0
 
 
 def test_each_suppressor_is_seen_by_one_test_and_missed_by_the_other(audited):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mech_unlearn.commands.inputs import make_method
+from mech_unlearn.commands.inputs import key_values, make_method
 from mech_unlearn.methods import GradAscent, GradDiff, Gu, Klue, Localized, Lora, Npo, Ssd, TaskVector, Wagle
 from mech_unlearn.training.around import Around
 from mech_unlearn.training.schedule import Schedule
@@ -93,20 +93,24 @@ def test_the_first_epoch_variant_of_gradient_ascent_ends_after_one_pass(tiny_mod
 
 
 def test_settings_reach_into_a_base_and_a_base_of_a_base():
-    method = make_method("gu", ["base=wagle", "base.base=sim_npo", "base.base.lr=1e-3", "base.rho=.5", "k=2"], seed=3)
+    method = make_method(
+        "gu", key_values(["base=wagle", "base.base=sim_npo", "base.base.lr=1e-3", "base.rho=.5", "k=2"]), seed=3
+    )
     assert (method.k, method.base.rho, method.base.base.schedule.lr, method.base.base.seed) == (2, 0.5, 1e-3, 3)
-    assert make_method("gu", ["base.lr=1e-3"], seed=0).base == Npo(schedule=Schedule(lr=1e-3, epochs=10))
-    assert make_method("localized", ["layers=(0, 1)"], seed=0).layers == (0, 1)
-    both_ways = make_method("wagle", ["batch_size=8", "base.batch_size=4", "base.schedule.epochs=3"], seed=0)
+    assert make_method("gu", key_values(["base.lr=1e-3"]), seed=0).base == Npo(schedule=Schedule(lr=1e-3, epochs=10))
+    assert make_method("localized", key_values(["layers=(0, 1)"]), seed=0).layers == (0, 1)
+    both_ways = make_method(
+        "wagle", key_values(["batch_size=8", "base.batch_size=4", "base.schedule.epochs=3"]), seed=0
+    )
     assert (both_ways.batch_size, both_ways.base.schedule) == (8, Schedule(lr=1e-5, epochs=3, batch_size=4))
 
 
 def test_settings_of_training_are_named_alone_and_change_the_methods_own_schedule():
-    assert make_method("klue", ["lr=1e-4", "beta=1"], seed=1) == Klue(
+    assert make_method("klue", key_values(["lr=1e-4", "beta=1"]), seed=1) == Klue(
         schedule=replace(Klue.schedule, lr=1e-4), beta=1.0, seed=1
     )
-    assert make_method("klue", ["schedule.lr=1e-4"], seed=0).schedule == replace(Klue.schedule, lr=1e-4)
-    assert make_method("klue", [], seed=0) == Klue()
+    assert make_method("klue", key_values(["schedule.lr=1e-4"]), seed=0).schedule == replace(Klue.schedule, lr=1e-4)
+    assert make_method("klue", key_values([]), seed=0) == Klue()
     for settings, message in (
         (["lrr=1e-4"], "unknown setting of npo 'lrr'; choose from lr"),
         (["epoch=3"], "unknown setting of npo 'epoch'; choose from epochs"),
@@ -116,9 +120,9 @@ def test_settings_of_training_are_named_alone_and_change_the_methods_own_schedul
         (["lr=-1"], "lr must be positive"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
-            make_method("npo", settings, seed=0)
+            make_method("npo", key_values(settings), seed=0)
     with pytest.raises(ValueError, match="unknown setting of rocr 'lr'"):
-        make_method("rocr", ["lr=1e-3"], seed=0)
+        make_method("rocr", key_values(["lr=1e-3"]), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +140,7 @@ def test_settings_of_training_are_named_alone_and_change_the_methods_own_schedul
 )
 def test_settings_that_do_not_exist_are_refused_with_the_nearest(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_method("gu", settings, seed=0)
+        make_method("gu", key_values(settings), seed=0)
 
 
 def test_retained_rows_are_handed_to_a_wrapper_that_needs_them_and_not_trained_on(tiny_model, tiny_sets):

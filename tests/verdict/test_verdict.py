@@ -7,7 +7,8 @@ import torch
 
 from mech_unlearn.core import Measurement
 from mech_unlearn.restoration import Result
-from mech_unlearn.verdict.verdict import Health, Thresholds, evidence, judge, lost_without_verdict, shares
+from mech_unlearn.verdict.verdict import Health, Thresholds, evidence, judge, lost_without_verdict
+from mech_unlearn.verdict.verdicts import Verdicts
 from tests.tiny import tiny_facts
 
 FACTS = tiny_facts(["Anna Lee"])
@@ -77,7 +78,7 @@ def test_a_test_that_did_not_speak_decides_nothing_and_silence_is_not_deletion()
 def test_a_fact_that_cannot_be_tested_is_never_called_deleted():
     verdict = judge({"output": output((0.0, 0.0), (0.0, 0.0), (0.0, 1.0)), **clean()})
     assert [v.label for v in verdict] == ["undetermined", "deleted"] and "not_testable" in verdict[0].flags
-    assert shares(verdict)["deleted"] == 1.0 and shares(verdict, testable_only=False)["deleted"] == 0.5
+    assert verdict.shares()["deleted"] == 1.0 and verdict.shares(testable_only=False)["deleted"] == 0.5
 
 
 def test_what_retrained_models_show_too_is_no_evidence():
@@ -138,7 +139,7 @@ def test_what_the_outputs_lost_gets_no_verdict_without_retrained_models_whatever
     assert kept.label == "intact" and "no_retrained" not in kept.flags
     assert all("retrained and full" not in v.sentence and "retrained to full" not in v.sentence for v in (gone, kept))
     assert gone.scores["uds_recovered"] == (None if found != found else pytest.approx(found))  # scores are still given
-    assert lost_without_verdict([gone, kept]) == 0.5 and shares([gone, kept])["undetermined"] == 0.5
+    assert lost_without_verdict([gone, kept]) == 0.5 and Verdicts([gone, kept]).shares()["undetermined"] == 0.5
     with_models = judge(graded("A", {"output": lost, **tests}))
     assert all("no_retrained" not in v.flags for v in with_models) and lost_without_verdict(with_models) == 0
     assert with_models[0].label == {0.0: "deleted", 0.9: "suppressed"}.get(found, "undetermined")

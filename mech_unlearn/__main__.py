@@ -1,0 +1,5 @@
+"""`python -m mech_unlearn`: the command line."""
+
+from mech_unlearn.commands.cli import main
+
+main()

@@ -1,0 +1,42 @@
+"""An option stands once: a field of the command's type, an option on the command line, a key of the run's spec."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+
+from mech_unlearn.commands import options
+from mech_unlearn.commands.cli import app
+from mech_unlearn.commands.options import AuditOptions, LocateOptions, spec_of
+
+COMMANDS = {
+    name: getattr(options, f"{name.capitalize()}Options")
+    for name in ("demo", "locate", "unlearn", "audit", "calibrate", "bench")
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_fields_of_a_commands_type_are_its_options_and_the_other_way_round(name):
+    command = typer.main.get_command(app).commands[name]
+    told = {p.name: p for p in command.params if p.name not in ("help",)}
+    own = {f.name: f for f in fields(COMMANDS[name])}
+    assert told.keys() == own.keys()
+    for parameter in told.values():
+        assert parameter.help, parameter.name
+
+
+def test_shared_options_have_one_help_in_all_commands():
+    commands = typer.main.get_command(app).commands
+    for shared in ("device", "dtype", "seed", "as_json"):
+        helps = {p.help for name in COMMANDS for p in commands[name].params if p.name == shared}
+        assert len(helps) == 1, shared
+
+
+def test_a_spec_holds_what_was_asked_and_not_where_it_is_written():
+    asked = LocateOptions(model="m", facts=Path("f.jsonl"), how="probe", out=Path("x"), settings=["k=1"], seed=3)
+    spec = spec_of("locate", asked, settings={"k": 1})
+    assert spec["command"] == "locate" and spec["facts"] == "f.jsonl" and spec["settings"] == {"k": 1}
+    assert spec["seed"] == 3 and spec["unknown"] is None and not {"out", "as_json"} & spec.keys()
+    audit = AuditOptions(full="a", unlearned="b", facts=Path("f"), texts=Path("t"))
+    assert "texts" not in spec_of("audit", audit, ("texts",)) and spec_of("audit", audit)["retrained"] == []
