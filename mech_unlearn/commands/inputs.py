@@ -13,6 +13,7 @@ from typing import Any
 from mech_unlearn.core import Entity, Fact, Site
 from mech_unlearn.files import files_hash
 from mech_unlearn.run import data_hash
+from mech_unlearn.training.schedule import Schedule
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -104,7 +105,7 @@ def _made(
     types = {f.name: f.type for f in fields(kind)}
     made = {key: value for key, value in {"seed": seed, **given}.items() if key in types}
     inner: dict[str, dict[str, Any]] = {"base": {}} if "base" in types else {}
-    rates = {f.name: f.type for f in fields(types["schedule"])} if "schedule" in types else {}
+    rates = {f.name: f.type for f in fields(Schedule)} if "schedule" in types else {}
     own = {prefix + k: k for k in types if k not in given}
     scheduled: dict[str, Any] = {}
     for key, value in values.items():

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/training."""
+"""The one training loop that methods share: objective, schedule, what acts beside the loss; no method lives here."""

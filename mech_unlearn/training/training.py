@@ -46,8 +46,8 @@ def train(
 
     Raises:
         ValueError: no epochs, no retained facts or texts although they have weight, nothing to train, an edit of
-            activations in force, masks beside an adapter, a loss that is not finite, or a checkpoint of another
-            training.
+            activations in force, masks beside an adapter, a way to draw retained rows where there are none, a loss
+            that is not finite, or a checkpoint of another training.
     """
     start = time.perf_counter()
     require_positive(schedule, "epochs")
@@ -62,6 +62,8 @@ def train(
     questions = answer_rows(model.tokenizer, forget.facts)
     rows = list(objective.rows) or questions
     kept, owners = _retain_rows(model, retain, bool(objective.retain_weight or around.retained))
+    if schedule.retain_sampling != "cyclic" and not kept:
+        raise ValueError(f"retain_sampling={schedule.retain_sampling!r} has no effect: no retained rows are trained on")
     order = random.Random(seed)
     if schedule.retain_sampling == "1:1" and len(kept) > len(rows):
         kept = order.sample(kept, len(rows))

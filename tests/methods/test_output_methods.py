@@ -32,7 +32,7 @@ FAST = Schedule(lr=3e-3, epochs=4, batch_size=4, weight_decay=0.0)
 SAY = ("the sea", "rain")
 WITHOUT_RETAIN = {
     "grad_ascent": GradAscent(schedule=FAST),
-    "grad_ascent of embeddings": GradAscent(only="embeddings", **{**FAST, "lr": 0.1}),
+    "grad_ascent of embeddings": GradAscent(only="embeddings", schedule=replace(FAST, lr=0.1)),
     "flat": Flat(schedule=FAST, refusals=SAY),
     "flat by kl": Flat(schedule=FAST, refusals=SAY, divergence="kl"),
     "flat by js": Flat(schedule=FAST, refusals=SAY, divergence="js"),
@@ -96,7 +96,7 @@ def test_each_method_lowers_the_forgotten_answers_and_says_so_in_its_report(mode
     report = edit.recipe["report"]
     assert report["forget_recall"] == pytest.approx(after.exact.float().mean().item())
     assert {"n_forward", "n_backward", "seconds", "epochs", "final_losses"} <= report.keys()
-    assert report["epochs"] == FAST["epochs"] and report["seconds"] > 0
+    assert report["epochs"] == FAST.epochs and report["seconds"] > 0
 
 
 @pytest.mark.parametrize("name", WITH_RETAIN)
@@ -179,9 +179,9 @@ def test_refusals_the_tokenizer_cannot_write_are_refused_before_training(model, 
 
 def test_kl_keeps_what_the_model_believes_where_nll_teaches_what_the_retain_set_says(model):
     forget, retain = sets()
-    longer = {**FAST, "epochs": 12}
+    longer = replace(FAST, epochs=12)
     wrong = tuple(replace(f, object=f.distractors[0], distractors=(f.object,)) for f in retain.facts)
-    for method, believed in ((KlMin(**longer), retain.facts), (GradDiff(**longer), wrong)):
+    for method, believed in ((KlMin(schedule=longer), retain.facts), (GradDiff(schedule=longer), wrong)):
         with method.fit(model, forget, RetainSet(neighbors=wrong)).on(model):
             assert answered(model, believed).exact.float().mean() > 0.8
 
@@ -256,6 +256,7 @@ def test_training_under_an_edit_of_activations_is_refused(model):
         (Shred(top=1), "top must be"),
         (TaskVector(scale=0.0), "scale must be positive"),
         (GradDiff(trainable="no such"), "nothing would be trained"),
+        (Flat(schedule=replace(FAST, retain_sampling="entity"), refusals=("the sea",)), "has no effect: no retained"),
     ),
 )
 def test_settings_that_cannot_work_are_refused(model, method, message):

@@ -105,6 +105,10 @@ class SaeIru:
         """
         start = time.perf_counter()
         require_positive(self, "n_latents", "n_known", "check_every")
+        if self.schedule.stop_recall is not None or self.schedule.skip_forgotten:
+            raise ValueError(
+                "stop_recall and skip_forgotten look at answers, and sae_iru trains mentions of names: set patience="
+            )
         contexts = self.contexts or keys.contexts_of(forget.facts)
         unseen = self._unseen(contexts)
         layer, trained = steered(model, self._layer(model, around), self.layers)

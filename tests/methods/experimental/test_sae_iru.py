@@ -233,6 +233,8 @@ def test_only_the_listed_matrices_change(architecture, sae):
         (dict(contexts=("{} was",)), "1 contexts, 1 held out"),
         (dict(heldout=("no {}",)), "not among the contexts"),
         (dict(layers=(3,)), "lies above"),
+        (dict(schedule=replace(FAST, stop_recall=0.1)), "look at answers"),
+        (dict(schedule=replace(FAST, skip_forgotten=True)), "set patience="),
     ),
 )
 def test_what_cannot_work_is_refused(tiny_model, sae, changes, message):
