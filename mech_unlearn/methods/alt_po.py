@@ -89,7 +89,7 @@ def alternative_rows(
     per_phrasing: bool,
     order: random.Random,
 ) -> list[TrainRow]:
-    """The prompts of `answers.answer_rows`, in its order, each followed by an alternative answer drawn at random.
+    """The prompts of `rows.answer_rows`, in its order, each followed by an alternative answer drawn at random.
 
     Raises:
         ValueError: a fact without an alternative, one that equals its object, an id that no fact has, or an alternative

@@ -211,7 +211,7 @@ def fisher(run: Trainee, most: int) -> dict[str, Tensor]:
 
 
 def name_tokens(model: Model, forget: ForgetSet) -> Bool[Tensor, "row d_vocab"]:
-    """For each row of `answers.answer_rows` the tokens that its subject's name has in the prompt."""
+    """For each row of `rows.answer_rows` the tokens that its subject's name has in the prompt."""
     queries = make_queries(model.tokenizer, forget.facts, distractors=False)
     names = torch.zeros(len(queries), model.hf.config.vocab_size, dtype=torch.bool)
     for i, query in enumerate(queries):

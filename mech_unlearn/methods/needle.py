@@ -3,7 +3,7 @@
 Paper:    Hong, Yu, Yang, Ravfogel, Geva 2024, Intrinsic evaluation of unlearning using parametric knowledge traces,
           arXiv 2406.11614: "Needle" adds noise to one concept vector and may then train it.
 Changes:  the chosen columns of the MLP output matrices [d_model, d_mlp]; every other entry stays bit-identical.
-Needs:    nothing if the vectors are given; else a search of the weights (`locate.concept_vectors`); training: one
+Needs:    nothing if the vectors are given; else a search of the weights (`locate.neurons`); training: one
           backward pass per batch.
 Differs:  the noise's length is given relative to the vector's by default: the paper's absolute std of 0.1 is 6.4 long
           in 4,096 dimensions, several times a Llama 2 value vector, and means something else in others. Trained on the

@@ -1,6 +1,6 @@
 """Losses on hidden states as plain functions: what is steered, what is held, and how large a state is.
 
-Inputs are those of `answers.States`: one row per real token, so that no pad is counted. A squared distance is a mean
+Inputs are those of `rows.States`: one row per real token, so that no pad is counted. A squared distance is a mean
 over features, then over the tokens of each row, then over rows: a long row counts as much as a short one.
 """
 

@@ -6,7 +6,7 @@ Changes:  single columns of MLP output matrices [d_model, d_mlp]; every other en
 Needs:    facts with at least three phrasings; attribution: per phrasing a forward pass and a suffix sweep of
           n_layers x 20 rows with its backward pass.
 Differs:  besides a relation's neurons, those of each forget fact can be erased; the neurons of a relation are counted
-          over the forget facts alone. Attribution in a causal model: see `locate.neuron_attribution`.
+          over the forget facts alone. Attribution in a causal model: see `locate.neurons`.
 Fails:    neurons are shared, by relation above all: neighbours go with the facts. A neuron that gradients find at the
           last prompt token only hands on what was recalled earlier: the knowledge stays below it.
 """
