@@ -208,19 +208,19 @@ def attack_result(
     best, warning = choose_setting(tuned, curves.lost)
     chosen, room = gain.at(best), levels.full - levels.base(gain.keep)
     axis = tuple(float(a) for a in (alphas or range(len(ready.points))))
-    return gain_result(
+    found = gain_result(
         case,
         replace(chosen, null=setting_null(ready), ignorant=chosen.ignorant.contiguous()),
         test=test,
         name=name,
         cost_fe=cost_fe,
-        alpha=axis[best],
-        kappa=torch.where(room > 1e-6, (chosen.after - chosen.ignorant.mean(0)) / room, torch.nan),
         flags=[(*flag, *warning, f"setting:{ready.points[best]}") for flag in flags or [()] * len(case.facts)],
         columns={"lost_others": curves.lost[best].item(), **(columns or {})},
         curves={"rho": gain.rho, "margin": gain.after, "tune_mean_rho": tuned[:, None].expand_as(gain.rho)},
         axis=axis,
     )
+    kappa = torch.where(room > 1e-6, (chosen.after - chosen.ignorant.mean(0)) / room, torch.nan)
+    return replace(found, alpha=axis[best], kappa=kappa)
 
 
 def fe_per_fact(ready: Ready, passes: int) -> float:

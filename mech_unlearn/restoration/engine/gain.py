@@ -111,9 +111,6 @@ def gain_result(
     flags: Sequence[tuple[str, ...]] = (),
     curves: Mapping[str, Float[Tensor, "point fact"]] | None = None,
     axis: Sequence[float] | Sequence[int] | None = None,
-    alpha: float | None = None,
-    layer: int | None = None,
-    kappa: Float[Tensor, " fact"] | None = None,
 ) -> Result:
     """The result of a gain at one point; recoverability is rho. See `make_result`."""
     return make_result(
@@ -125,10 +122,7 @@ def gain_result(
         score_retrained=gain.ignorant,
         null=gain.null,
         rho=gain.rho,
-        kappa=kappa,
         cost_fe=cost_fe,
-        alpha=alpha,
-        layer=layer,
         flags=flags,
         columns={"before": gain.before, **(columns or {})},
         curves=curves,

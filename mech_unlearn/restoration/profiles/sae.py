@@ -221,8 +221,6 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
         test="sae",
         name=name,
         cost_fe=float(6 + 2 * case.draws * len(gained) / len(case.facts) + len(ALPHAS)),
-        layer=case.write_site.layer,
-        alpha=alpha,
         flags=flags,
         columns={
             "rr_profile": rate,
@@ -234,4 +232,5 @@ def audit(case: Case, ready: SaeLevels, model: Model, name: str) -> Result:
         curves={"tune_mean_rho": tuned.nanmean(1, keepdim=True).expand(-1, len(case.facts))},
         axis=ALPHAS,
     )
-    return replace(result, p_null=torch.where(restored, p_null, torch.where(found.rho.isnan(), torch.nan, 1.0)))
+    tested = torch.where(restored, p_null, torch.where(found.rho.isnan(), torch.nan, 1.0))
+    return replace(result, p_null=tested, alpha=alpha, layer=case.write_site.layer)

@@ -136,13 +136,7 @@ def _margins(
     case: Case, model: Model, query_set: QuerySet, points: Sequence[Point]
 ) -> Float[Tensor, "point kind fact"]:
     pushes = _pushes(vectors(case, model, query_set.queries, sorted({p.layer for p in points})), points)
-    true, rows = len(query_set.true), []
-    for scores in steered_scores(model, query_set.queries, pushes):
-        kinds = [mean_by_fact(scores.margin[:true], query_set.true, query_set.facts)]
-        if query_set.shams:
-            kinds.append(mean_by_fact(scores.margin[true:], query_set.queries[true:], query_set.facts))
-        rows.append(torch.stack(kinds))
-    return torch.stack(rows)
+    return torch.stack([query_set.by_fact(scores) for scores in steered_scores(model, query_set.queries, pushes)])
 
 
 def _operate(case: Case, points: Sequence[Point], model: Model, tune: QuerySet, test: QuerySet) -> Curves:
