@@ -110,7 +110,7 @@ def test_a_subject_counts_once_however_many_facts_tell_of_it():
 def test_erasure_of_neighbourhoods_is_zero_at_full_one_at_retrained_and_told_per_subject():
     full, never = (torch.stack([rows(40, 8, seed + layer) for layer in (0, 1)]) for seed in (0, 10))
     names = torch.arange(40)
-    table = similarity.Rows((), torch.cat([names, names[:5]]), names)
+    table = similarity.SubjectTokens((), torch.cat([names, names[:5]]), names)
     ready = similarity.SimilarityLevels(table, full, (never,), torch.zeros(1, 2), (), 5)
     assert (similarity._knn(ready, full, [never]) == 0).all()
     assert (similarity._knn(ready, never, [never]) == 1).all()
