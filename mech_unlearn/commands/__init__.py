@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/commands."""
+"""The command line: what each command does, without the printing, and the arguments and files that it reads."""

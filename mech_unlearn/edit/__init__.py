@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/edit."""
+"""What a method gives back: changes of weights and interventions, put in force for a while, saved and exported."""

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/report."""
+"""Figures, tables and one HTML page, drawn from what a run has saved."""

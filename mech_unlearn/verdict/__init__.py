@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/verdict."""
+"""From scores to a label per fact and to claims about lists, with error rates from models whose truth is known."""

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/benchmarks/dusk."""
+"""DUSK: documents about fictitious professors, one to unlearn without what the others say too."""

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/benchmarks/faithun."""
+"""FaithUn: is forgetting superficial, too little (paraphrases, several hops) or too much (same answer elsewhere)?"""

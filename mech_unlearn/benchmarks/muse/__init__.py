@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/benchmarks/muse."""
+"""MUSE: news articles or books to unlearn, judged by memorisation, privacy leakage, and knowledge that is to stay."""

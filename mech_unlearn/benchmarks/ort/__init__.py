@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/benchmarks/ort."""
+"""ORT: the same facts asked in five forms, to see whether forgetting depends on the form."""

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/benchmarks/restor."""
+"""RESTOR: after false facts were trained in and unlearned, do the clean answers come back?"""

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/benchmarks/rwku."""
+"""RWKU: what models know of 200 famous people and of their neighbors, with membership and utility."""

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/benchmarks/wmdp."""
+"""WMDP: multiple choice about hazardous knowledge, and MMLU beside it."""

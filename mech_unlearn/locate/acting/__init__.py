@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/locate/acting."""
+"""Testing what a locator says: do its top sites matter more than as many others, and do several locators agree?"""

@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/locate/neurons."""
+"""Looking at MLP neurons: scores of how much a fact needs them, and the vectors and tokens that they write."""

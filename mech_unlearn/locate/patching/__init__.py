@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/locate/patching."""
+"""Changing states of a running model, site by site, and watching the answer: traces, patches, paths, gradients."""

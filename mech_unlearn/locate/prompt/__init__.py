@@ -1,1 +1,1 @@
-"""TODO mech_unlearn/locate/prompt."""
+"""Looking at the prompt: which of its tokens carry the answer."""
