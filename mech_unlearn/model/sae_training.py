@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,10 +76,8 @@ def train_sae(
     Raises:
         ValueError: no text with an ordinary token, fewer training tokens than a batch, k outside of 1..d_sae.
     """
-    from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens import TopKTrainingSAEConfig
     from sae_lens.saes.sae import SAEMetadata
-    from sae_lens.training.sae_trainer import SAETrainer
 
     rows = token_rows(model, texts, context)
     if not any(ordinary_positions(model, rows)):
@@ -90,8 +89,6 @@ def train_sae(
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(_pools(model, rows, site, buffer_tokens, generator), batch_size, generator)
     first = next(batches)
-    scale = first.shape[1] ** 0.5 / first.norm(dim=1).mean().item()
-    scaled = (batch * scale for batch in itertools.chain([first], batches))
     metadata = SAEMetadata(
         model_name=model.name,
         hook_name=site.hook,
@@ -103,8 +100,35 @@ def train_sae(
     )
     device = str(model.device)
     config = TopKTrainingSAEConfig(d_in=first.shape[1], d_sae=d_sae, k=k, device=device, metadata=metadata)
-    steps = training_tokens // batch_size
-    trainer_config = SAETrainerConfig(
+    sae = _fit(model, config, batches, first, lr, training_tokens // batch_size, seed)
+    return _tie(sae, model, site, f"trained at {site}")
+
+
+def _fit(model: Model, config: Any, batches: Iterator[Tensor], first: Tensor, lr: float, steps: int, seed: int) -> Any:
+    """The SAE of sae-lens after `steps` batches, the first among them; without a trace in the caller's random state."""
+    from sae_lens import SAE, TopKTrainingSAE
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    scale = first.shape[1] ** 0.5 / first.norm(dim=1).mean().item()
+    scaled = (batch * scale for batch in itertools.chain([first], batches))
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(seed)
+        trained = TopKTrainingSAE(config)
+        trained.b_dec.data = first.mean(0).to(model.device) * scale
+        SAETrainer(_schedule(steps, len(first), lr, config.device), trained, scaled).fit()
+        trained.fold_activation_norm_scaling_factor(scale)
+        weights = trained.state_dict()
+        trained.process_state_dict_for_saving_inference(weights)
+        sae = SAE.from_dict(trained.cfg.get_inference_sae_cfg_dict() | {"metadata": trained.cfg.metadata.to_dict()})
+    sae.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()})
+    return sae
+
+
+def _schedule(steps: int, batch_size: int, lr: float, device: str) -> Any:
+    """The trainer's settings: a warm-up over a tenth, a decay to a tenth over the last fifth, no logging."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+
+    return SAETrainerConfig(
         total_training_samples=steps * batch_size,
         train_batch_size_samples=batch_size,
         device=device,
@@ -116,14 +140,3 @@ def train_sae(
         feature_sampling_window=steps + 1,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.enable_grad():
-        torch.manual_seed(seed)
-        trained = TopKTrainingSAE(config)
-        trained.b_dec.data = first.mean(0).to(model.device) * scale
-        SAETrainer(trainer_config, trained, scaled).fit()
-        trained.fold_activation_norm_scaling_factor(scale)
-        weights = trained.state_dict()
-        trained.process_state_dict_for_saving_inference(weights)
-        sae = SAE.from_dict(trained.cfg.get_inference_sae_cfg_dict() | {"metadata": trained.cfg.metadata.to_dict()})
-    sae.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()})
-    return _tie(sae, model, site, f"trained at {site}")

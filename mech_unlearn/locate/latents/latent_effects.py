@@ -14,6 +14,7 @@ Fails:    several latents may each be dispensable because the others stand in: `
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -88,6 +89,36 @@ def _direct(
     return change[0], change[1]
 
 
+def _table(
+    site: Site,
+    facts: Sequence[Fact],
+    queries: Sequence[Query],
+    labels: Sequence[int],
+    pairs: Sequence[Pair],
+    values: Float[Tensor, " pair"],
+    name: str,
+    unit: str,
+    note: str,
+) -> Attribution:
+    """Mean over a fact's phrasings, 0 where the latent is not active; a latent with a NaN has NaN throughout."""
+    column, order = {j: i for i, j in enumerate(labels)}, {fact.id: i for i, fact in enumerate(facts)}
+    fact = torch.tensor([order[query.fact.id] for query in queries])
+    per_query = torch.zeros(len(queries), len(labels))
+    at = torch.tensor([(p.query, column[p.latent]) for p in pairs], dtype=torch.long).view(-1, 2)
+    per_query[at[:, 0], at[:, 1]] = values
+    per_query[:, per_query.isnan().any(0)] = torch.nan
+    total = torch.zeros(len(facts), len(labels)).index_add(0, fact, per_query)
+    return Attribution(
+        name=f"{name} of latents at {site}",
+        values=total / torch.bincount(fact, minlength=len(facts))[:, None],
+        axes=("fact", "latent"),
+        labels={"fact": tuple(order), "latent": tuple(labels)},
+        unit=unit,
+        n=len(facts),
+        note=note,
+    )
+
+
 @torch.no_grad()
 def direct_effect(
     model: Model,
@@ -125,39 +156,16 @@ def direct_effect(
         raise ValueError(f"no latent is active at {sae.site} on these prompts (where={where!r})")
     pairs = make_pairs(codes, labels, () if latents is None else labels)
     rows = decoder_rows(sae, range(sae.d_sae)).cpu()
-    column = {j: i for i, j in enumerate(labels)}
-    order = {fact.id: i for i, fact in enumerate(facts)}
-    fact = torch.tensor([order[query.fact.id] for query in queries])
-    place = (
-        torch.tensor([p.query for p in pairs], dtype=torch.long),
-        torch.tensor([column[p.latent] for p in pairs], dtype=torch.long),
-    )
     clean = score(model, queries).logprob[:, 0]
-
-    def table(values: Float[Tensor, " pair"], name: str, unit: str, note: str) -> Attribution:
-        """Mean over a fact's phrasings, 0 where the latent is not active; a latent with a NaN has NaN throughout."""
-        per_query = torch.zeros(len(queries), len(labels))
-        per_query[place] = values
-        per_query[:, per_query.isnan().any(0)] = torch.nan
-        total = torch.zeros(len(facts), len(labels)).index_add(0, fact, per_query)
-        return Attribution(
-            name=f"{name} of latents at {sae.site}",
-            values=total / torch.bincount(fact, minlength=len(facts))[:, None],
-            axes=("fact", "latent"),
-            labels={"fact": tuple(order), "latent": labels},
-            unit=unit,
-            n=len(facts),
-            note=note,
-        )
-
+    table = partial(_table, sae.site, facts, queries, labels, pairs)
+    own = other = torch.zeros(0)
+    if pairs:
+        before = clean[[p.query for p in pairs]]
+        own = without(model, sae.site, queries, pairs, rows[[p.latent for p in pairs]]) - before
+        other = control_of(model, sae.site, queries, pairs, rows, draws, seed) - before
     spot = "at the subject's last token" if where == "subject" else "at all ordinary tokens"
     nats = "change of the answer's log-probability (nats per token)"
     taken = f"taken out {spot}, {len(queries)} prompts"
-    if pairs:
-        own = without(model, sae.site, queries, pairs, rows[[p.latent for p in pairs]]) - clean[place[0]]
-        other = control_of(model, sae.site, queries, pairs, rows, draws, seed) - clean[place[0]]
-    else:
-        own = other = torch.zeros(0)
     ablation = table(own, "ablation", nats, taken)
     control = table(
         other, "ablation control", nats, f"random other active latents, equally long, {draws} draws; {taken}"

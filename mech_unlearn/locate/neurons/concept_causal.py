@@ -14,7 +14,7 @@ Fails:    a vector that is hardly ever active passes the noise unseen; one that 
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,39 @@ def _effects(
     return table[0], low.masked_fill(nothing, float("nan")), high.masked_fill(nothing, float("nan"))
 
 
+def _noise_size(
+    facts: Sequence[Fact], others: Sequence[Fact], std: float | None, ratio: float | None, samples: int
+) -> float:
+    """The standard deviation or the ratio that is asked for, after checking what `noise_effects` was given."""
+    if not facts or not others:
+        raise ValueError("noise needs facts of the concept and others to compare with: give at least one of each")
+    if both := {fact.id for fact in facts} & {fact.id for fact in others}:
+        raise ValueError(f"fact {min(both)!r} stands among the facts of the concept and among the others")
+    if std is not None and ratio is not None:
+        raise ValueError(f"std={std} and ratio={ratio}: give one of them")
+    size = std if std is not None else RATIO if ratio is None else ratio
+    if not size > 0 or samples < 1:
+        raise ValueError(f"noise of size {size} with samples={samples}: both must be positive")
+    return size
+
+
+def _changes(
+    model: Model, vector: tuple[int, int], scale: float, samples: int, seed: int, ask: Callable[[], Tensor]
+) -> Float[Tensor, "measure run sample fact"]:
+    """What `ask` gives with each noise sample on the vector (run 0) and on a random other of its layer (run 1)."""
+    layer, neuron = vector
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {layer} {neuron}".encode()))
+    width = value_vectors(model, layer).shape[0]
+    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for _ in range(samples):
+        noise = (scale * torch.randn(model.d_model, generator=generator)).to(model.device)
+        control = (neuron + 1 + int(torch.randint(width - 1, (1,), generator=generator))) % width
+        for row, place in zip(rows, (neuron, control), strict=True):
+            with noisy(model, layer, place, noise).on(model):
+                row.append(ask())
+    return torch.stack([torch.stack(row, 1) for row in rows], 1)
+
+
 def noise_effects(
     model: Model,
     facts: Sequence[Fact],
@@ -142,15 +175,7 @@ def noise_effects(
     Raises:
         ValueError: no facts or others, a fact in both, a vector the model lacks or of length 0, settings out of range.
     """
-    if not facts or not others:
-        raise ValueError("noise needs facts of the concept and others to compare with: give at least one of each")
-    if both := {fact.id for fact in facts} & {fact.id for fact in others}:
-        raise ValueError(f"fact {min(both)!r} stands among the facts of the concept and among the others")
-    if std is not None and ratio is not None:
-        raise ValueError(f"std={std} and ratio={ratio}: give one of them")
-    size = std if std is not None else RATIO if ratio is None else ratio
-    if not size > 0 or samples < 1:
-        raise ValueError(f"noise of size {size} with samples={samples}: both must be positive")
+    size = _noise_size(facts, others, std, ratio, samples)
     if vectors is None:
         vectors = [(at["layer"], at["neuron"]) for at, _ in concept_vectors(model, facts).top(3)]
     if not vectors:
@@ -167,36 +192,22 @@ def noise_effects(
 
     before = ask()
     rows = []
-    for (layer, neuron), scale in zip(vectors, stds, strict=True):
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {layer} {neuron}".encode()))
-        width = value_vectors(model, layer).shape[0]
-        change = torch.zeros(2, 2, samples, len(everything))  # measure, run, sample, fact
-        for i in range(samples):
-            noise = (scale * torch.randn(model.d_model, generator=generator)).to(model.device)
-            control = (neuron + 1 + int(torch.randint(width - 1, (1,), generator=generator))) % width
-            for run, place in enumerate((neuron, control)):
-                with noisy(model, layer, place, noise).on(model):
-                    change[:, run, i] = ask() - before
+    for vector, scale in zip(vectors, stds, strict=True):
+        change = _changes(model, vector, scale, samples, seed, ask) - before[:, None, None]
         parts = change.split([len(facts), len(others)], dim=-1)
         rows.append([torch.stack(_effects(a, b, facts, others, seed)) for a, b in zip(*parts, strict=True)])
     known, recalled = before[:, : len(facts)].mean(1).tolist()
     note = f"before: {known:.3f} nats, recall {recalled:.2f}; {samples} noise samples, {len(others)} other facts"
     note += "; 95 % bootstrap interval over noise samples and groups of facts"
     tables = torch.stack([torch.stack(row) for row in rows], 1)  # measure, vector, statistic, effect
+    labels = {"vector": tuple(f"L{layer} neuron {neuron}" for layer, neuron in vectors), "effect": EFFECTS}
     logprob, recall = (
         Attribution(
-            name=name,
-            values=table[:, 0],
-            axes=("vector", "effect"),
-            labels={"vector": tuple(f"L{layer} neuron {neuron}" for layer, neuron in vectors), "effect": EFFECTS},
-            unit=unit,
-            n=len(facts),
-            low=table[:, 1],
-            high=table[:, 2],
-            note=note,
+            name=name, values=table[:, 0], axes=tuple(labels), labels=labels, unit=unit, n=len(facts),
+            low=table[:, 1], high=table[:, 2], note=note,
         )
         for table, (name, unit) in zip(tables, _MEASURES, strict=True)
-    )
+    )  # fmt: skip
     ratios = tuple(scale * root / length for scale, length in zip(stds, lengths, strict=True))
     return NoiseEffects(logprob=logprob, recall=recall, std=tuple(stds), ratio=ratios)
 

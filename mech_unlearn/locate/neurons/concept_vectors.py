@@ -17,7 +17,8 @@ Fails:    only what a vector adds with a positive coefficient is read; gated MLP
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -165,62 +166,61 @@ def concept_vectors(
     Warns:
         UserWarning: a word of several tokens, for which its first token stands.
     """
-    given = [
-        name for name, x in (("facts", facts), ("words", words), ("text", text), ("scorer", scorer)) if x is not None
-    ]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} were given: choose one way to say what the concept is")
-    if (others and text is None) or (limit is not None and (scorer is None or limit < 1)):
-        raise ValueError("others= goes with text=, and limit= (1 or more) with scorer=")
-    if model.in_force.interventions:
-        raise ValueError("value vectors are weights and do not show an activation intervention; leave it first")
-    if facts is not None and not facts:
-        raise ValueError("no facts to locate: give at least one")
+    _check(model, {"facts": facts, "words": words, "text": text, "scorer": scorer}, others, limit)
     chosen = tuple(range(model.n_layers)) if layers is None else tuple(layers)
     if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(range(model.n_layers)):
         raise ValueError(f"layers {chosen}: give layers of {model.name!r} (0..{model.n_layers - 1}), each once")
-    low = high = None
     if facts is not None or words is not None:
         tokens, split = word_tokens(model.tokenizer, [fact.object for fact in facts] if facts else words or ())
-        note = f"words: {', '.join(tokens)}"
         if split:
-            note += f"; of several tokens, for which the first stands: {', '.join(split)}"
             warnings.warn(f"words of several tokens, for which the first stands: {', '.join(split)}", stacklevel=2)
-        z = torch.stack(list(_promotion(model, list(tokens.values()), chosen, gains)))
-        values, n = z.mean(-1), len(tokens)
-        half = 1.96 * z.std(-1) / math.sqrt(n) if n > 1 else torch.full_like(values, float("nan"))
-        low, high = values - half, values + half
-        unit = "mean logit of the words (standard deviations of the vector's logits)"
-        note += "; 95 % normal interval over the words"
-    else:
-        masks = None if text is None else text_masks(model.tokenizer, [text, *others])
-        rows = []
-        for layer in chosen:
-            found = project(model, layer, top=top, chunk=chunk, gains=gains)
-            kept = prefilter(found, drop)
-            if scorer is not None:
-                row = _scorer_scores(model, found, kept, scorer, limit)
-            elif masks is not None:
-                row = _text_scores(found.ids, masks)
-            else:
-                row = _coherence_z(model, found, seed, chunk, gains)
-            rows.append(row.masked_fill(~kept, float("nan")))
-        values, n = torch.stack(rows), top
-        unit = "coherence (z against random mixtures)"
-        unit = unit if not given else "score" if scorer is not None else "share of top tokens x purity"
-        note = f"top {top} tokens; {drop:.0%} of each layer dropped" + (
-            f"; {len(others)} other texts" if others else ""
-        )
+        return _of_words(model, tokens, split, chosen, gains)
+    masks = None if text is None else text_masks(model.tokenizer, [text, *others])
+    rows = []
+    for layer in chosen:
+        found = project(model, layer, top=top, chunk=chunk, gains=gains)
+        kept = prefilter(found, drop)
+        if scorer is not None:
+            row = _scorer_scores(model, found, kept, scorer, limit)
+        elif masks is not None:
+            row = _text_scores(found.ids, masks)
+        else:
+            row = _coherence_z(model, found, seed, chunk, gains)
+        rows.append(row.masked_fill(~kept, float("nan")))
+    unit = "coherence (z against random mixtures)" if masks is None else "share of top tokens x purity"
+    note = f"top {top} tokens; {drop:.0%} of each layer dropped" + (f"; {len(others)} other texts" if others else "")
+    return _attribution(torch.stack(rows), chosen, "score" if scorer is not None else unit, top, note)
+
+
+def _check(model: Model, concept: Mapping[str, Any], others: Sequence[str], limit: int | None) -> None:
+    given = [name for name, x in concept.items() if x is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} were given: choose one way to say what the concept is")
+    if (others and "text" not in given) or (limit is not None and ("scorer" not in given or limit < 1)):
+        raise ValueError("others= goes with text=, and limit= (1 or more) with scorer=")
+    if model.in_force.interventions:
+        raise ValueError("value vectors are weights and do not show an activation intervention; leave it first")
+    if "facts" in given and not concept["facts"]:
+        raise ValueError("no facts to locate: give at least one")
+
+
+def _of_words(
+    model: Model, tokens: Mapping[str, Sequence[int]], split: Sequence[str], layers: Sequence[int], gains: Gains
+) -> Attribution:
+    """How much each vector promotes the words, with an interval over them; `split` are those of several tokens."""
+    z = torch.stack(list(_promotion(model, list(tokens.values()), layers, gains)))
+    values, n = z.mean(-1), len(tokens)
+    half = 1.96 * z.std(-1) / math.sqrt(n) if n > 1 else torch.full_like(values, float("nan"))
+    first = f"; of several tokens, for which the first stands: {', '.join(split)}" if split else ""
+    note = f"words: {', '.join(tokens)}{first}; 95 % normal interval over the words"
+    unit = "mean logit of the words (standard deviations of the vector's logits)"
+    return _attribution(values, layers, unit, n, note, low=values - half, high=values + half)
+
+
+def _attribution(values: Tensor, layers: Sequence[int], unit: str, n: int, note: str, **bounds: Tensor) -> Attribution:
+    labels = {"layer": tuple(layers), "neuron": tuple(range(values.shape[1]))}
     return Attribution(
-        name="concept vectors",
-        values=values,
-        axes=("layer", "neuron"),
-        labels={"layer": chosen, "neuron": tuple(range(values.shape[1]))},
-        unit=unit,
-        n=n,
-        low=low,
-        high=high,
-        note=note,
+        name="concept vectors", values=values, axes=tuple(labels), labels=labels, unit=unit, n=n, note=note, **bounds
     )
 
 
