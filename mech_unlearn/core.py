@@ -36,6 +36,12 @@ class Entity:
     """Type of the entity, for example `person`; entities are only compared within a type."""
 
 
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
 def _check_template(template: str, where: str) -> None:
     if template.count("{}") != 1:
         raise ValueError(
@@ -71,7 +77,7 @@ class Fact:
     group: str | None = None
     """What is forgotten together; the subject when not given."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Unknown keys of the facts file, kept as they came."""
+    """Unknown keys of the facts file, kept as they came; lists as tuples."""
 
     def __post_init__(self) -> None:
         for name in ("id", "subject", "relation", "object", "prompt"):
@@ -89,7 +95,9 @@ class Fact:
             _check_template(template, "heldout phrasing")
             if template in self.templates:
                 raise ValueError(f"heldout phrasing {template!r} stands among those that a method may see")
-        object.__setattr__(self, "extra", MappingProxyType(dict(self.extra)))
+        if own := [key for key in self.extra if key in _FIELDS]:
+            raise ValueError(f"extra key {own[0]!r} is the name of a field")
+        object.__setattr__(self, "extra", MappingProxyType({key: _frozen(x) for key, x in self.extra.items()}))
 
     def __reduce__(self) -> tuple[Any, ...]:  # the read-only view of `extra` cannot be pickled
         return partial(type(self), **{**vars(self), "extra": dict(self.extra)}), ()

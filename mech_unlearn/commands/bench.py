@@ -5,7 +5,6 @@ of the cells; the facts that have a subject go through `audit.Prepared`, as in t
 """
 
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from mech_unlearn.benchmarks.answers import Questions, counted
 from mech_unlearn.benchmarks.forms import FORMS, ask_forms
 from mech_unlearn.benchmarks.table import tabulate
 from mech_unlearn.commands.audit import Prepared, named_tests, open_unlearned, prepare_audit
-from mech_unlearn.commands.inputs import choose, hashes, key_values, open_model, progress
+from mech_unlearn.commands.inputs import arguments, choose, hashes, open_model, progress
 from mech_unlearn.commands.options import BenchOptions, spec_of
 from mech_unlearn.core import LABELS, Fact
 from mech_unlearn.files import write_json
@@ -86,7 +85,7 @@ def run_bench(options: BenchOptions) -> dict[str, Any]:
 def _ask_what(options: BenchOptions, stack: ExitStack) -> Questioned:
     """The benchmark's data and the loaded models, checked against each other."""
     bench = choose(options.name, BENCHMARKS, "benchmark")
-    settings = _settings(options.name, bench, options.settings)
+    settings = arguments(bench.load, options.settings, options.name, ("limit",))
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"limit must be 1 or more rows, got {options.limit}")
     data = bench.load(options.data, options.limit, **settings)
@@ -161,21 +160,6 @@ def _result(
         "restoration": restoration(rows, asked.facts, seed),
         "notes": [*asked.notes, *untestable(rows), *lacking],
     }
-
-
-def _settings(name: str, bench: Benchmark, settings: Sequence[str]) -> dict[str, Any]:
-    """Arguments of the benchmark's `load`, checked by name and type."""
-    from pydantic import TypeAdapter, ValidationError
-
-    parameters = inspect.signature(bench.load).parameters
-    known = {key: found.annotation for key, found in parameters.items() if key not in ("source", "limit")}
-    given = key_values(settings)
-    for key, value in given.items():
-        try:
-            TypeAdapter(choose(key, known, f"setting of {name}")).validate_python(value)
-        except ValidationError as error:
-            raise ValueError(f"setting {key}={value} of {name}: {error.errors()[0]['msg']}") from error
-    return given
 
 
 def askable(model: Any, questions: Questions) -> tuple[tuple[Fact, ...], tuple[Fact, ...], list[str]]:

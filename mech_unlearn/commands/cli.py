@@ -18,6 +18,7 @@ from mech_unlearn.commands.options import (
     AuditOptions,
     BenchOptions,
     CalibrateOptions,
+    ConvertOptions,
     DemoOptions,
     Json,
     LocateOptions,
@@ -35,6 +36,8 @@ app = typer.Typer(
 )
 testbed_app = typer.Typer(help="Small worlds where the truth is known.", no_args_is_help=True)
 app.add_typer(testbed_app, name="testbed")
+facts_app = typer.Typer(help="Facts files.", no_args_is_help=True)
+app.add_typer(facts_app, name="facts")
 
 
 class Kind(str, Enum):
@@ -155,6 +158,16 @@ def _benchmarks() -> tuple[str, ...]:
     from mech_unlearn.benchmarks import BENCHMARKS
 
     return tuple(BENCHMARKS)
+
+
+@facts_app.command()
+@takes(ConvertOptions)
+def convert(options: ConvertOptions) -> None:
+    """A published data set as facts files, which `locate`, `unlearn` and `audit` read."""
+    from mech_unlearn.commands.facts import run_convert, told
+
+    result = run_convert(options)
+    print(json.dumps(result) if options.as_json else told(result))
 
 
 @testbed_app.command()

@@ -3,9 +3,10 @@
 import ast
 import difflib
 import hashlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,22 @@ def key_values(settings: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def arguments(function: Callable[..., Any], settings: Sequence[str], name: str, without: Sequence[str] = ()) -> Any:
+    """Arguments of a function from `key=value` settings, each as the type its parameter has, in `without` none.
+
+    The first parameter is never a setting. Where a list of texts is wanted, one text is a list of it alone.
+
+    Raises:
+        ValueError: unknown setting (the message lists the nearest), or a value of another type.
+    """
+    known = {key: found.annotation for key, found in list(inspect.signature(function).parameters.items())[1:]}
+    open_to = {key: kind for key, kind in known.items() if key not in without}
+    return {
+        key: _parsed(choose(key, open_to, f"setting of {name}"), value, key, name)
+        for key, value in key_values(settings).items()
+    }
+
+
 def make_method(name: str, settings: Mapping[str, Any], seed: int, **given: Any) -> Any:
     """A removal method from its settings, each checked against the type its field has.
 
@@ -158,9 +175,13 @@ def _needs(kind: Any) -> list[str]:
 def _parsed(kind: Any, value: Any, key: str, name: str) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
+    wanted = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return wanted.validate_python(value)
     except ValidationError as error:
+        if isinstance(value, str):
+            with suppress(ValidationError):
+                return wanted.validate_python([value])
         raise ValueError(f"setting {key}={value} of {name}: {error.errors()[0]['msg']}") from error
 
 

@@ -19,6 +19,14 @@ def summary_of(thing: Any) -> tuple[str, str]:
     return first, " ".join(paper[1].split()) if paper else ""
 
 
+def datasets() -> dict[str, Any]:
+    """The loader of every data set by name: general ones, and those of the published benchmarks."""
+    from mech_unlearn.benchmarks import BENCHMARKS
+    from mech_unlearn.data import DATASETS
+
+    return DATASETS | {name: benchmark.dataset for name, benchmark in BENCHMARKS.items()}
+
+
 def listing(kind: str) -> list[dict[str, str]]:
     """Name, paper and summary of every method, locator, test, dataset or world; a method without evidence of its own is
     marked as experimental."""
@@ -33,10 +41,7 @@ def listing(kind: str) -> list[dict[str, str]]:
     elif kind == "worlds":
         from mech_unlearn.testbed import WORLDS as things
     else:
-        from mech_unlearn.benchmarks import BENCHMARKS
-        from mech_unlearn.data import DATASETS
-
-        things = DATASETS | {name: benchmark.dataset for name, benchmark in BENCHMARKS.items()}
+        things = datasets()
     rows = []
     for name, thing in things.items():
         first, paper = summary_of(getattr(thing, "run", thing))

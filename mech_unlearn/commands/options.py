@@ -145,6 +145,20 @@ class BenchOptions:
     as_json: Json = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """`mech-unlearn facts convert`"""
+
+    name: Annotated[str, typer.Argument(help="a data set of `mech-unlearn list datasets`")]
+    data: Annotated[str, typer.Option(help="its data: folder, file or hub id")]
+    out: Annotated[Path, typer.Option(help="new file for the facts to forget, one JSON object per line")]
+    retain: Annotated[Path | None, typer.Option(help="new file for the facts to keep")] = None
+    settings: Settings = field(default_factory=list)
+    limit: Annotated[int | None, typer.Option(help="at most so many facts in each file")] = None
+    seed: Seed = 0
+    as_json: Json = False
+
+
 def takes(options: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
     """Gives a function of one options object the fields of its type as parameters, for typer to read."""
     hints = get_type_hints(options, include_extras=True)

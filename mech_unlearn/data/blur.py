@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.data.questions import LAYOUT, TextRow, asked, check_layout, forget_set
+from mech_unlearn.data.questions import LAYOUT, QuestionAnswer, TextRow, asked, check_layout, forget_set
 from mech_unlearn.data.source import LeftOut, read_rows
 from mech_unlearn.data.subjects import named_subject
 
@@ -104,7 +104,7 @@ def load_blur(
     task: str = "tofu",
     parts: tuple[str, ...] | None = None,
     *,
-    answers: Mapping[str, str] | None = None,
+    answers: Mapping[str, str] | str | os.PathLike | None = None,
     layout: str = LAYOUT,
 ) -> Blur:
     """One task's prompts and texts.
@@ -113,7 +113,7 @@ def load_blur(
         source: a hub dataset, a folder, or one file of combined prompts.
         task: from `PARTS`.
         parts: which to read; None for all of `PARTS[task]`, or for the combined prompts where the source is a file.
-        answers: question to answer, for halves of combined prompts.
+        answers: question to answer, for halves of combined prompts; or a file of rows with `question` and `answer`.
         layout: the prompt around a question of a fact; it holds `{question}` once.
 
     Raises:
@@ -135,6 +135,8 @@ def load_blur(
         name = "D_lo_for_all" if part == "D_lo" else f"{task}_{part}"
         return tuple(row.text for row in read_rows(source, None if one else name, TextRow, config=name))
 
+    if isinstance(answers, str | os.PathLike):
+        answers = {row.question: row.answer for row in read_rows(answers, None, QuestionAnswer)}
     known = {question.strip(): answer for question, answer in (answers or {}).items()}
     file = Path(source).name if one else f"{task}_{PAIRED}"
     combined: list[Combined] = []

@@ -231,7 +231,7 @@ def _others(
                     prompt=template,
                     distractors=() if wrong == answer else (wrong,),
                     group=subject,
-                    extra={"relation_id": rewrite.relation_id, "kind": kind, "case_id": row.case_id},
+                    extra={"relation_id": rewrite.relation_id, "prompt_kind": kind, "case_id": row.case_id},
                 )
                 found.append(Found(fact, "counterfact", number, may_go=False))
             except ValueError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mech_unlearn.core import _FIELDS, _LISTS, _STRINGS, Fact, fact_to_json
+from mech_unlearn.files import write_atomic
 
 
 def fact_from_json(row: Any, default_id: str) -> Fact:
@@ -47,7 +48,7 @@ def load_facts(path: str | os.PathLike) -> tuple[Fact, ...]:
         raise ValueError(f"facts file {str(file)!r} does not exist")
     facts: dict[str, Fact] = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: strings may hold U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"facts file {str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     for number, line in enumerate(lines, 1):
@@ -67,6 +68,4 @@ def load_facts(path: str | os.PathLike) -> tuple[Fact, ...]:
 
 def save_facts(facts: Iterable[Fact], path: str | os.PathLike) -> None:
     """Write facts as JSON lines, atomically."""
-    partial = Path(f"{os.fspath(path)}.partial")
-    partial.write_text("".join(json.dumps(fact_to_json(fact), ensure_ascii=False) + "\n" for fact in facts))
-    os.replace(partial, path)
+    write_atomic(Path(path), "".join(json.dumps(fact_to_json(fact), ensure_ascii=False) + "\n" for fact in facts))

@@ -76,7 +76,7 @@ def load_popqa(
 ) -> Loaded:
     """PopQA's questions as facts to forget and facts to keep.
 
-    `Fact.extra` holds `answers` (all that count as right; none of them is a distractor), `s_pop` and `o_pop`.
+    `Fact.extra` holds `answers` (all that count as right; none of them is a distractor), `popqa_id`, `s_pop`, `o_pop`.
 
     Args:
         source: the file, a folder that holds `name`, or a hub dataset of the same rows.
@@ -112,7 +112,7 @@ def _fact(row: PopqaRow, number: int, layout: str) -> Fact:
         aliases=tuple(alias for alias in dict.fromkeys(row.s_aliases) if alias != row.subj),
         group=row.subj,
         extra={
-            "id": row.id,
+            "popqa_id": row.id,
             "answers": tuple(dict.fromkeys((row.obj, *row.possible_answers, *row.o_aliases))),
             "s_pop": row.s_pop,
             "o_pop": row.o_pop,

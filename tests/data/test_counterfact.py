@@ -105,8 +105,9 @@ def test_neighbors_carry_the_other_target_as_distractor_and_say_where_they_are_f
         f.subject: f for f in load_counterfact(file, relations=["P103"], subjects=["Ada Berg"]).retain.neighbors
     }
     assert neighbors["Carl Dahl"].distractors[0] == "Greek" and neighbors["Nikos Pavlou"].distractors[0] == "Danish"
-    assert neighbors["Carl Dahl"].extra["kind"] == "neighborhood" and neighbors["Carl Dahl"].extra["case_id"] == 7
-    assert "kind" not in neighbors["Ivo Juhl"].extra
+    carl = neighbors["Carl Dahl"].extra
+    assert carl["prompt_kind"] == "neighborhood" and carl["case_id"] == 7
+    assert "prompt_kind" not in neighbors["Ivo Juhl"].extra
 
 
 def test_attribute_prompts_and_the_prompts_of_kept_cases_stay_out_when_not_wanted(file):
