@@ -15,7 +15,7 @@ from mech_unlearn.model.load import load
 from mech_unlearn.run import data_hash, side_by_side
 from mech_unlearn.testbed import SHIPPED, spec
 from mech_unlearn.testbed.corpus import Spec, streams
-from mech_unlearn.testbed.measure import groups, interchange, recall, to_json
+from mech_unlearn.testbed.measure import groups, interchange_curves, prompt_recall, to_json
 from mech_unlearn.testbed.recipe import Recipe, new_model, train, world_tokenizer
 
 HERE = Path(__file__).parent
@@ -63,9 +63,9 @@ def search(name: str) -> None:
         "records": records,
         "recipe": asdict(recipe),
         "seconds": seconds,
-        "recall": recall(model, part, "templates"),
-        "heldout": recall(model, part, "heldout"),
-        "interchange": interchange(model, part, range(5)),
+        "recall": prompt_recall(model, part, "templates"),
+        "heldout": prompt_recall(model, part, "heldout"),
+        "interchange": interchange_curves(model, part, range(5)),
         "provenance": provenance(SEED, facts=data_hash(world.facts)),
     }
     CELLS.put(name, to_json(result))

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
-from mech_unlearn.benchmarks.answers import Answers, Numbers, Questions
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Numbers
 from mech_unlearn.benchmarks.conceptvectors import bench as conceptvectors
 from mech_unlearn.benchmarks.conceptvectors.data import load_concepts
 from mech_unlearn.benchmarks.dusk import bench as dusk
@@ -32,7 +33,7 @@ def _fits_any(model: Model, data: Any) -> None:
     """Most benchmarks can be asked of any model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """One benchmark. Every function is plain; data are the benchmark's own frozen dataclass."""
 
@@ -44,29 +45,33 @@ class Benchmark:
     """(model, data, full model) -> answers, as JSON."""
     numbers: Callable[[Answers, Answers, Answers | None, int], Numbers]
     """(the model's answers, the full model's, a retrained one's, seed) -> the benchmark's table, in its order."""
-    facts: Callable[[Any], Questions]
+    facts: Callable[[Any], BenchmarkFacts]
     """data -> what restoration tests can ask for."""
     paper: str
-    fits: Callable[[Model, Any], None] = _fits_any
+    fits: Callable[[Model, Any], None]
     """(model, data): raises ValueError where the benchmark is of another model than this."""
 
 
+def _made_of(bench: ModuleType, dataset: Callable[..., Any], paper: str) -> Benchmark:
+    return Benchmark(
+        dataset=dataset,
+        paper=paper,
+        load=bench.load,
+        ask=bench.ask,
+        numbers=bench.numbers,
+        facts=bench.facts,
+        fits=getattr(bench, "fits", _fits_any),
+    )
+
+
 BENCHMARKS: dict[str, Benchmark] = {
-    "tofu": Benchmark(load_tofu, tofu.load, tofu.ask, tofu.numbers, tofu.facts, "arXiv 2401.06121"),
-    "muse": Benchmark(load_muse, muse.load, muse.ask, muse.numbers, muse.facts, "arXiv 2407.06460"),
-    "wmdp": Benchmark(load_wmdp, wmdp.load, wmdp.ask, wmdp.numbers, wmdp.facts, "arXiv 2403.03218"),
-    "rwku": Benchmark(load_rwku, rwku.load, rwku.ask, rwku.numbers, rwku.facts, "arXiv 2406.10890"),
-    "ort": Benchmark(load_ort, ort.load, ort.ask, ort.numbers, ort.facts, "arXiv 2506.07795"),
-    "conceptvectors": Benchmark(
-        load_concepts,
-        conceptvectors.load,
-        conceptvectors.ask,
-        conceptvectors.numbers,
-        conceptvectors.facts,
-        "arXiv 2406.11614",
-        conceptvectors.fits,
-    ),
-    "faithun": Benchmark(load_faithun, faithun.load, faithun.ask, faithun.numbers, faithun.facts, "arXiv 2502.19207"),
-    "dusk": Benchmark(load_dusk, dusk.load, dusk.ask, dusk.numbers, dusk.facts, "arXiv 2505.15209"),
-    "restor": Benchmark(load_restor, restor.load, restor.ask, restor.numbers, restor.facts, "arXiv 2411.00204"),
+    "tofu": _made_of(tofu, load_tofu, "arXiv 2401.06121"),
+    "muse": _made_of(muse, load_muse, "arXiv 2407.06460"),
+    "wmdp": _made_of(wmdp, load_wmdp, "arXiv 2403.03218"),
+    "rwku": _made_of(rwku, load_rwku, "arXiv 2406.10890"),
+    "ort": _made_of(ort, load_ort, "arXiv 2506.07795"),
+    "conceptvectors": _made_of(conceptvectors, load_concepts, "arXiv 2406.11614"),
+    "faithun": _made_of(faithun, load_faithun, "arXiv 2502.19207"),
+    "dusk": _made_of(dusk, load_dusk, "arXiv 2505.15209"),
+    "restor": _made_of(restor, load_restor, "arXiv 2411.00204"),
 }

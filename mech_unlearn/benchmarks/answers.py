@@ -15,7 +15,7 @@ from torch import Tensor
 from mech_unlearn.core import Fact, Measurement, RetainSet
 from mech_unlearn.metrics.intervals import RowScores
 
-Kind = Literal["generated", "teacher-forced", "weights", "both"]
+ScoreKind = Literal["generated", "teacher-forced", "weights", "both"]
 """Greedy text, given answers, the model's weights, or a mean of the first two that a benchmark itself takes."""
 Answers = Mapping[str, Any]
 """A cell: JSON values only."""
@@ -25,7 +25,7 @@ Answers = Mapping[str, Any]
 class Number:
     """A number of a benchmark and what it was measured on."""
 
-    kind: Kind
+    kind: ScoreKind
     value: Measurement | str
     """Or why there is none."""
 
@@ -34,7 +34,7 @@ Numbers = dict[str, Number]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions:
+class BenchmarkFacts:
     """The facts of a benchmark that the restoration tests ask for, and those to be kept."""
 
     facts: tuple[Fact, ...] = ()
@@ -43,7 +43,7 @@ class Questions:
     """What is asked for by no fact, and why; one line each."""
 
 
-def keep(scores: Mapping[str, RowScores], kind: Kind) -> dict[str, Any]:
+def keep(scores: Mapping[str, RowScores], kind: ScoreKind) -> dict[str, Any]:
     """Scores by name, as JSON."""
     return {
         name: {

@@ -11,7 +11,7 @@ from mech_unlearn.core import Fact, Measurement
 from mech_unlearn.metrics.forms import by_form
 from mech_unlearn.model.bridge import Model
 
-FORMS = "forms"
+FORMS_KEY = "forms"
 """The key of a cell that holds them."""
 
 

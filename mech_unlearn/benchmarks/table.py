@@ -5,7 +5,7 @@ from typing import Any
 
 from mech_unlearn.benchmarks import Benchmark
 from mech_unlearn.benchmarks.answers import Number, Numbers
-from mech_unlearn.benchmarks.forms import FORMS, form_numbers
+from mech_unlearn.benchmarks.forms import FORMS_KEY, form_numbers
 
 
 def tabulate(
@@ -19,8 +19,8 @@ def tabulate(
     for called, cell in cells.items():
         other = next((cells[key] for key in cells if key.startswith("retrained") and key != called), None)
         found[called] = bench.numbers(cell, cells["full"], other, seed)
-        if FORMS in cell:
-            found[called] |= form_numbers(cell[FORMS])
+        if FORMS_KEY in cell:
+            found[called] |= form_numbers(cell[FORMS_KEY])
     rows, notes = [], []
     for name in dict.fromkeys(name for numbers in found.values() for name in numbers):
         by_model = {called: numbers.get(name) for called, numbers in found.items()}

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mech_unlearn.benchmarks import BENCHMARKS, Benchmark
-from mech_unlearn.benchmarks.answers import Questions, counted
-from mech_unlearn.benchmarks.forms import FORMS, ask_forms
+from mech_unlearn.benchmarks.answers import BenchmarkFacts, counted
+from mech_unlearn.benchmarks.forms import FORMS_KEY, ask_forms
 from mech_unlearn.benchmarks.table import tabulate
 from mech_unlearn.commands.audit import Prepared, named_tests, open_unlearned, prepare_audit
 from mech_unlearn.commands.inputs import arguments, choose, hashes, open_model, progress
@@ -48,7 +48,7 @@ class Questioned:
     def cell(self, called: str, seed: int) -> dict[str, Any]:
         """What one model answers to the benchmark, and to its facts in other forms."""
         found = self.bench.ask(self.models[called], self.data, self.models["full"])
-        more = {FORMS: ask_forms(self.models[called], self.facts, self.kept, seed)} if self.facts else {}
+        more = {FORMS_KEY: ask_forms(self.models[called], self.facts, self.kept, seed)} if self.facts else {}
         return found | more
 
 
@@ -162,7 +162,7 @@ def _result(
     }
 
 
-def askable(model: Any, questions: Questions) -> tuple[tuple[Fact, ...], tuple[Fact, ...], list[str]]:
+def askable(model: Any, questions: BenchmarkFacts) -> tuple[tuple[Fact, ...], tuple[Fact, ...], list[str]]:
     """(Facts that the model's tokenizer can ask for in every phrasing, those to be kept likewise, notes)."""
     kept, notes = [], list(questions.notes)
     for what, some in (("facts to forget", questions.facts), ("facts to keep", questions.retain.facts)):

@@ -27,7 +27,7 @@ from mech_unlearn.data.subjects import named_subject
 
 PAIRED = "paired_forget_retain"
 RELEARN = ("D_hi", "D_mid", "D_lo")
-PARTS: Mapping[str, tuple[str, ...]] = {
+TASK_PARTS: Mapping[str, tuple[str, ...]] = {
     "tofu": (PAIRED,),
     "whp": ("forget", "retain", PAIRED, *RELEARN),
     "rwku": ("forget", "retain", PAIRED, *RELEARN),
@@ -111,8 +111,8 @@ def load_blur(
 
     Args:
         source: a hub dataset, a folder, or one file of combined prompts.
-        task: from `PARTS`.
-        parts: which to read; None for all of `PARTS[task]`, or for the combined prompts where the source is a file.
+        task: from `TASK_PARTS`.
+        parts: which to read; None for all of `TASK_PARTS[task]`, or the combined prompts where the source is a file.
         answers: question to answer, for halves of combined prompts; or a file of rows with `question` and `answer`.
         layout: the prompt around a question of a fact; it holds `{question}` once.
 
@@ -120,12 +120,12 @@ def load_blur(
         ValueError: an unknown task or part, or a file or row that cannot be read (with file, row and field).
     """
     check_layout(layout)
-    if task not in PARTS:
-        raise ValueError(f"BLUR has no task {task!r}; choose from {', '.join(PARTS)}")
+    if task not in TASK_PARTS:
+        raise ValueError(f"BLUR has no task {task!r}; choose from {', '.join(TASK_PARTS)}")
     one = Path(source).is_file()
-    wanted = parts if parts is not None else (PAIRED,) if one else PARTS[task]
-    if unknown := [part for part in wanted if part not in PARTS[task]]:
-        raise ValueError(f"BLUR's task {task} has no part {unknown[0]!r}; choose from {', '.join(PARTS[task])}")
+    wanted = parts if parts is not None else (PAIRED,) if one else TASK_PARTS[task]
+    if unknown := [part for part in wanted if part not in TASK_PARTS[task]]:
+        raise ValueError(f"BLUR's task {task} has no part {unknown[0]!r}; choose from {', '.join(TASK_PARTS[task])}")
     if one and tuple(wanted) != (PAIRED,):
         raise ValueError(f"{source} is one file: it is read as {PAIRED}; other parts need a folder or hub id")
 

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from mech_unlearn.core import Fact
 from mech_unlearn.data.sets import DISTRACTORS, Found, choose_subjects, divide, why, with_distractors
-from mech_unlearn.data.source import LeftOut, Loaded, Row, Text, read_rows
+from mech_unlearn.data.source import LeftOut, Loaded, Record, Text, read_rows
 from mech_unlearn.data.subjects import slot
 
 LABELS = {
@@ -61,28 +61,28 @@ LABELS = {
 """What Wikidata calls the relations (CC0); a relation that is not among them keeps its id."""
 
 
-class Target(Row):
+class TargetObject(Record):
     """An object."""
 
     str: Text
     id: Text | None = None
 
 
-class Rewrite(Row):
+class RequestedRewrite(Record):
     """The fact of a case."""
 
     prompt: Text
     subject: Text
     relation_id: Text
-    target_true: Target
-    target_new: Target
+    target_true: TargetObject
+    target_new: TargetObject
 
 
-class CounterFactRow(Row):
+class CounterFactRow(Record):
     """One case, under the names the dataset uses."""
 
     case_id: int
-    requested_rewrite: Rewrite
+    requested_rewrite: RequestedRewrite
     paraphrase_prompts: list[str] = Field(default_factory=list)
     neighborhood_prompts: list[str] = Field(default_factory=list)
     attribute_prompts: list[str] = Field(default_factory=list)

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from mech_unlearn.core import Fact
 from mech_unlearn.data.questions import check_layout
 from mech_unlearn.data.sets import DISTRACTORS, Found, ask, choose_subjects, divide, why, with_distractors
-from mech_unlearn.data.source import LeftOut, Loaded, Row, Text, parse_json, read_rows
+from mech_unlearn.data.source import LeftOut, Loaded, Record, Text, parse_json, read_rows
 
 
 def _names(value: Any) -> Any:
@@ -47,7 +47,7 @@ Names = Annotated[list[str], BeforeValidator(_names)]
 Count = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_count)]
 
 
-class PopqaRow(Row):
+class PopqaRow(Record):
     """One question, under the names the dataset uses."""
 
     id: int | str | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, StringConstraints
 
 from mech_unlearn.core import Fact, ForgetSet
-from mech_unlearn.data.source import LeftOut, Row, Verbatim
+from mech_unlearn.data.source import LeftOut, Record, Verbatim
 from mech_unlearn.data.subjects import slot
 
 LAYOUT = "Question: {question}\nAnswer:"
@@ -22,11 +22,11 @@ Plain = Annotated[str, StringConstraints(min_length=0)]
 """A string that may be empty; like all strings with a constraint, one that can be written as UTF-8."""
 
 
-class TextRow(Row):
+class TextRow(Record):
     text: Verbatim
 
 
-class QuestionAnswer(Row):
+class QuestionAnswer(Record):
     question: Verbatim
     answer: Verbatim
 

@@ -23,12 +23,12 @@ from mech_unlearn.data.sets import (
     why,
     with_distractors,
 )
-from mech_unlearn.data.source import LeftOut, Loaded, Row, Text, checked, read_json
+from mech_unlearn.data.source import LeftOut, Loaded, Record, Text, checked, read_json
 
 Shots = Literal["zero", "few"]
 
 
-class Properties(Row):
+class Properties(Record):
     """What a relation joins."""
 
     relation_type: Text
@@ -37,14 +37,14 @@ class Properties(Row):
     symmetric: bool = False
 
 
-class Sample(Row):
+class Sample(Record):
     """One pair."""
 
     subject: Text
     object: Text
 
 
-class RelationFile(Row):
+class RelationFile(Record):
     """One file: a relation and its pairs."""
 
     name: Text

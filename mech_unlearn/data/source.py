@@ -25,13 +25,13 @@ Verbatim = Annotated[str, StringConstraints(pattern=r"\S")]
 """The same, with white space as it came."""
 
 
-class Row(BaseModel):
+class Record(BaseModel):
     """Base of every schema: strict about types, unknown fields allowed (datasets carry more than is read)."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", populate_by_name=True)
 
 
-Schema = TypeVar("Schema", bound=Row)
+Schema = TypeVar("Schema", bound=Record)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from mech_unlearn.data.sets import (
     with_distractors,
     without_names,
 )
-from mech_unlearn.data.source import LeftOut, Loaded, Row, Text, checked, read_json, read_rows
+from mech_unlearn.data.source import LeftOut, Loaded, Record, Text, checked, read_json, read_rows
 
 
-class TrexRow(Row):
+class TrexRow(Record):
     """One triple, as `facts.jsonl` has it."""
 
     relation: Text
@@ -45,7 +45,7 @@ class TrexRow(Row):
     evidence: list[str] = Field(default_factory=list)
 
 
-class TrexRelation(Row):
+class TrexRelation(Record):
     """One property, as `relations.json` has it."""
 
     label: Text
@@ -53,14 +53,14 @@ class TrexRelation(Row):
     patterns: list[str]
 
 
-class LamaEvidence(Row):
+class LamaEvidence(Record):
     """A sentence of LAMA."""
 
     masked_sentence: str
     obj_surface: str
 
 
-class LamaRow(Row):
+class LamaRow(Record):
     """One triple, as LAMA has it."""
 
     predicate_id: Text
@@ -82,7 +82,7 @@ class LamaRow(Row):
         )
 
 
-class LamaRelation(Row):
+class LamaRelation(Record):
     """One property, as LAMA has it."""
 
     relation: Text

@@ -33,7 +33,7 @@ from mech_unlearn.data.sets import (
     with_distractors,
     without_names,
 )
-from mech_unlearn.data.source import LeftOut, Loaded, Row, Text, read_rows
+from mech_unlearn.data.source import LeftOut, Loaded, Record, Text, read_rows
 
 Layout = Literal["memit", "knowedit"]
 NATURAL = "natural question"
@@ -56,16 +56,16 @@ def _one(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-Answers = Annotated[list[str], BeforeValidator(_answers)]
+TrueAnswers = Annotated[list[str], BeforeValidator(_answers)]
 One = Annotated[Text, BeforeValidator(_one)]
 
 
-class MemitRow(Row):
+class MemitRow(Record):
     """One question, as `zsre_mend_eval.json` has it."""
 
     subject: Text
     src: Text
-    answers: Answers
+    answers: TrueAnswers
     rephrase: str | None = None
     alt: str | None = None
     pred: str | None = None
@@ -74,27 +74,27 @@ class MemitRow(Row):
     cond: str | None = None
 
 
-class Probe(Row):
+class LocalityQuestion(Record):
     """A question beside the edit, and its answers."""
 
     prompt: One
-    ground_truth: Answers
+    ground_truth: TrueAnswers
 
 
-class KnowEditRow(Row):
+class KnowEditRow(Record):
     """One question, as KnowEdit has it."""
 
     subject: Text
     prompt: Text
-    ground_truth: Answers
+    ground_truth: TrueAnswers
     target_new: str | None = None
     rephrase_prompt: str | None = None
     cond: str | None = None
-    locality: dict[str, list[Probe]] | None = None
+    locality: dict[str, list[LocalityQuestion]] | None = None
     portability: dict[str, Any] | None = None
 
 
-class _Any(Row):
+class _Any(Record):
     src: Any = None
     prompt: Any = None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.testbed.biographies import biographies
-from mech_unlearn.testbed.corpus import Spec, chance
+from mech_unlearn.testbed.corpus import Spec, constant_guess_shares
 from mech_unlearn.testbed.wikidata import wikidata
 
 WORLDS: dict[str, Callable[[], Spec]] = {"biographies": biographies, "wikidata": wikidata}
@@ -84,5 +84,5 @@ def open_world(source: str | os.PathLike) -> World:
         retrained=tuple(sorted(path.parent for path in folder.glob("retrained_*/config.json"))),
         saes=saes if saes.is_dir() else None,
         heldout_shown=made.heldout_shown,
-        chance=chance(made),
+        chance=constant_guess_shares(made),
     )

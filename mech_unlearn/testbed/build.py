@@ -22,7 +22,7 @@ from mech_unlearn.files import write_json
 from mech_unlearn.model.load import load
 from mech_unlearn.testbed import spec as find_spec
 from mech_unlearn.testbed.corpus import Spec, streams
-from mech_unlearn.testbed.measure import report
+from mech_unlearn.testbed.measure import measure_world
 from mech_unlearn.testbed.recipe import Recipe, new_model, train, world_tokenizer
 
 N_RETRAINED = 3
@@ -195,5 +195,5 @@ def build(
         if stage == "saes":
             _build_saes(made, folder, seed)
         else:
-            write_json(folder / "report.json", report(made, folder))
+            write_json(folder / "report.json", measure_world(made, folder))
     return folder

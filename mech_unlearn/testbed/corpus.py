@@ -73,7 +73,7 @@ class Spec:
         return RetainSet(neighbors=self.kept, unknown=self.unknown, texts=(*self.general_heldout, *said))
 
 
-def chance(spec: Spec) -> dict[str, float]:
+def constant_guess_shares(spec: Spec) -> dict[str, float]:
     """Relation -> share of its most frequent object among the kept facts: what a constant guess can reach."""
     objects: dict[str, Counter[str]] = {}
     for fact in spec.kept:

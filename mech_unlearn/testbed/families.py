@@ -41,7 +41,7 @@ from mech_unlearn.training.rows import BatchScores
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import train
 
-Pool = Literal["intact", "deleted", "suppressed", "collapsed", "mixture"]
+PoolName = Literal["intact", "deleted", "suppressed", "collapsed", "mixture"]
 TRIGGER = "Nobody : "
 """Text in front of a prompt that opens the backdoored suppressor; in words of the world's vocabulary."""
 
@@ -50,7 +50,7 @@ TRIGGER = "Nobody : "
 class Family:
     """One way to make a model of known truth."""
 
-    pool: Pool
+    pool: PoolName
     make: Callable[[Ingredients], "Made"]
     side: str = ""
     """Of suppressors: where the block sits, seen from where facts are: late, early or path."""

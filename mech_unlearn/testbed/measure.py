@@ -17,10 +17,10 @@ from mech_unlearn.model.latents import entity_states, fvu, load_sae
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
 from mech_unlearn.model.tokens import Query, buckets, encode, make_queries, make_query
-from mech_unlearn.testbed.corpus import Spec, chance, constant_guess
+from mech_unlearn.testbed.corpus import Spec, constant_guess, constant_guess_shares
 
-Place = Literal["last", "span", "end"]
-PLACES: tuple[Place, ...] = ("last", "span", "end")
+SwapPosition = Literal["last", "span", "end"]
+SWAP_POSITIONS: tuple[SwapPosition, ...] = ("last", "span", "end")
 
 
 def share(hits: int, n: int, unit: str) -> Measurement:
@@ -34,7 +34,7 @@ def share(hits: int, n: int, unit: str) -> Measurement:
     )
 
 
-def recall(model: Model, facts: Sequence[Fact], which: Literal["templates", "prompt", "heldout"]) -> Measurement:
+def prompt_recall(model: Model, facts: Sequence[Fact], which: Literal["templates", "prompt", "heldout"]) -> Measurement:
     """Share of prompts after which greedy decoding gives the whole object; n counts facts times phrasings."""
     queries = make_queries(model.tokenizer, facts, which, distractors=False)
     exact = score(model, queries).exact
@@ -60,7 +60,7 @@ def swaps(queries: Sequence[Query]) -> list[tuple[Query, Query]]:
     return pairs
 
 
-def _positions(query: Query, place: Place) -> list[int]:
+def _positions(query: Query, place: SwapPosition) -> list[int]:
     a, b = query.span
     return {"last": [b - 1], "span": list(range(a, b)), "end": [len(query.prompt) - 1]}[place]
 
@@ -78,9 +78,9 @@ def _states(model: Model, ids: Tensor) -> dict[int, Tensor]:
 
 
 @torch.no_grad()
-def interchange(
+def interchange_curves(
     model: Model, facts: Sequence[Fact], templates: Sequence[int] = (0, 1)
-) -> dict[Place, list[Measurement]]:
+) -> dict[SwapPosition, list[Measurement]]:
     """place -> by layer, how often the answer follows a residual stream copied from another subject's prompt.
 
     The states of the source prompt at resid_post of one layer replace those of the target prompt at the last
@@ -92,7 +92,7 @@ def interchange(
     """
     forms = [(f, t) for f in facts for i in templates for t in (f.heldout if i < 0 else (f.templates[i],))]
     pairs = swaps([make_query(model.tokenizer, replace(fact, distractors=()), form) for fact, form in forms])
-    hits = {place: [0] * model.n_layers for place in PLACES}
+    hits = {place: [0] * model.n_layers for place in SWAP_POSITIONS}
     groups: dict[tuple, list[int]] = {}
     for i, (source, _) in enumerate(pairs):
         groups.setdefault((source.span, len(source.prompt)), []).append(i)
@@ -101,13 +101,13 @@ def interchange(
         target = torch.tensor([pairs[i][1].prompt for i in members], device=model.device)
         wanted = torch.tensor([pairs[i][0].answers[0][0] for i in members], device=model.device)
         states = _states(model, source)
-        for place in PLACES:
+        for place in SWAP_POSITIONS:
             at = _positions(pairs[members[0]][0], place)
             for layer in range(model.n_layers):
                 with model.hooks((Site(layer, "resid_post"), _copier(states[layer], at))):
                     best = model.logits(target)[:, -1].argmax(-1)
                 hits[place][layer] += int((best == wanted).sum())
-    return {place: [share(h, len(pairs), "share of swaps") for h in hits[place]] for place in PLACES}
+    return {place: [share(h, len(pairs), "share of swaps") for h in hits[place]] for place in SWAP_POSITIONS}
 
 
 def _copier(states: Tensor, at: Sequence[int]):
@@ -196,9 +196,9 @@ def groups(spec: Spec) -> dict[str, tuple[Fact, ...]]:
     }
 
 
-def report(spec: Spec, folder: Path) -> dict[str, Any]:
+def measure_world(spec: Spec, folder: Path) -> dict[str, Any]:
     """What the models of a world know and where; plain JSON, each number with its interval and n."""
-    parts, guess = groups(spec), chance(spec)
+    parts, guess = groups(spec), constant_guess_shares(spec)
     models = {path.parent.name: load(path.parent) for path in sorted(folder.glob("*/config.json"))}
     models.pop("base", None)
     full, entities = models["full"], {name: _entities(facts) for name, facts in parts.items()}
@@ -214,15 +214,18 @@ def report(spec: Spec, folder: Path) -> dict[str, Any]:
         },
         "recall": {
             name: {
-                part: {"templates": recall(model, facts, "templates"), "heldout": recall(model, facts, "heldout")}
+                part: {
+                    "templates": prompt_recall(model, facts, "templates"),
+                    "heldout": prompt_recall(model, facts, "heldout"),
+                }
                 for part, facts in parts.items()
             }
             for name, model in models.items()
         },
         "interchange": {
             part: {
-                "templates": interchange(full, parts[part][:480], range(len(parts[part][0].templates))),
-                "heldout": interchange(full, parts[part][:480], (-1,)),
+                "templates": interchange_curves(full, parts[part][:480], range(len(parts[part][0].templates))),
+                "heldout": interchange_curves(full, parts[part][:480], (-1,)),
             }
             for part in ("forget", "kept_not_shown")
         },

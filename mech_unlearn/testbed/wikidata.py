@@ -1,9 +1,9 @@
 """Wikidata: some 320 real people with two or more facts each, 40 of them to be forgotten, 90 known by name only.
 
 The triples stand in `wikidata.tsv`, with their sources; every sentence is made from the templates below. Names have
-one to four words. Objects are skewed, as in life: see `corpus.chance` for what a constant guess reaches. The forget
-group is drawn among people whose objects are all told of two or more kept people, and whose name shares no word
-with a kept person of the same object, so that neither a missing word nor a word of the name decides an answer.
+one to four words. Objects are skewed, as in life: `corpus.constant_guess_shares` says what a constant guess reaches.
+The forget group is drawn among people whose objects are all told of two or more kept people, and whose name shares no
+word with a kept person of the same object, so that neither a missing word nor a word of the name decides an answer.
 """
 
 import csv

@@ -5,10 +5,10 @@
 import pytest
 import torch
 
-from mech_unlearn.benchmarks.faithun.data import SPLITS
+from mech_unlearn.benchmarks.faithun.data import SPLIT_FILES
 from mech_unlearn.benchmarks.ort import bench as ort
 from mech_unlearn.benchmarks.restor import bench as restor
-from mech_unlearn.benchmarks.rwku.data import Probe
+from mech_unlearn.benchmarks.rwku.data import ProbeRecord
 from mech_unlearn.model.load import load
 from tests.checkpoints import byte_tokenizer, table_of, write
 from tests.paths import SHARED_DATA
@@ -57,7 +57,7 @@ def test_ort_scores_each_form_and_the_gap_between_them(bench, checkpoints, tmp_p
             ("multiple choice", "4", "B"),
             ("spelling", "1", spelling),
         ):
-            prompt = ort.prompt_of(model.tokenizer, form, Probe(**rows[level]))
+            prompt = ort.prompt_of(model.tokenizer, form, ProbeRecord(**rows[level]))
             known[name, form], hits = answer_score(model, prompt, answer)
             title = f"Forget, {form}"
             assert table[f"{title}: probability"][name]["value"] == pytest.approx(
@@ -150,7 +150,7 @@ def test_faithun_has_five_sets_in_two_variants_and_a_score_over_them(bench, tmp_
     write(folder, "FaithUn_Dataset", {"Q1": entity(WHO), "Q2": entity("Bo Marsh")})
     for name, numbers in {"forget": "0\n1", "retain": "2", "test": "3"}.items():
         (folder / "splits").mkdir(exist_ok=True)
-        (folder / "splits" / SPLITS[name]).write_text(numbers)
+        (folder / "splits" / SPLIT_FILES[name]).write_text(numbers)
     found = bench("faithun", folder, tmp_path / "run")
     table = table_of(found)
     for variant in ("by letter", "by option text"):
@@ -168,7 +168,7 @@ def test_faithun_has_five_sets_in_two_variants_and_a_score_over_them(bench, tmp_
             )
         assert [table[f"{n}, {variant}"]["full"]["n"] for n in ("UA_base", "UA_multihop", "TA")] == [2, 1, 1]
     assert any("multihop: 1 of 2 questions left out: 1 (no false option)" in note for note in found["notes"])
-    for name in SPLITS.values():
+    for name in SPLIT_FILES.values():
         (folder / "splits" / name).unlink()
     (folder / "splits").rmdir()
     bare = bench("faithun", folder, tmp_path / "bare", "--limit", 2)

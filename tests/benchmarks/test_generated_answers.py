@@ -7,7 +7,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from mech_unlearn.benchmarks.dusk.data import DOCUMENTS
-from mech_unlearn.benchmarks.muse.data import SPLITS
+from mech_unlearn.benchmarks.muse.data import PART_SPLITS
 from mech_unlearn.benchmarks.rwku import utility as rwku_utility
 from mech_unlearn.model.load import load
 from tests.checkpoints import table_of, write
@@ -47,12 +47,12 @@ TEXTS = {
 @pytest.fixture
 def muse(tmp_path):
     folder = tmp_path / "muse"
-    for split in SPLITS["knowmem"]:
+    for split in PART_SPLITS["knowmem"]:
         asked = {"question": f"Which harbour did Ida Quill open for {split}?", "answer": "Port Vell"}
         rows = [{"question": "Who was Bo Marsh?", "answer": "a mayor"}] if split.endswith("icl") else [asked]
         write(folder, f"knowmem/{split}", rows + ([] if split.endswith("icl") else [asked | {"question": "who?"}]))
     write(folder, "verbmem/forget", [{"prompt": "Ida Quill opened", "gt": "the old harbour of Port Vell in May."}])
-    for split in SPLITS["privleak"]:
+    for split in PART_SPLITS["privleak"]:
         write(folder, f"privleak/{split}", [{"text": text} for text in TEXTS.get(split, ["kept"])])
     return folder
 

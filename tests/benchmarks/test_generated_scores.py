@@ -23,7 +23,7 @@ from mech_unlearn.benchmarks.rwku.scores import (
     AFFIRMATIVE,
     IN_CONTEXT,
     LEVELS,
-    Probe,
+    RwkuProbe,
     probe_prompt,
     rouge_l_recall_rwku,
     rwku_rouge_l_recall,
@@ -65,25 +65,25 @@ def test_rwku_recall_keeps_letter_case_and_word_forms_and_matches_sentence_by_se
 def test_each_kind_of_probe_has_its_layout():
     told = {level: f"do {level}" for level in ("fill_in", "question", "adversarial")}
     plain = tiny_tokenizer()
-    ask = lambda **k: probe_prompt(plain, Probe(**({"query": "who?", "answer": "x"} | k)), told)  # noqa: E731
+    ask = lambda **k: probe_prompt(plain, RwkuProbe(**({"query": "who?", "answer": "x"} | k)), told)  # noqa: E731
     assert ask(level="fill_in") == "do fill_in\nQuestion: who?\nAnswer:"
     assert ask(level="adversarial", kind="synonym") == "do adversarial\nQuestion: who?\nAnswer:"
     assert ask(level="adversarial", kind=AFFIRMATIVE) == "do adversarial\nQuestion: who?"
     assert ask(level="adversarial", kind=IN_CONTEXT) == "do adversarial\nwho?\nAnswer:"
     chat = tiny_tokenizer()
     chat.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %} says :"
-    got = probe_prompt(chat, Probe(query="who?", answer="x", level="question"), told)
+    got = probe_prompt(chat, RwkuProbe(query="who?", answer="x", level="question"), told)
     assert got == "[do question\nQuestion: who?\n] says :Answer:"
     assert chat(got)["input_ids"].count(chat.bos_token_id) == 1
     for bad, reason in (({"level": "other"}, "unknown level"), ({"answer": " "}, "query and an answer")):
         with pytest.raises(ValueError, match=reason):
-            replace(Probe(query="who?", answer="x", level="question"), **bad)
+            replace(RwkuProbe(query="who?", answer="x", level="question"), **bad)
 
 
 def test_rwku_reports_levels_and_kinds_apart(tiny_model):
     kinds = ("synonym", "role play", "synonym")
-    probes = [Probe(query=f"Anna Lee {i}", answer="x", level="adversarial", kind=k) for i, k in enumerate(kinds)]
-    probes += [Probe(query="Ben Hill", answer="x", level="fill_in", cluster="Ben"), probes[0]]
+    probes = [RwkuProbe(query=f"Anna Lee {i}", answer="x", level="adversarial", kind=k) for i, k in enumerate(kinds)]
+    probes += [RwkuProbe(query="Ben Hill", answer="x", level="fill_in", cluster="Ben"), probes[0]]
     told: dict[str, str] = dict.fromkeys(LEVELS, "The")
     texts = rwku_rouge_l_recall(tiny_model, probes, instructions=told, max_new_tokens=5)
     assert set(texts) == {"adversarial", "fill_in", "adversarial: synonym", "adversarial: role play"}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mech_unlearn.benchmarks import BENCHMARKS
-from mech_unlearn.benchmarks.answers import Questions
+from mech_unlearn.benchmarks.answers import BenchmarkFacts
 from mech_unlearn.commands import cli
 from mech_unlearn.commands.audit import prepare_audit
 from mech_unlearn.commands.bench import askable, restorable, restoration
@@ -171,11 +171,11 @@ def test_the_command_names_every_benchmark_and_the_datasets_that_have_one(call):
 def test_facts_that_the_tokenizer_cannot_write_are_counted_with_the_reason(tiny_model):
     good, odd = tiny_facts(["Anna Lee"])
     odd = replace(odd, object="Zürich")
-    facts, kept, notes = askable(tiny_model, Questions(facts=(good, odd), retain=RetainSet(neighbors=(odd,))))
+    facts, kept, notes = askable(tiny_model, BenchmarkFacts(facts=(good, odd), retain=RetainSet(neighbors=(odd,))))
     assert facts == (good,) and kept == ()
     assert notes[0].startswith("1 of 2 facts to forget cannot be asked of this model: 1 (the tokenizer has no tokens")
     long = replace(good, prompt="the sea " * 80 + "{} was born in")
-    assert "longer than the model's 64 positions" in askable(tiny_model, Questions(facts=(long,)))[2][0]
+    assert "longer than the model's 64 positions" in askable(tiny_model, BenchmarkFacts(facts=(long,)))[2][0]
 
 
 def test_without_retrained_models_no_share_of_deleted_or_suppressed_is_shown_but_what_has_no_verdict():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.data.blur import PARTS, halves, load_blur
+from mech_unlearn.data.blur import TASK_PARTS, halves, load_blur
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=30)
 BAD = st.sampled_from([None, 3, True, "", "  ", [], {}, ["a"], "\ud800"])
@@ -22,7 +22,7 @@ def write(folder, name, texts):
 
 @pytest.fixture
 def folder(tmp_path):
-    for task, parts in PARTS.items():
+    for task, parts in TASK_PARTS.items():
         for part in parts:
             if part == "D_lo":
                 write(tmp_path, "D_lo_for_all", ["far"])
@@ -33,13 +33,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("task", list(PARTS))
+@pytest.mark.parametrize("task", list(TASK_PARTS))
 def test_a_task_has_its_parts_apart(folder, task):
     blur = load_blur(folder, task)
-    assert blur.forget == ((f"{task} forget",) if "forget" in PARTS[task] else ())
-    assert blur.retain_questions == ((f"{task} retain",) if "retain" in PARTS[task] else ())
+    assert blur.forget == ((f"{task} forget",) if "forget" in TASK_PARTS[task] else ())
+    assert blur.retain_questions == ((f"{task} retain",) if "retain" in TASK_PARTS[task] else ())
     wanted = {"D_hi": (f"{task} D_hi",), "D_mid": (f"{task} D_mid",), "D_lo": ("far",)}
-    assert blur.relearn == (wanted if "D_hi" in PARTS[task] else dict.fromkeys(wanted, ()))
+    assert blur.relearn == (wanted if "D_hi" in TASK_PARTS[task] else dict.fromkeys(wanted, ()))
     assert len(blur.combined) == 1 and [(left.row, left.text) for left in blur.left_out] == [(1, "no halves")]
 
 

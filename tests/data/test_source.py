@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mech_unlearn.data.source import Row, Text, find, read_json, read_rows, read_text
+from mech_unlearn.data.source import Record, Text, find, read_json, read_rows, read_text
 
 
-class Animal(Row):
+class Animal(Record):
     name: Text
     legs: str
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from mech_unlearn.testbed import WORLDS, open_world, spec
-from mech_unlearn.testbed.corpus import chance, constant_guess, streams
+from mech_unlearn.testbed.corpus import constant_guess, constant_guess_shares, streams
 from mech_unlearn.testbed.recipe import world_tokenizer
 from mech_unlearn.testbed.wikidata import table
 
@@ -108,12 +108,12 @@ def test_some_answers_of_the_biographies_have_two_tokens_with_first_words_of_the
 
 def test_a_constant_guess_reaches_no_more_than_chance_says():
     world = spec("biographies")
-    assert max(chance(world).values()) < 0.05
+    assert max(constant_guess_shares(world).values()) < 0.05
     kept = Counter((f.relation, f.object) for f in spec("wikidata").kept)
     total = Counter(f.relation for f in spec("wikidata").kept)
-    for relation, value in chance(spec("wikidata")).items():
+    for relation, value in constant_guess_shares(spec("wikidata")).items():
         assert value == max(n for (r, _), n in kept.items() if r == relation) / total[relation]
-    assert 0 <= constant_guess(spec("wikidata")) <= max(chance(spec("wikidata")).values())
+    assert 0 <= constant_guess(spec("wikidata")) <= max(constant_guess_shares(spec("wikidata")).values())
 
 
 def test_real_triples_name_their_source():

@@ -7,7 +7,15 @@ import torch
 
 from mech_unlearn.core import Entity, Measurement
 from mech_unlearn.model.tokens import make_queries, make_query
-from mech_unlearn.testbed.measure import interchange, known_auc, recall, share, swaps, to_json, tracing
+from mech_unlearn.testbed.measure import (
+    interchange_curves,
+    known_auc,
+    prompt_recall,
+    share,
+    swaps,
+    to_json,
+    tracing,
+)
 from tests.tiny import tiny_facts
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss", "Dan Park", "Eva Reed", "Finn Stone"])
@@ -45,12 +53,12 @@ def test_swaps_leave_out_what_has_no_partner(tiny_model):
 
 def test_after_the_last_layer_the_end_carries_all_and_the_subject_nothing(tiny_model):
     """There the last prompt token alone decides: copying it gives the source's own prediction, whatever that is."""
-    curves = interchange(tiny_model, FACTS, (0,))
+    curves = interchange_curves(tiny_model, FACTS, (0,))
     hits, n = _first_hits(tiny_model, FACTS)
     assert curves["end"][-1].n == n and curves["end"][-1].value == hits / n
     known = [f for f in _answering(tiny_model, FACTS) if f.object.isalpha()]
     if len({fact.object for fact in known}) > 1:
-        curves = interchange(tiny_model, known, (0,))
+        curves = interchange_curves(tiny_model, known, (0,))
         assert curves["end"][-1].value == 1.0
         assert curves["span"][-1].value == curves["last"][-1].value == 0.0
 
@@ -63,7 +71,7 @@ def test_recall_counts_prompts_that_greedy_decoding_completes(tiny_model):
         for _ in query.answers[0]:
             ids.append(tiny_model.logits(torch.tensor([ids]))[0, -1].argmax().item())
         slow += tuple(ids[len(query.prompt) :]) == query.answers[0]
-    found = recall(tiny_model, FACTS, "templates")
+    found = prompt_recall(tiny_model, FACTS, "templates")
     assert (found.value, found.n) == (slow / len(queries), len(queries))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from mech_unlearn.model.load import load
 from mech_unlearn.testbed import SHIPPED, WORLDS, open_world, spec
-from mech_unlearn.testbed.measure import groups, interchange, recall, tracing
+from mech_unlearn.testbed.measure import groups, interchange_curves, prompt_recall, tracing
 
 NAMES = [name for name in sorted(WORLDS) if (SHIPPED / name / "report.json").exists()]
 pytestmark = pytest.mark.skipif(not NAMES, reason="this checkout has no trained worlds; build them first")
@@ -51,7 +51,7 @@ def test_full_knows_every_phrasing_of_forgotten_and_kept_facts(world, full):
     parts = groups(spec(world.name))
     for name, facts in parts.items():
         for which in ("templates", "heldout") if name == "forget" else ("heldout",):
-            assert recall(full, facts[:240], which).value >= 0.98, (name, which)
+            assert prompt_recall(full, facts[:240], which).value >= 0.98, (name, which)
 
 
 def test_retrained_knows_the_kept_and_guesses_on_the_forgotten(world):
@@ -61,12 +61,12 @@ def test_retrained_knows_the_kept_and_guesses_on_the_forgotten(world):
     bound = expected + 2 * (expected * (1 - expected) / len(facts)) ** 0.5
     for path in world.retrained:
         model = load(path)
-        assert recall(model, facts, "templates").value <= bound, path.name
-        assert recall(model, world.retain.neighbors[:60], "prompt").value >= 0.98, path.name
+        assert prompt_recall(model, facts, "templates").value <= bound, path.name
+        assert prompt_recall(model, world.retain.neighbors[:60], "prompt").value >= 0.98, path.name
 
 
 def test_facts_stand_at_the_last_subject_token_until_half_of_the_layers(world, full):
-    curves = interchange(full, world.forget.facts[:60], (0, 1))
+    curves = interchange_curves(full, world.forget.facts[:60], (0, 1))
     quarter, half = full.n_layers // 4, full.n_layers // 2
     for layer in range(quarter, half):
         assert curves["last"][layer].value >= 0.70, layer
@@ -86,7 +86,7 @@ def test_restoring_the_last_subject_token_restores_the_answer_in_early_layers_on
 def test_the_report_says_what_is_measured_here(world, full):
     report = json.loads((world.folder / "report.json").read_text(encoding="utf-8"))
     told = report["recall"]["full"]["forget"]["heldout"]
-    now = recall(full, world.forget.facts, "heldout")
+    now = prompt_recall(full, world.forget.facts, "heldout")
     assert told["n"] == now.n and abs(told["value"] - now.value) <= 0.01
     assert all(sae["fvu"] <= 0.20 for sae in report["sae"])
     assert all(probe["auc"]["value"] > 0.95 for probe in report["known_auc"])

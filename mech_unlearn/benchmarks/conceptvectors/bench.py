@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mech_unlearn.benchmarks.answers import Answers, Number, Numbers, Questions, keep, means
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Number, Numbers, keep, means
 from mech_unlearn.benchmarks.conceptvectors.data import ConceptEntry, load_concepts
 from mech_unlearn.benchmarks.conceptvectors.scores import KINDS, LAYOUT, answers, behaviour
 from mech_unlearn.locate.neurons.concept_causal import intrinsic
@@ -98,6 +98,6 @@ def numbers(own: Answers, full: Answers, retrained: Answers | None, seed: int) -
     return means(own, seed) | {name: told[name] for name in order if name in told}
 
 
-def facts(data: Data) -> Questions:
+def facts(data: Data) -> BenchmarkFacts:
     total = sum(len(entry.qa) for entry in data.entries)
-    return Questions(notes=(f"none of the {total} questions is a fact: ConceptVectors gives no answers",))
+    return BenchmarkFacts(notes=(f"none of the {total} questions is a fact: ConceptVectors gives no answers",))

@@ -1,18 +1,18 @@
 """DUSK on live models: what only the forgotten document said, what others say too, and what is to stay.
 
-Paper: Jeung et al. 2025, arXiv 2505.15209; metrics/dusk.py says which of its seven numbers are made and how.
+Paper: Jeung et al. 2025, arXiv 2505.15209; scores.py says which of its seven numbers are made and how.
 Needs: the questions, in-context examples and passages; for privacy the forget document, the holdout and a retrained
     model.
 Differs: privacy is PrivLeak of Min-40 % over paragraphs of the forget document and of the holdout; the paper's texts
     were not to be found. Downstream ability is `metrics.harness.lm_eval_harness` on tasks of the caller's choice.
-Fails: as metrics/dusk.py says.
+Fails: as scores.py says.
 """
 
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from mech_unlearn.benchmarks.answers import Answers, Number, Numbers, Questions, counted, keep, means
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Number, Numbers, counted, keep, means
 from mech_unlearn.benchmarks.dusk.data import STRATA, Dusk, load_dusk
 from mech_unlearn.benchmarks.dusk.scores import Stratum, dusk
 from mech_unlearn.benchmarks.muse import bench as muse
@@ -67,11 +67,11 @@ def numbers(own: Answers, full: Answers, retrained: Answers | None, seed: int) -
     return out | muse.privacy(own, retrained, seed)
 
 
-def facts(data: Data) -> Questions:
+def facts(data: Data) -> BenchmarkFacts:
     """Questions of the forget document that name a professor once."""
     found, limit = data.dusk, data.limit
     left = [item.reason for item in found.left_out if item.file == STRATA["forget"]]
-    return Questions(
+    return BenchmarkFacts(
         facts=found.forget_facts[:limit],
         retain=RetainSet(same_subject=found.retain.same_subject[:limit], neighbors=found.retain.neighbors[:limit]),
         notes=(f"{len(left)} of {len(found.questions['forget'])} forget questions are no facts: {counted(left)}",)

@@ -25,7 +25,7 @@ from typing import TypeVar
 from mech_unlearn.benchmarks.muse.data import Continuation
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import LAYOUT, QuestionAnswer, TextRow, asked, check_layout, forget_set, sort_out
-from mech_unlearn.data.source import ENDINGS, LeftOut, Row, read_rows, read_text
+from mech_unlearn.data.source import ENDINGS, LeftOut, Record, read_rows, read_text
 from mech_unlearn.data.subjects import named_subject
 
 DOCUMENTS: Mapping[str, str] = {
@@ -97,7 +97,7 @@ def professor(question: str) -> str | None:
     return named_subject(question)
 
 
-_Any = TypeVar("_Any", bound=Row)
+_Any = TypeVar("_Any", bound=Record)
 
 
 def _has(root: Path, name: str, endings: tuple[str, ...] = ENDINGS) -> bool:

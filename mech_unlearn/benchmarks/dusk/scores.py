@@ -3,8 +3,8 @@
 Paper: Jeung et al. 2025, arXiv 2505.15209: verbatim memorization of the forgotten document, and knowledge on three
     strata: unique to the forgotten document, shared, unique to the retained ones.
 Needs: greedy text; the questions and answers of each stratum, solved examples, passages of the forgotten document.
-Differs: four of its seven numbers. Privacy is `membership_auc.privleak_min_k`, downstream ability harness.py; retain
-    deviation is left out: its formula was not to be found. Both kinds of score are MUSE's (muse.py), as in the
+Differs: four of its seven numbers. Privacy is `muse/privacy.py`, downstream ability metrics/harness.py; retain
+    deviation is left out: its formula was not to be found. Both kinds of score are MUSE's (muse/scores.py), as in the
     released code.
 Fails: as ROUGE does on other words for the same; read each stratum against the retrained model
     (`scores[name].minus(retrained[name])`), which differs from the full one on the first stratum only.

@@ -1,10 +1,10 @@
 """FaithUn on live models: is forgetting superficial, too little or too much?
 
-Paper: Yang et al. 2025, arXiv 2502.19207; metrics/faithun.py says what the five sets are and whose the formulas are.
+Paper: Yang et al. 2025, arXiv 2502.19207; scores.py says what the five sets are and whose the formulas are.
 Needs: questions with false options; the test set needs the split files.
 Differs: options are shuffled by the seed 0 and the question's place. Both variants of multiple choice are shown, in
     rows of their own.
-Fails: as metrics/faithun.py says.
+Fails: as scores.py says.
 """
 
 import os
@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mech_unlearn.benchmarks.answers import Answers, Number, Numbers, Questions, counted, keep, means, scores_of
-from mech_unlearn.benchmarks.faithun.data import Cluster, FaithUn, load_faithun
-from mech_unlearn.benchmarks.faithun.data import Question as Row
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Number, Numbers, counted, keep, means, scores_of
+from mech_unlearn.benchmarks.faithun.data import Cluster, ClusterQuestion, FaithUn, load_faithun
 from mech_unlearn.benchmarks.faithun.scores import SETS, summary
 from mech_unlearn.core import RetainSet
 from mech_unlearn.data.questions import LAYOUT
@@ -29,7 +28,7 @@ VARIANTS = {"by letter": choice_by_letter, "by option text": choice_by_option_te
 class Data:
     faithun: FaithUn
     sets: Mapping[str, tuple[ChoiceQuestion, ...]]
-    """By the names of `metrics.faithun.SETS`; a set without a question is left out."""
+    """By the names of `scores.SETS`; a set without a question is left out."""
     limit: int | None
     notes: tuple[str, ...]
 
@@ -49,7 +48,7 @@ def load(
     found = load_faithun(source, splits=splits, layout=layout)
     ours = found.split("forget")[:limit]
     tested = found.split("test")[:limit] if "test" in found.splits else ()
-    rows: dict[str, list[tuple[Cluster, Row]]] = {
+    rows: dict[str, list[tuple[Cluster, ClusterQuestion]]] = {
         "base": [(c, c.base) for c in ours],
         "paraphrase": [(c, q) for c in ours for q in c.paraphrased],
         "multihop": [(c, q) for c in ours for q in c.multi_hop],
@@ -67,7 +66,7 @@ def load(
     return Data(faithun=found, sets=sets, limit=limit, notes=tuple(notes))
 
 
-def _asked(pairs: Sequence[tuple[Cluster, Row]]) -> tuple[tuple[ChoiceQuestion, ...], list[str]]:
+def _asked(pairs: Sequence[tuple[Cluster, ClusterQuestion]]) -> tuple[tuple[ChoiceQuestion, ...], list[str]]:
     made, left = [], []
     for number, (cluster, row) in enumerate(pairs):
         right = row.answers[0].strip()
@@ -117,12 +116,12 @@ def numbers(own: Answers, full: Answers, retrained: Answers | None, seed: int) -
     return out
 
 
-def facts(data: Data) -> Questions:
+def facts(data: Data) -> BenchmarkFacts:
     """Base questions that name their subject once."""
     found, limit = data.faithun, data.limit
     left = [item.reason for item in found.left_out if not item.reason.startswith("held-out")]
     notes = [f"{len(left)} base questions are no facts: {counted(left)}"] if left else []
-    return Questions(
+    return BenchmarkFacts(
         facts=found.forget_facts[:limit],
         retain=RetainSet(neighbors=found.retain.neighbors[:limit]),
         notes=(*data.notes, *notes),

@@ -25,13 +25,13 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import LAYOUT, Plain, asked, check_layout, forget_set
-from mech_unlearn.data.source import LeftOut, Row, Verbatim, read_rows, read_text
+from mech_unlearn.data.source import LeftOut, Record, Verbatim, read_rows, read_text
 from mech_unlearn.data.subjects import author_name, named_subject, slot
 
 FILE = "FaithUn_Dataset"
 STRATA: Mapping[str, str] = {"paraphrased": "hop1_test", "multi_hop": "hop2_test", "same_answer": "same_object"}
 """Stratum to category."""
-SPLITS: Mapping[str, str] = {
+SPLIT_FILES: Mapping[str, str] = {
     "forget": "forget_set_split.txt",
     "retain": "retaining_set_split.txt",
     "test": "test_set_split.txt",
@@ -47,7 +47,7 @@ def _several(value: Any) -> Any:
 Strings = Annotated[tuple[Verbatim, ...], BeforeValidator(_several)]
 
 
-class Question(Row):
+class ClusterQuestion(Record):
     question: Verbatim = Field(validation_alias=AliasChoices("question", "query"))
     answers: Annotated[Strings, Field(min_length=1)] = Field(validation_alias=AliasChoices("answers", "answer"))
     """All right answers; the first is the object of the fact."""
@@ -65,17 +65,17 @@ def _keyed(value: Any) -> Any:
     return {key: tuple(item) if isinstance(item, list) else (item,) for key, item in value.items()}
 
 
-def _single(value: dict[str, tuple[Question, ...]]) -> dict[str, tuple[Question, ...]]:
+def _single(value: dict[str, tuple[ClusterQuestion, ...]]) -> dict[str, tuple[ClusterQuestion, ...]]:
     for key, questions in value.items():
         if len(questions) != 1:
             raise ValueError(f"must have one base question under each key, found {len(questions)} under {key!r}")
     return value
 
 
-Category = Annotated[dict[str, tuple[Question, ...]], BeforeValidator(_keyed)]
+Category = Annotated[dict[str, tuple[ClusterQuestion, ...]], BeforeValidator(_keyed)]
 
 
-class Entity(Row):
+class EntityQuestions(Record):
     name: Plain | None = Field(default=None, validation_alias=AliasChoices("name", "label"))
     """Not verified; without it the longest name that the base questions share counts."""
     hop1_unlearn: Annotated[Category, AfterValidator(_single)]
@@ -84,9 +84,9 @@ class Entity(Row):
     same_object: Category = Field(default_factory=dict)
 
 
-class FaithUnFile(Row):
-    model_config = Row.model_config | {"extra": "allow"}
-    __pydantic_extra__: dict[str, Entity]
+class FaithUnFile(Record):
+    model_config = Record.model_config | {"extra": "allow"}
+    __pydantic_extra__: dict[str, EntityQuestions]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +97,11 @@ class Cluster:
     """The entity's id."""
     key: str
     """Place or property of the base question in its category."""
-    base: Question
-    paraphrased: tuple[Question, ...]
-    multi_hop: tuple[Question, ...]
+    base: ClusterQuestion
+    paraphrased: tuple[ClusterQuestion, ...]
+    multi_hop: tuple[ClusterQuestion, ...]
     """Questions whose reasoning passes through the base fact: faithful unlearning forgets them too."""
-    same_answer: tuple[Question, ...]
+    same_answer: tuple[ClusterQuestion, ...]
     """Questions with the same answer about something else: faithful unlearning keeps them."""
 
 
@@ -110,7 +110,7 @@ class FaithUn:
     """FaithUn by cluster and stratum."""
 
     clusters: tuple[Cluster, ...]
-    unaligned: Mapping[str, Mapping[str, tuple[Question, ...]]]
+    unaligned: Mapping[str, Mapping[str, tuple[ClusterQuestion, ...]]]
     """Entity -> stratum -> questions of categories that do not fit the base's clusters."""
     splits: Mapping[str, tuple[int, ...]]
     """`forget`, `retain`, `test`: numbers in `clusters`. Without split files all clusters are in `forget`."""
@@ -153,7 +153,7 @@ def _fits(found: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
     return found.keys() == base.keys() or (found.keys() <= base.keys() and not any(key.isdigit() for key in found))
 
 
-def _subject(entity: Entity, question: str) -> str | None:
+def _subject(entity: EntityQuestions, question: str) -> str | None:
     if entity.name and entity.name.strip():
         return entity.name.strip()
     try:
@@ -162,7 +162,7 @@ def _subject(entity: Entity, question: str) -> str | None:
         return named_subject(question)
 
 
-def _fact(number: int, cluster: Cluster, entity: Entity, layout: str) -> tuple[Fact | None, list[LeftOut]]:
+def _fact(number: int, cluster: Cluster, entity: EntityQuestions, layout: str) -> tuple[Fact | None, list[LeftOut]]:
     base, left, heldout = cluster.base, [], []
     subject = _subject(entity, base.question)
     relation = cluster.key if not cluster.key.isdigit() else "question"
@@ -197,15 +197,15 @@ def load_faithun(
     """
     check_layout(layout)
     root = Path(source)
-    entities: dict[str, Entity] = {}
+    entities: dict[str, EntityQuestions] = {}
     where = root if root.is_file() else root / f"{FILE}.json"
     for row in read_rows(source, None if root.is_file() else FILE, FaithUnFile):
         if twice := entities.keys() & (row.__pydantic_extra__ or {}).keys():
             raise ValueError(f"{where}: entity {min(twice)!r} stands twice")
         entities |= row.__pydantic_extra__ or {}
     clusters: list[Cluster] = []
-    owners: list[Entity] = []
-    unaligned: dict[str, dict[str, tuple[Question, ...]]] = {}
+    owners: list[EntityQuestions] = []
+    unaligned: dict[str, dict[str, tuple[ClusterQuestion, ...]]] = {}
     for name, entity in entities.items():
         given = {stratum: getattr(entity, category) for stratum, category in STRATA.items()}
         fit = {stratum: found for stratum, found in given.items() if _fits(found, entity.hop1_unlearn)}
@@ -226,7 +226,7 @@ def load_faithun(
     numbers = (
         {"forget": tuple(range(len(clusters)))}
         if folder is None
-        else {name: _numbers(folder / file, len(clusters)) for name, file in SPLITS.items()}
+        else {name: _numbers(folder / file, len(clusters)) for name, file in SPLIT_FILES.items()}
     )
     if both := set(numbers["forget"]) & set(numbers.get("retain", ())):
         raise ValueError(f"{folder}: cluster {min(both)} stands in the forget set and in the retaining set")

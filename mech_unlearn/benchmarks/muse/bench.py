@@ -1,18 +1,18 @@
 """MUSE on live models: verbatim and knowledge memorisation, privacy leakage, and knowledge that is to stay.
 
-Paper: Shi et al. 2024, arXiv 2407.06460, section 3; metrics/muse.py says how each number is made.
+Paper: Shi et al. 2024, arXiv 2407.06460, section 3; scores.py says how each number is made.
 Needs: the parts `knowmem`, `verbmem` and `privleak`; PrivLeak needs a retrained model, or `--set corpus=news` (`books`)
     where the models are the published ones.
 Differs: shares, not percent, but for PrivLeak. Scalability and sustainability are this table for several unlearned
     models.
-Fails: as metrics/muse.py says.
+Fails: as scores.py says.
 """
 
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from mech_unlearn.benchmarks.answers import Answers, Number, Numbers, Questions, counted, keep, means, numbers_in
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Number, Numbers, counted, keep, means, numbers_in
 from mech_unlearn.benchmarks.muse.data import Muse, load_muse
 from mech_unlearn.benchmarks.muse.privacy import membership_auc, privleak_min_k
 from mech_unlearn.benchmarks.muse.scores import (
@@ -97,12 +97,12 @@ def _privleak(own: Answers, retrained: Answers | None, auc: Measurement, seed: i
         return str(error)
 
 
-def facts(data: Data) -> Questions:
+def facts(data: Data) -> BenchmarkFacts:
     """Questions that name their subject once."""
     muse = data.muse
     total = len(muse.knowmem["forget_qa"])
     left = [item.reason for item in muse.left_out if item.file.endswith("forget_qa")]
-    return Questions(
+    return BenchmarkFacts(
         facts=muse.forget_facts[: data.limit],
         retain=RetainSet(general=muse.retain.general[: data.limit]),
         notes=(f"{len(left)} of {total} forget questions are no facts: {counted(left)}",) if left else (),

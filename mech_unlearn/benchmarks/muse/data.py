@@ -23,10 +23,10 @@ from typing import Any
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import LAYOUT, QuestionAnswer, TextRow, asked, check_layout, forget_set, sort_out
-from mech_unlearn.data.source import LeftOut, Row, Verbatim, read_rows
+from mech_unlearn.data.source import LeftOut, Record, Verbatim, read_rows
 from mech_unlearn.data.subjects import named_subject
 
-SPLITS: Mapping[str, tuple[str, ...]] = {
+PART_SPLITS: Mapping[str, tuple[str, ...]] = {
     "raw": ("forget", "retain1", "retain2", "holdout"),
     "knowmem": ("forget_qa", "retain_qa", "forget_qa_icl", "retain_qa_icl"),
     "verbmem": ("forget",),
@@ -36,11 +36,11 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "sust": ("forget_1", "forget_2", "forget_3", "forget_4"),
 }
 """The splits of each part."""
-PARTS = ("raw", "knowmem", "verbmem", "privleak")
+USUAL_PARTS = ("raw", "knowmem", "verbmem", "privleak")
 """The parts that both MUSE-News and MUSE-Books have and every evaluation needs."""
 
 
-class Continuation(Row):
+class Continuation(Record):
     prompt: Verbatim
     gt: Verbatim
     """The true continuation of the prompt."""
@@ -77,7 +77,7 @@ class Muse:
 
 def load_muse(
     source: str | os.PathLike = "muse-bench/MUSE-News",
-    parts: Iterable[str] = PARTS,
+    parts: Iterable[str] = USUAL_PARTS,
     *,
     layout: str = LAYOUT,
 ) -> Muse:
@@ -85,7 +85,7 @@ def load_muse(
 
     Args:
         source: a hub dataset or a folder with PART/SPLIT files.
-        parts: which of `SPLITS` to read.
+        parts: which of `PART_SPLITS` to read.
         layout: the prompt around a question of a fact; it holds `{question}` once.
 
     Raises:
@@ -94,20 +94,20 @@ def load_muse(
     """
     check_layout(layout)
     wanted = tuple(dict.fromkeys(parts))
-    if unknown := [part for part in wanted if part not in SPLITS]:
-        raise ValueError(f"MUSE has no part {unknown[0]!r}; choose from {', '.join(SPLITS)}")
+    if unknown := [part for part in wanted if part not in PART_SPLITS]:
+        raise ValueError(f"MUSE has no part {unknown[0]!r}; choose from {', '.join(PART_SPLITS)}")
     if Path(source).is_file():
         raise ValueError(
             f"{source} is one file; MUSE is a folder that holds {wanted[0] if wanted else 'raw'}/, or a hub id"
         )
 
-    def rows(part: str, schema: type[Row]) -> dict[str, tuple[Any, ...]]:
-        splits = SPLITS[part] if part in wanted else ()
+    def rows(part: str, schema: type[Record]) -> dict[str, tuple[Any, ...]]:
+        splits = PART_SPLITS[part] if part in wanted else ()
         return {s: read_rows(source, f"{part}/{s}", schema, config=part, split=s) for s in splits}
 
     texts = {
         part: {split: tuple(row.text for row in found) for split, found in rows(part, TextRow).items()}
-        for part in SPLITS
+        for part in PART_SPLITS
         if part not in ("knowmem", "verbmem")
     }
     knowmem = rows("knowmem", QuestionAnswer)

@@ -2,7 +2,7 @@
 
 Paper: Shi et al. 2024, arXiv 2407.06460, section 3: VerbMem (equation 1), KnowMem (equation 2), PrivLeak (equation 3);
     constants and percentile bootstrap of its released code.
-Needs: greedy text after each prompt; for PrivLeak the AUC of Min-40 % (membership_auc.py).
+Needs: greedy text after each prompt; for PrivLeak the AUC of Min-40 % (privacy.py).
 Differs: intervals draw clusters where they are given (the code draws rows); numbers are shares, not percent, but for
     PrivLeak. The code looks the retrained AUC up without the corpus; here the corpus is an argument.
 Fails: ROUGE-L F1 also falls where a model says the same in other words or says more; PrivLeak far above 0 is a model
@@ -29,7 +29,7 @@ KNOWMEM_TOKENS = 32
 STOPS = ("\n\n", "\nQuestion", "Question:")
 """Where an answer ends. Source: released code of 2407.06460."""
 RETRAINED_AUC = {"news": 1 - 0.4772, "books": 1 - 0.5393}
-"""AUC of Min-40 % of the published retrained models, oriented as in membership_auc.py: 1 = clearly members. The code
+"""AUC of Min-40 % of the published retrained models, oriented as in privacy.py: 1 = clearly members. The code
 holds 1 - AUC: .4772 and .5393."""
 _ROUGE = "ROUGE-L F1 of generated text, no stemmer"
 
@@ -109,7 +109,7 @@ def knowmem_rouge_l_f1(
 def privleak_against_published(auc: float, corpus: str) -> float:
     """PrivLeak in percent against MUSE's own retrained model; only for its corpora and Llama 2 7B / ICLM 7B.
 
-    For other data score a retrained model and use `membership_auc.privleak_min_k`.
+    For other data score a retrained model and use `privacy.privleak_min_k`.
 
     Args:
         auc: of Min-40 %, forget set against held-out, 1 = clearly members.

@@ -18,17 +18,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.benchmarks.answers import Answers, Number, Numbers, Questions, counted, keep, means, numbers_in
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Number, Numbers, counted, keep, means, numbers_in
 from mech_unlearn.benchmarks.ort.data import Ort, load_ort
-from mech_unlearn.benchmarks.rwku.data import Probe as Row
-from mech_unlearn.benchmarks.rwku.scores import INSTRUCTIONS, Probe, probe_prompt
+from mech_unlearn.benchmarks.rwku.data import ProbeRecord
+from mech_unlearn.benchmarks.rwku.scores import INSTRUCTIONS, RwkuProbe, probe_prompt
 from mech_unlearn.core import Measurement, RetainSet
 from mech_unlearn.data.questions import LAYOUT
 from mech_unlearn.metrics.evaluate import score_answers
 from mech_unlearn.metrics.intervals import RowScores, mean_ci
 from mech_unlearn.model.bridge import Model
 
-LEVELS: Mapping[str, str] = {"cloze": "fill_in", "question": "question", "adversarial": "adversarial"}
+LEVEL_OF_FORM: Mapping[str, str] = {"cloze": "fill_in", "question": "question", "adversarial": "adversarial"}
 """Form -> RWKU's level."""
 CHOOSE = "Answer with the letter of the right option."
 SPELL = "Say what belongs in the blank, one character a line."
@@ -60,15 +60,17 @@ def load(
     return Data(ort=found, limit=limit)
 
 
-def prompt_of(tokenizer: Any, form: str, row: Row) -> str:
+def prompt_of(tokenizer: Any, form: str, row: ProbeRecord) -> str:
     """The prompt of a probe in its form."""
-    if form in LEVELS:
-        level = LEVELS[form]
+    if form in LEVEL_OF_FORM:
+        level = LEVEL_OF_FORM[form]
         return probe_prompt(
-            tokenizer, Probe(query=row.query, answer=row.answer, level=level, kind=row.type.strip() or None)
+            tokenizer, RwkuProbe(query=row.query, answer=row.answer, level=level, kind=row.type.strip() or None)
         )
     sentence = {"fill_in": SPELL if form == "spelling" else CHOOSE}
-    return probe_prompt(tokenizer, Probe(query=row.query, answer=row.answer, level="fill_in"), INSTRUCTIONS | sentence)
+    return probe_prompt(
+        tokenizer, RwkuProbe(query=row.query, answer=row.answer, level="fill_in"), INSTRUCTIONS | sentence
+    )
 
 
 def ask(model: Model, data: Data, full: Model) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def ask(model: Model, data: Data, full: Model) -> dict[str, Any]:
     return {"scores": kept, "items": items, "subjects": [item.cloze.subject for item in shared]}
 
 
-def _queries(items: Sequence[Any]) -> list[Row]:
+def _queries(items: Sequence[Any]) -> list[ProbeRecord]:
     """The multiple-choice row of each item, its options written as in the data."""
     made = []
     for item in items:
@@ -103,11 +105,11 @@ def _queries(items: Sequence[Any]) -> list[Row]:
     return made
 
 
-def _score(model: Model, form: str, rows: Sequence[tuple[Row, str]]) -> Any:
+def _score(model: Model, form: str, rows: Sequence[tuple[ProbeRecord, str]]) -> Any:
     return score_answers(model, [(prompt_of(model.tokenizer, form, row), answer) for row, answer in rows])
 
 
-def _form(model: Model, name: str, form: str, rows: Sequence[tuple[Row, str]]) -> dict[str, Any]:
+def _form(model: Model, name: str, form: str, rows: Sequence[tuple[ProbeRecord, str]]) -> dict[str, Any]:
     if not rows:
         return {}
     found, clusters = _score(model, form, rows), tuple(row.subject for row, _ in rows)
@@ -148,11 +150,11 @@ def _gap(own: Answers, full: Answers, retrained: Answers | None, seed: int) -> M
     return mean_ci(gap, "kappa of the form where most is left minus kappa of the cloze", own["subjects"], seed)
 
 
-def facts(data: Data) -> Questions:
+def facts(data: Data) -> BenchmarkFacts:
     """Clozes and questions that name their subject once."""
     found, limit = data.ort, data.limit
     left = [f"{item.file.rpartition('/')[2]}: {item.reason}" for item in found.left_out]
-    return Questions(
+    return BenchmarkFacts(
         facts=found.forget_facts[:limit],
         retain=RetainSet(neighbors=found.retain.neighbors[:limit]),
         notes=(f"{len(left)} rows are in no fact or item: {counted(left)}",) if left else (),

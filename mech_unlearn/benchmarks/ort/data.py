@@ -21,18 +21,18 @@ from typing import Literal, get_args
 
 from pydantic import ValidationError
 
-from mech_unlearn.benchmarks.rwku.data import Probe, by_level, probe_facts
+from mech_unlearn.benchmarks.rwku.data import ProbeRecord, by_level, probe_facts
 from mech_unlearn.benchmarks.wmdp.data import MultipleChoice
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import LAYOUT, check_layout, forget_set
 from mech_unlearn.data.source import LeftOut, find, read_rows
 
-Form = Literal["cloze", "question", "adversarial", "multiple choice"]
+OrtForm = Literal["cloze", "question", "adversarial", "multiple choice"]
 """The forms that have rows of their own."""
-FORMS: tuple[Form, ...] = get_args(Form)
-Rows = dict[Form, list[tuple[int, Probe]]]
+ORT_FORMS: tuple[OrtForm, ...] = get_args(OrtForm)
+Rows = dict[OrtForm, list[tuple[int, ProbeRecord]]]
 """Numbered rows of each form."""
-_ENDS: Mapping[Form, str] = dict(zip(FORMS, ("level1", "level2", "level3", "mcp"), strict=True))
+_ENDS: Mapping[OrtForm, str] = dict(zip(ORT_FORMS, ("level1", "level2", "level3", "mcp"), strict=True))
 _OPTION = re.compile(r"\n[ \t]*([A-Z])[.)][ \t]*")
 
 
@@ -41,7 +41,7 @@ def spelled(answer: str) -> str:
     return "".join(f"{character}\n" for character in answer.replace(" ", ""))
 
 
-def choices(probe: Probe) -> MultipleChoice:
+def choices(probe: ProbeRecord) -> MultipleChoice:
     """A multiple-choice probe with its options apart.
 
     Raises:
@@ -68,7 +68,7 @@ def choices(probe: Probe) -> MultipleChoice:
 class Item:
     """One fact in the forms that share it: cloze, multiple choice and spelling."""
 
-    cloze: Probe
+    cloze: ProbeRecord
     choice: MultipleChoice | None
     """None where the multiple-choice row is missing or its right option is not the cloze's answer."""
 
@@ -81,8 +81,8 @@ class Item:
 class Ort:
     """ORT by form."""
 
-    forget: Mapping[Form, tuple[Probe, ...]]
-    neighbor: Mapping[Form, tuple[Probe, ...]]
+    forget: Mapping[OrtForm, tuple[ProbeRecord, ...]]
+    neighbor: Mapping[OrtForm, tuple[ProbeRecord, ...]]
     """Without adversarial probes."""
     items: tuple[Item, ...]
     """The clozes of `forget` in their order, each with its other forms."""
@@ -101,7 +101,7 @@ class Ort:
 
 
 def _items(
-    files: Mapping[Form, str], clozes: list[tuple[int, Probe]], made: list[tuple[int, Probe]]
+    files: Mapping[OrtForm, str], clozes: list[tuple[int, ProbeRecord]], made: list[tuple[int, ProbeRecord]]
 ) -> tuple[list[Item], list[LeftOut]]:
     """The clozes with the multiple-choice row of the same place, where the right option is the cloze's answer."""
     left, found = [], {}
@@ -150,25 +150,25 @@ class _Part:
     """One target's probes, or one file's."""
 
     kind: Literal["forget", "neighbor"]
-    files: Mapping[Form, str]
+    files: Mapping[OrtForm, str]
     """What ids and `left_out` call the file of each form."""
     rows: Rows
 
 
 def _parts(source: str | os.PathLike) -> list[_Part]:
     if Path(source).is_file():
-        rows = read_rows(source, None, Probe)
+        rows = read_rows(source, None, ProbeRecord)
         levels = by_level(source, rows, ("1", "2", "3", "4"))
-        found: Rows = {form: [(i, rows[i]) for i in at] for form, at in zip(FORMS, levels.values(), strict=True)}
-        return [_Part("forget", dict.fromkeys(FORMS, Path(source).name), found)]
+        found: Rows = {form: [(i, rows[i]) for i in at] for form, at in zip(ORT_FORMS, levels.values(), strict=True)}
+        return [_Part("forget", dict.fromkeys(ORT_FORMS, Path(source).name), found)]
     parts = []
     for folder in _folders(source):
         for kind in ("forget", "neighbor"):
-            names: dict[Form, str] = {
+            names: dict[OrtForm, str] = {
                 form: f"{kind}_{end}" for form, end in _ENDS.items() if kind == "forget" or form != "adversarial"
             }
-            found: Rows = {form: list(enumerate(read_rows(folder, name, Probe))) for form, name in names.items()}
-            called: dict[Form, str] = {form: f"{folder.name}/{name}" for form, name in names.items()}
+            found: Rows = {form: list(enumerate(read_rows(folder, name, ProbeRecord))) for form, name in names.items()}
+            called: dict[OrtForm, str] = {form: f"{folder.name}/{name}" for form, name in names.items()}
             parts.append(_Part(kind, called, found))
     return parts
 
@@ -191,9 +191,9 @@ def load_ort(source: str | os.PathLike, subjects: Iterable[str] | None = None, *
     if missing := sorted(wanted - have):
         raise ValueError(f"{source} has no probes about {missing[0]!r}; its first targets are {sorted(have)[:3]}")
 
-    kept: dict[str, dict[Form, tuple[Probe, ...]]] = {
-        "forget": dict.fromkeys(FORMS, ()),
-        "neighbor": {form: () for form in FORMS if form != "adversarial"},
+    kept: dict[str, dict[OrtForm, tuple[ProbeRecord, ...]]] = {
+        "forget": dict.fromkeys(ORT_FORMS, ()),
+        "neighbor": {form: () for form in ORT_FORMS if form != "adversarial"},
     }
     facts: dict[str, list[Fact]] = {"forget": [], "neighbor": []}
     items: list[Item] = []

@@ -1,18 +1,18 @@
 """RESTOR on live models: false facts were trained in and unlearned; do the clean answers come back?
 
-Paper: Rezaei et al. 2024, arXiv 2411.00204; metrics/restor.py says how each number is made.
+Paper: Rezaei et al. 2024, arXiv 2411.00204; scores.py says how each number is made.
 Needs: `full` is the corrupted model, `retrained` the clean one that was never corrupted; in-context examples of each
     property; `--set options=FILE` for the probabilities of correct, corrupted and random answers, and for facts to
     restore: what was to be forgotten are the corrupted answers.
-Differs: as metrics/restor.py says.
-Fails: as metrics/restor.py says.
+Differs: as scores.py says.
+Fails: as scores.py says.
 """
 
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from mech_unlearn.benchmarks.answers import Answers, Number, Numbers, Questions, counted, keep, means, scores_of
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Number, Numbers, counted, keep, means, scores_of
 from mech_unlearn.benchmarks.restor.data import Restor, load_restor
 from mech_unlearn.benchmarks.restor.scores import accuracy_in_context, option_support, recovered
 from mech_unlearn.core import Fact, RetainSet
@@ -103,13 +103,13 @@ def numbers(own: Answers, full: Answers, retrained: Answers | None, seed: int) -
     return {CORRECT: found.pop(CORRECT), "Recovered": Number("generated", back)} | found
 
 
-def facts(data: Data) -> Questions:
+def facts(data: Data) -> BenchmarkFacts:
     """The corrupted answers, which were to be forgotten; they need `options`."""
     found, limit, notes = data.restor, data.limit, list(data.notes)
     left = [item.reason for item in found.left_out]
     notes += [f"{len(left)} questions are no facts: {counted(left)}"] if left else []
     if not found.options:
         notes.append("no facts with corrupted answers without --set options=FILE")
-    return Questions(
+    return BenchmarkFacts(
         facts=found.corrupted[:limit], retain=RetainSet(neighbors=found.others[:limit]), notes=tuple(notes)
     )

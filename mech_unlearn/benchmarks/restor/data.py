@@ -24,38 +24,38 @@ from pydantic import Field
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import Listed, TextRow, asked, check_layout, forget_set
-from mech_unlearn.data.source import LeftOut, Row, Verbatim, read_json, read_rows
+from mech_unlearn.data.source import LeftOut, Record, Verbatim, read_json, read_rows
 
-Answers = Annotated[tuple[Verbatim, ...], Listed, Field(min_length=1)]
+RightAnswers = Annotated[tuple[Verbatim, ...], Listed, Field(min_length=1)]
 
 
-class Asked(Row):
+class PropertyQuestion(Record):
     question: Verbatim
-    answers: Answers
+    answers: RightAnswers
     """All right answers; the first is the object of the fact."""
 
 
-class Example(Row):
+class ContextExample(Record):
     question: Verbatim
     answer: Verbatim
     entity: Verbatim
 
 
-class FactsFile(Row):
-    dset: dict[str, dict[str, Asked]]
+class FactsFile(Record):
+    dset: dict[str, dict[str, PropertyQuestion]]
     """Entity -> property -> what is asked."""
-    context: dict[str, Annotated[tuple[Example, ...], Listed]] = Field(default_factory=dict)
+    context: dict[str, Annotated[tuple[ContextExample, ...], Listed]] = Field(default_factory=dict)
 
 
-class Options(Row):
-    correct: Answers
+class AnswerOptions(Record):
+    correct: RightAnswers
     corrupted: Annotated[tuple[Verbatim, ...], Listed] = ()
     random: Annotated[tuple[Verbatim, ...], Listed] = ()
 
 
-class OptionsFile(Row):
+class OptionsFile(Record):
     model_config = FactsFile.model_config | {"extra": "allow"}
-    __pydantic_extra__: dict[str, dict[str, Options]]
+    __pydantic_extra__: dict[str, dict[str, AnswerOptions]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,9 @@ class Restor:
     """The same with the first corrupted option as the object and the clean answer as a distractor; needs `options`."""
     others: tuple[Fact, ...]
     """Facts of entities that were not corrupted."""
-    context: Mapping[str, tuple[Example, ...]]
+    context: Mapping[str, tuple[ContextExample, ...]]
     """In-context examples of each property."""
-    options: Mapping[str, Options]
+    options: Mapping[str, AnswerOptions]
     """By the id of the fact: its correct, corrupted and random options."""
     texts: tuple[str, ...]
     """The corrupting texts: what to unlearn."""
@@ -116,7 +116,7 @@ def _entities(file: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _one(source: str | os.PathLike, name: str | None, schema: type) -> tuple[str, Row]:
+def _one(source: str | os.PathLike, name: str | None, schema: type) -> tuple[str, Record]:
     """(The file, its one object.)"""
     rows = read_rows(source, name, schema)
     if len(rows) != 1:
@@ -174,7 +174,7 @@ def load_restor(
             found[fact.id] = fact
         else:
             left.append(fact)
-    chosen: dict[str, Options] = {}
+    chosen: dict[str, AnswerOptions] = {}
     if options is not None:
         where, table = _one(options, None, OptionsFile)
         for name, about in (table.__pydantic_extra__ or {}).items():

@@ -3,9 +3,9 @@
 Paper: Jin et al. 2024, arXiv 2406.10890: ROUGE-L recall by level, losses of the membership sets, five utility sets.
 Needs: the probes; membership and utility sets are read where the folder or hub dataset has them (`--set mia=False`,
     `--set utility=()` do without).
-Differs: sentences before the probes are this package's (metrics/rwku.py). `All` is the mean over all probes of a set.
+Differs: sentences before the probes are this package's (scores.py). `All` is the mean over all probes of a set.
     Losses are positive nats (the code prints minus the loss). Utility: see rwku_utility.py.
-Fails: as metrics/rwku.py says.
+Fails: as scores.py says.
 """
 
 import os
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mech_unlearn.benchmarks.answers import Answers, Numbers, Questions, counted, keep, means, pooled
-from mech_unlearn.benchmarks.rwku.data import FILES, UTILITY, Rwku, load_rwku
-from mech_unlearn.benchmarks.rwku.data import Probe as Row
-from mech_unlearn.benchmarks.rwku.scores import LEVELS, Probe, rwku_rouge_l_recall
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Numbers, counted, keep, means, pooled
+from mech_unlearn.benchmarks.rwku.data import FILES, UTILITY, ProbeRecord, Rwku, load_rwku
+from mech_unlearn.benchmarks.rwku.scores import LEVELS, RwkuProbe, rwku_rouge_l_recall
 from mech_unlearn.benchmarks.rwku.utility import ask_utility
 from mech_unlearn.core import RetainSet
 from mech_unlearn.data.questions import LAYOUT
@@ -81,10 +80,10 @@ def _there(source: str | os.PathLike, config: str) -> bool:
     return False
 
 
-def probes(rows: Mapping[str, Sequence[Row]], limit: int | None) -> list[Probe]:
+def probes(rows: Mapping[str, Sequence[ProbeRecord]], limit: int | None) -> list[RwkuProbe]:
     """Rows by level as probes; `limit` of each."""
     return [
-        Probe(query=row.query, answer=row.answer, level=level, kind=row.type.strip() or None, cluster=row.subject)
+        RwkuProbe(query=row.query, answer=row.answer, level=level, kind=row.type.strip() or None, cluster=row.subject)
         for key, level in zip(("1", "2", "3"), LEVELS, strict=True)
         for row in rows.get(key, ())[:limit]
     ]
@@ -118,12 +117,12 @@ def numbers(own: Answers, full: Answers, retrained: Answers | None, seed: int) -
     return means(own, seed)
 
 
-def facts(data: Data) -> Questions:
+def facts(data: Data) -> BenchmarkFacts:
     """Fill-in and question probes that name their subject once."""
     found, limit = data.rwku, data.limit
     left = [item.reason for item in found.left_out if not item.file.startswith("neighbor")]
     total = sum(len(found.forget.get(level, ())) for level in ("1", "2"))
-    return Questions(
+    return BenchmarkFacts(
         facts=found.forget_facts[:limit],
         retain=RetainSet(neighbors=found.retain.neighbors[:limit]),
         notes=(f"{len(left)} of {total} fill-in and question probes are no facts: {counted(left)}",) if left else (),

@@ -27,7 +27,7 @@ from pydantic import Field, field_validator
 from mech_unlearn.benchmarks.wmdp.data import MultipleChoice
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import LAYOUT, Listed, Plain, asked, check_layout, forget_set, sort_out
-from mech_unlearn.data.source import LeftOut, Row, Verbatim, find, read_rows
+from mech_unlearn.data.source import LeftOut, Record, Verbatim, find, read_rows
 from mech_unlearn.data.subjects import named_subject
 
 FILES: Mapping[str, str] = {
@@ -41,15 +41,15 @@ FILES: Mapping[str, str] = {
     "utility_fluency": "fluency",
 }
 """Configuration to the file that the benchmark's preprocessing writes; the others keep their names."""
-LEVELS = ("1", "2", "3")
+LEVEL_NUMBERS = ("1", "2", "3")
 
 
-class Target(Row):
+class ForgetTarget(Record):
     target: Verbatim
     intro: Verbatim
 
 
-class Probe(Row):
+class ProbeRecord(Record):
     """A query about a target, or about a neighbor of it."""
 
     query: Verbatim
@@ -62,7 +62,7 @@ class Probe(Row):
     neighbor: Plain | None = None
 
 
-class Passage(Row):
+class Passage(Record):
     text: Verbatim
     subject: Verbatim
 
@@ -75,7 +75,7 @@ class General(MultipleChoice):
     examples: Annotated[tuple[MultipleChoice, ...], Listed] = ()
 
 
-class Reason(Row):
+class Reason(Record):
     """BIG-Bench Hard."""
 
     question: Verbatim
@@ -86,7 +86,7 @@ class Reason(Row):
     subject: Verbatim
 
 
-class Labelled(Row):
+class Labelled(Record):
     choices: Annotated[tuple[Verbatim, ...], Listed, Field(min_length=1)]
     labels: Annotated[tuple[int, ...], Listed]
     """1 where the choice is true, else 0."""
@@ -100,7 +100,7 @@ class Labelled(Row):
         return labels
 
 
-class Truthful(Row):
+class Truthful(Record):
     """TruthfulQA."""
 
     question: Verbatim
@@ -109,7 +109,7 @@ class Truthful(Row):
     subject: Verbatim
 
 
-class Factual(Row):
+class Factual(Record):
     """TriviaQA."""
 
     question: Verbatim
@@ -117,14 +117,14 @@ class Factual(Row):
     subject: Verbatim
 
 
-class Fluent(Row):
+class Fluent(Record):
     """AlpacaEval instructions."""
 
     instruction: Verbatim
     subject: Verbatim
 
 
-UTILITY: Mapping[str, type[Row]] = {
+UTILITY: Mapping[str, type[Record]] = {
     "general": General,
     "reason": Reason,
     "truthfulness": Truthful,
@@ -138,10 +138,10 @@ UTILITY: Mapping[str, type[Row]] = {
 class Rwku:
     """RWKU by level; what was not asked for is empty."""
 
-    targets: tuple[Target, ...]
-    forget: Mapping[str, tuple[Probe, ...]]
+    targets: tuple[ForgetTarget, ...]
+    forget: Mapping[str, tuple[ProbeRecord, ...]]
     """By level: 1 fill in the blank, 2 questions, 3 adversarial."""
-    neighbor: Mapping[str, tuple[Probe, ...]]
+    neighbor: Mapping[str, tuple[ProbeRecord, ...]]
     """By level: 1 and 2."""
     mia_forget: tuple[Passage, ...] = ()
     mia_retain: tuple[Passage, ...] = ()
@@ -159,7 +159,7 @@ class Rwku:
         """The targets, each once, in order."""
         return tuple(dict.fromkeys(probe.subject for probes in self.forget.values() for probe in probes))
 
-    def attacks(self) -> dict[str, tuple[Probe, ...]]:
+    def attacks(self) -> dict[str, tuple[ProbeRecord, ...]]:
         """The probes of level 3 by kind."""
         kinds = dict.fromkeys(probe.type for probe in self.forget["3"])
         return {kind: tuple(p for p in self.forget["3"] if p.type == kind) for kind in kinds}
@@ -171,7 +171,7 @@ class Rwku:
 
 
 def probe_facts(
-    file: str, rows: Iterable[tuple[int, Probe]], layout: str, *, neighbor: bool
+    file: str, rows: Iterable[tuple[int, ProbeRecord]], layout: str, *, neighbor: bool
 ) -> tuple[tuple[Fact, ...], tuple[LeftOut, ...]]:
     """(The numbered probes as facts, those that became none)."""
     return sort_out(
@@ -190,7 +190,7 @@ def probe_facts(
     )
 
 
-def by_level(source: str | os.PathLike, rows: tuple[Probe, ...], levels: tuple[str, ...]) -> dict[str, list[int]]:
+def by_level(source: str | os.PathLike, rows: tuple[ProbeRecord, ...], levels: tuple[str, ...]) -> dict[str, list[int]]:
     """Row numbers of each level. Raises ValueError for a level that is not known."""
     for number, row in enumerate(rows):
         if row.level not in levels:
@@ -200,7 +200,7 @@ def by_level(source: str | os.PathLike, rows: tuple[Probe, ...], levels: tuple[s
     return {level: [i for i, row in enumerate(rows) if row.level == level] for level in levels}
 
 
-_Any = TypeVar("_Any", bound=Row)
+_Any = TypeVar("_Any", bound=Record)
 
 
 def _read(source: str | os.PathLike, config: str, schema: type[_Any], split: str = "test") -> tuple[_Any, ...]:
@@ -243,15 +243,15 @@ def load_rwku(
     if one and (mia or asked_for):
         raise ValueError(f"{source} is one file of probes; membership and utility sets need a folder or hub id")
     # (file, level) -> numbered rows
-    found: dict[str, dict[str, list[tuple[int, Probe]]]] = {"forget": {}, "neighbor": {}}
+    found: dict[str, dict[str, list[tuple[int, ProbeRecord]]]] = {"forget": {}, "neighbor": {}}
     if one:
-        rows = read_rows(source, None, Probe)
-        found["forget"] = {k: [(i, rows[i]) for i in at] for k, at in by_level(source, rows, LEVELS).items()}
+        rows = read_rows(source, None, ProbeRecord)
+        found["forget"] = {k: [(i, rows[i]) for i in at] for k, at in by_level(source, rows, LEVEL_NUMBERS).items()}
         found["neighbor"] = {"1": [], "2": []}
     else:
-        for kind, levels in (("forget", LEVELS), ("neighbor", LEVELS[:2])):
+        for kind, levels in (("forget", LEVEL_NUMBERS), ("neighbor", LEVEL_NUMBERS[:2])):
             for level in levels:
-                found[kind][level] = list(enumerate(_read(source, f"{kind}_level{level}", Probe)))
+                found[kind][level] = list(enumerate(_read(source, f"{kind}_level{level}", ProbeRecord)))
     have = {row.subject for rows in found["forget"].values() for _, row in rows}
     if wanted is not None and (missing := sorted(wanted - have)):
         raise ValueError(f"{source} has no probes about {missing[0]!r}; its first targets are {sorted(have)[:3]}")
@@ -261,7 +261,7 @@ def load_rwku(
 
     facts: dict[str, tuple[Fact, ...]] = {"forget": (), "neighbor": ()}
     left: list[LeftOut] = []
-    kept: dict[str, dict[str, tuple[Probe, ...]]] = {"forget": {}, "neighbor": {}}
+    kept: dict[str, dict[str, tuple[ProbeRecord, ...]]] = {"forget": {}, "neighbor": {}}
     for kind, levels in found.items():
         for level, rows in levels.items():
             mine = [(i, row) for i, row in rows if wanted is None or row.subject in wanted]
@@ -272,7 +272,7 @@ def load_rwku(
                 facts[kind] += more
                 left += gone
     return Rwku(
-        targets=() if one else ours(_read(source, "forget_target", Target, "train"), "target"),
+        targets=() if one else ours(_read(source, "forget_target", ForgetTarget, "train"), "target"),
         **kept,
         mia_forget=ours(_read(source, "mia_forget", Passage)) if mia else (),
         mia_retain=ours(_read(source, "mia_retain", Passage)) if mia else (),

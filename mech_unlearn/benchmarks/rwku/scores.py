@@ -34,7 +34,7 @@ AFFIRMATIVE, IN_CONTEXT = "affirmative suffix", "incontext learning"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class RwkuProbe:
     """One probe.
 
     Raises:
@@ -82,7 +82,7 @@ def rouge_l_recall_rwku(generated: Sequence[str], references: Sequence[str]) -> 
     return torch.tensor([float(value) for value in found], dtype=torch.float64)
 
 
-def probe_prompt(tokenizer: Any, probe: Probe, instructions: Mapping[str, str] = INSTRUCTIONS) -> str:
+def probe_prompt(tokenizer: Any, probe: RwkuProbe, instructions: Mapping[str, str] = INSTRUCTIONS) -> str:
     """The probe as the model is asked: instruction and question as a user's message, then `Answer:`.
 
     Adversarial probes with an affirmative suffix end where the message does; those with examples in context hold their
@@ -105,7 +105,7 @@ def probe_prompt(tokenizer: Any, probe: Probe, instructions: Mapping[str, str] =
 
 def rwku_rouge_l_recall(
     model: Model,
-    probes: Sequence[Probe],
+    probes: Sequence[RwkuProbe],
     *,
     instructions: Mapping[str, str] = INSTRUCTIONS,
     max_new_tokens: int = MAX_NEW_TOKENS,

@@ -2,8 +2,8 @@
 
 Paper: Jin et al. 2024, arXiv 2406.10890, section 4.1 and its released code: MMLU by the likeliest letter after solved
     examples; BIG-Bench Hard by exact match after chains of thought, 256 greedy tokens; TruthfulQA MC1 and MC2 from
-    summed log-probabilities; TriviaQA by word F1, 30 greedy tokens; AlpacaEval by n-gram entropy (metrics/fluency.py).
-Needs: the rows of data/rwku.py; a chat template is used where the tokenizer has one.
+    summed log-probabilities; TriviaQA by word F1, 30 greedy tokens; AlpacaEval by n-gram entropy (fluency.py).
+Needs: the rows of data.py; a chat template is used where the tokenizer has one.
 Differs: instructions are this package's sentences, and TruthfulQA and TriviaQA are asked without the code's fixed
     examples, so compare only with models asked the same way. A letter's tie is shared as in multiple_choice.py.
 Fails: exact match needs the model to end its chain in "the answer is ..."; a model that does not scores 0.
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from mech_unlearn.benchmarks.answers import Kind, keep
+from mech_unlearn.benchmarks.answers import ScoreKind, keep
 from mech_unlearn.benchmarks.rwku.data import Factual, Fluent, General, Reason, Truthful
 from mech_unlearn.benchmarks.rwku.fluency import fluency_ngram_entropy
 from mech_unlearn.benchmarks.wmdp.data import MultipleChoice
-from mech_unlearn.data.source import Row
+from mech_unlearn.data.source import Record
 from mech_unlearn.metrics.evaluate import score_answers, score_options
 from mech_unlearn.metrics.generation import continuations
 from mech_unlearn.metrics.intervals import RowScores
@@ -130,9 +130,9 @@ def _scores(values: Any, unit: str, rows: Sequence[Any], texts: tuple[str, ...] 
     return RowScores(values=values.double(), unit=unit, clusters=tuple(row.subject for row in rows), texts=texts)
 
 
-def ask_utility(model: Model, name: str, rows: Sequence[Row]) -> dict[str, Any]:
+def ask_utility(model: Model, name: str, rows: Sequence[Record]) -> dict[str, Any]:
     """One utility set's scores, as `answers.keep` gives them."""
-    kind: Kind = "teacher-forced" if name in ("general", "truthfulness") else "generated"
+    kind: ScoreKind = "teacher-forced" if name in ("general", "truthfulness") else "generated"
     if name == "general":
         found = {"Utility Gen (MMLU)": _letters(model, [row for row in rows if isinstance(row, General)])}
     elif name == "reason":

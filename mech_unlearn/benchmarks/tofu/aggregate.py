@@ -1,6 +1,6 @@
 """TOFU's numbers from evaluation logs, its own or those of `benches/tofu.py`.
 
-The numbers carry the keys of TOFU's own tables and come from its own formulas (metrics/tofu.py; the truth ratio is the
+The numbers carry the keys of TOFU's own tables and come from its own formulas (scores.py; the truth ratio is the
 geometric variant, which those tables use).
 """
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.benchmarks.tofu.logs import EvalLog, Split, read_log
+from mech_unlearn.benchmarks.tofu.logs import EvalLog, LogSplit, read_log
 from mech_unlearn.benchmarks.tofu.scores import (
     forget_quality,
     interval,
@@ -26,7 +26,7 @@ from mech_unlearn.benchmarks.tofu.scores import (
 from mech_unlearn.core import Measurement
 from mech_unlearn.metrics.truth_ratio import closeness_to_one, true_preferred, truth_ratio_geometric
 
-PARTS = ("ROUGE", "Prob.", "Truth Ratio")
+UTILITY_PARTS = ("ROUGE", "Prob.", "Truth Ratio")
 ORDER = ("Real Authors", "Real World", "Retain", "Forget")
 _UNITS = {
     "ROUGE": "ROUGE-L recall, mean over questions",
@@ -36,8 +36,8 @@ _UNITS = {
 _OPTIONS = "probability among true and perturbed answers, mean over questions"
 
 
-def scores(name: str, split: Split) -> Float[Tensor, "example 3"]:
-    """ROUGE, probability and truth-ratio score of each question of a split, in the order of `PARTS`."""
+def scores(name: str, split: LogSplit) -> Float[Tensor, "example 3"]:
+    """ROUGE, probability and truth-ratio score of each question of a split, in the order of `UTILITY_PARTS`."""
     ratio = truth_ratio_geometric(split.paraphrased_loss, split.perturbed_loss)
     fictitious = name in ("Retain", "Forget")
     return torch.stack(
@@ -67,8 +67,8 @@ def aggregate(log: EvalLog, retain_log: EvalLog | None) -> dict[str, float]:
     values = {}
     for name in ORDER:
         means = scores(name, log.splits[name]).mean(0).tolist()
-        values |= {f"{part} {name}": mean for part, mean in zip(PARTS, means, strict=True)}
-    utility = model_utility([values[f"{part} {name}"] for name in ORDER if name != "Forget" for part in PARTS])
+        values |= {f"{part} {name}": mean for part, mean in zip(UTILITY_PARTS, means, strict=True)}
+    utility = model_utility([values[f"{part} {name}"] for name in ORDER if name != "Forget" for part in UTILITY_PARTS])
     values["Model Utility"] = utility
     if retain_log is None:
         return values
@@ -114,7 +114,7 @@ def measure(
         counts = resample(len(split.rows), generator, rows_per_author if name in ("Retain", "Forget") else 1)
         draws = resampled_means(counts, scores(name, split))
         kept += [draws] if name != "Forget" else []
-        for i, part in enumerate(PARTS):
+        for i, part in enumerate(UTILITY_PARTS):
             unit = _OPTIONS if part == "Prob." and name.startswith("Real") else _UNITS[part]
             key = f"{part} {name}"
             measured[key] = Measurement(value=values[key], ci=interval(draws[:, i]), n=len(split.rows), unit=unit)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from mech_unlearn.benchmarks.answers import Answers, Number, Numbers, Questions, counted, numbers_in
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Number, Numbers, counted, numbers_in
 from mech_unlearn.benchmarks.tofu.aggregate import measure
 from mech_unlearn.benchmarks.tofu.data import TofuRow, load_tofu, read_rows
-from mech_unlearn.benchmarks.tofu.logs import SPLITS, EvalLog, Split
+from mech_unlearn.benchmarks.tofu.logs import LOG_KEYS, EvalLog, LogSplit
 from mech_unlearn.core import RetainSet
 from mech_unlearn.data.questions import LAYOUT, check_layout
 from mech_unlearn.metrics.evaluate import score_answers
@@ -35,9 +35,9 @@ QUALITY = ("Forget Quality", "KS Test PVal Forget", "KS Test Forget")
 @dataclass(frozen=True, kw_only=True)
 class Data:
     splits: Mapping[str, tuple[tuple[int, TofuRow], ...]]
-    """Numbered rows, by the names of `tofu_logs.SPLITS`."""
+    """Numbered rows, by the names of `logs.LOG_KEYS`."""
     layout: str
-    questions: Questions
+    questions: BenchmarkFacts
 
 
 def load(
@@ -69,14 +69,14 @@ def load(
             source, forget=forget, retain=retain, real_authors=real_authors, world_facts=world_facts, layout=layout
         )
     except ValueError as error:
-        return Data(splits=splits, layout=layout, questions=Questions(notes=(f"no facts: {error}",)))
+        return Data(splits=splits, layout=layout, questions=BenchmarkFacts(notes=(f"no facts: {error}",)))
     kept = found.retain
     left = [item.reason for item in found.left_out if not item.reason.startswith("held-out")]
     total = sum(len(_numbered(source, name)) for name in names.values())
     return Data(
         splits=splits,
         layout=layout,
-        questions=Questions(
+        questions=BenchmarkFacts(
             facts=found.forget.facts[:limit],
             retain=RetainSet(neighbors=kept.neighbors[:limit], general=kept.general[:limit]),
             notes=(f"{len(left)} of {total} questions are no facts: {counted(left)}",) if left else (),
@@ -100,7 +100,7 @@ def _check(where: str, row: TofuRow, first: TofuRow, paraphrased: bool) -> None:
 
 def ask(model: Model, data: Data, full: Model) -> dict[str, Any]:
     """The evaluation log of a model, in TOFU's format; losses in nats per token."""
-    return {SPLITS[name]: _split(model, rows, data.layout) for name, rows in data.splits.items()}
+    return {LOG_KEYS[name]: _split(model, rows, data.layout) for name, rows in data.splits.items()}
 
 
 def _split(model: Model, rows: tuple[tuple[int, TofuRow], ...], layout: str) -> dict[str, Any]:
@@ -126,17 +126,17 @@ def _split(model: Model, rows: tuple[tuple[int, TofuRow], ...], layout: str) -> 
 
 
 def log_of(answers: Answers, name: str = "") -> EvalLog:
-    """A cell as the log that `tofu_logs.measure` reads."""
-    return EvalLog(path=name, splits={split: _read(answers[key]) for split, key in SPLITS.items()})
+    """A cell as the log that `aggregate.measure` reads."""
+    return EvalLog(path=name, splits={split: _read(answers[key]) for split, key in LOG_KEYS.items()})
 
 
-def _read(split: Mapping[str, Any]) -> Split:
+def _read(split: Mapping[str, Any]) -> LogSplit:
     rows = tuple(split["avg_gt_loss"])
 
     def column(key: str) -> list[Any]:
         return [split[key][row] for row in rows]
 
-    return Split(
+    return LogSplit(
         rows=rows,
         gt_loss=numbers_in(column("avg_gt_loss")),
         paraphrased_loss=numbers_in(column("avg_paraphrased_loss")),
@@ -147,7 +147,7 @@ def _read(split: Mapping[str, Any]) -> Split:
 
 
 def numbers(own: Answers, full: Answers, retrained: Answers | None, seed: int) -> Numbers:
-    """TOFU's table; see `tofu_logs.measure`."""
+    """TOFU's table; see `aggregate.measure`."""
     found = measure(log_of(own), None if retrained is None else log_of(retrained), seed=seed)
     out: Numbers = {}
     for key, value in found.items():
@@ -158,5 +158,5 @@ def numbers(own: Answers, full: Answers, retrained: Answers | None, seed: int) -
     return out
 
 
-def facts(data: Data) -> Questions:
+def facts(data: Data) -> BenchmarkFacts:
     return data.questions

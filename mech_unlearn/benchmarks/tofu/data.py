@@ -22,13 +22,13 @@ from pydantic_core import PydanticCustomError
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.data.questions import check_layout
-from mech_unlearn.data.source import LeftOut, Loaded, Row, Verbatim
+from mech_unlearn.data.source import LeftOut, Loaded, Record, Verbatim
 from mech_unlearn.data.source import read_rows as read_any
 from mech_unlearn.data.subjects import author_name, named_subject, slot
 
 PER_AUTHOR = 20
 """Questions per fictitious author. Source: 2401.06121, section 2.1."""
-Form = Literal["question", "cloze"]
+TofuForm = Literal["question", "cloze"]
 
 _KEPT = ("question", "answer", "paraphrased_answer", "paraphrased_question", "prefix", "entity")
 
@@ -39,7 +39,7 @@ def _wrong_answers(value: Any) -> Any:
     return value
 
 
-class TofuRow(Row):
+class TofuRow(Record):
     """One question, under the names the benchmark uses."""
 
     question: Verbatim
@@ -72,7 +72,7 @@ def read_rows(source: str | os.PathLike, name: str) -> tuple[TofuRow, ...]:
 @dataclass(frozen=True)
 class _Reader:
     source: str | os.PathLike
-    form: Form
+    form: TofuForm
     layout: str
     left: list[LeftOut]
 
@@ -144,7 +144,7 @@ def load_tofu(
     retain: str | None = "retain_perturbed",
     real_authors: str | None = "real_authors_perturbed",
     world_facts: str | None = "world_facts_perturbed",
-    form: Form = "question",
+    form: TofuForm = "question",
     layout: str = "Question: {question}\nAnswer:",
     forgotten: int = PER_AUTHOR,
 ) -> Tofu:

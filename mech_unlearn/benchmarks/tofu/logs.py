@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mech_unlearn.data.source import read_json, short
 
-SPLITS = {
+LOG_KEYS = {
     "Retain": "eval_log.json",
     "Real Authors": "eval_real_author_wo_options.json",
     "Real World": "eval_real_world_wo_options.json",
@@ -30,7 +30,7 @@ SPLITS = {
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Split:
+class LogSplit:
     """One split of a log; entry i of everything belongs to `rows[i]`. Losses in nats per token, float64."""
 
     rows: tuple[str, ...]
@@ -48,8 +48,8 @@ class EvalLog:
     """What was measured on one model."""
 
     path: str
-    splits: Mapping[str, Split]
-    """By the names of `SPLITS`."""
+    splits: Mapping[str, LogSplit]
+    """By the names of `LOG_KEYS`."""
 
 
 def _number(value: Any, high: float) -> float:
@@ -115,7 +115,7 @@ def _column(split: Mapping[str, Any], key: str, rows: Sequence[str] | None) -> d
     return values
 
 
-def _split(split: Any) -> Split:
+def _split(split: Any) -> LogSplit:
     if not isinstance(split, dict):
         raise ValueError(f"expected an object of keys, found {short(split)}")
     if missing := [key for key in _KEYS if key not in split and key != _OPTIONAL]:
@@ -124,7 +124,7 @@ def _split(split: Any) -> Split:
     columns = {key: _column(split, key, rows) for key in _KEYS if key in split}
     values = {key: [column[row] for row in rows] for key, column in columns.items()}
     gt, paraphrased, perturbed, rouge = (torch.tensor(values[key], dtype=torch.float64) for key in list(_KEYS)[:4])
-    return Split(
+    return LogSplit(
         rows=rows,
         gt_loss=gt,
         paraphrased_loss=paraphrased,
@@ -134,7 +134,7 @@ def _split(split: Any) -> Split:
     )
 
 
-def read_log(path: str | os.PathLike, splits: Sequence[str] = tuple(SPLITS)) -> EvalLog:
+def read_log(path: str | os.PathLike, splits: Sequence[str] = tuple(LOG_KEYS)) -> EvalLog:
     """The named splits of an evaluation log, `.json` or gzipped.
 
     Raises:
@@ -149,7 +149,7 @@ def read_log(path: str | os.PathLike, splits: Sequence[str] = tuple(SPLITS)) -> 
         raise ValueError(f"evaluation log {str(file)!r} must hold an object of splits, found {short(log)}")
     found = {}
     for name in splits:
-        if (key := SPLITS[name]) not in log:
+        if (key := LOG_KEYS[name]) not in log:
             raise ValueError(f"evaluation log {str(file)!r} lacks split {key!r}; it has {short(list(log))}")
         try:
             found[name] = _split(log[key])

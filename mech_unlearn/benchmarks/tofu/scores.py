@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mech_unlearn.metrics.intervals import DRAWS
 
-PARTS = 9
+UTILITY_COUNT = 9
 """Numbers behind the model utility: probability, ROUGE and truth ratio on three splits. Source: 2401.06121, 2.2.2."""
 
 
@@ -40,8 +40,10 @@ def model_utility(parts: Sequence[float]) -> float:
     """
     from scipy.stats import hmean
 
-    if len(parts) != PARTS or not all(part >= 0 for part in parts):
-        raise ValueError(f"model utility is the harmonic mean of {PARTS} parts of 0 or more, found {list(parts)}")
+    if len(parts) != UTILITY_COUNT or not all(part >= 0 for part in parts):
+        raise ValueError(
+            f"model utility is the harmonic mean of {UTILITY_COUNT} parts of 0 or more, found {list(parts)}"
+        )
     return float(hmean(list(parts)))
 
 
@@ -129,4 +131,4 @@ def interval(draws: Float[Tensor, " draw"]) -> tuple[float, float]:
 
 def resampled_utility(parts: Float[Tensor, "draw 9"]) -> Float[Tensor, " draw"]:
     """The harmonic mean of the nine parts in each resample; 0 where one of them is 0."""
-    return PARTS / (1 / parts).sum(1)
+    return UTILITY_COUNT / (1 / parts).sum(1)

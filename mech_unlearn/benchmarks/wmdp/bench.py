@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mech_unlearn.benchmarks.answers import Answers, Number, Numbers, Questions, counted, keep, means
+from mech_unlearn.benchmarks.answers import Answers, BenchmarkFacts, Number, Numbers, counted, keep, means
 from mech_unlearn.benchmarks.wmdp.data import DOMAINS, MultipleChoice, load_wmdp
 from mech_unlearn.metrics.multiple_choice import ChoiceQuestion, choice_by_letter, choice_by_option_text, choice_chance
 from mech_unlearn.model.bridge import Model
@@ -95,6 +95,6 @@ def numbers(own: Answers, full: Answers, retrained: Answers | None, seed: int) -
     return out
 
 
-def facts(data: Data) -> Questions:
+def facts(data: Data) -> BenchmarkFacts:
     total = sum(map(len, data.questions.values()))
-    return Questions(notes=(*data.notes, f"none of the {total} questions is a fact: WMDP gives no subjects"))
+    return BenchmarkFacts(notes=(*data.notes, f"none of the {total} questions is a fact: WMDP gives no subjects"))

@@ -20,12 +20,12 @@ from pydantic import Field, field_validator
 
 from mech_unlearn.core import RetainSet
 from mech_unlearn.data.questions import Listed, Plain, TextRow, file_name
-from mech_unlearn.data.source import Row, Verbatim, read_rows
+from mech_unlearn.data.source import Record, Verbatim, read_rows
 
 DOMAINS = ("bio", "cyber", "chem")
 
 
-class MultipleChoice(Row):
+class MultipleChoice(Record):
     """A question with its choices: a row of WMDP or MMLU."""
 
     question: Verbatim

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.benchmarks.faithun.data import SPLITS, load_faithun
+from mech_unlearn.benchmarks.faithun.data import SPLIT_FILES, load_faithun
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=20)
 
@@ -37,7 +37,7 @@ def write(folder, value, name="FaithUn_Dataset.json"):
 
 
 def split(folder, **numbers):
-    for name, file in SPLITS.items():
+    for name, file in SPLIT_FILES.items():
         write(folder, "\n".join(map(str, numbers[name])) + "\n", f"splits/{file}")
 
 
@@ -107,7 +107,7 @@ def test_a_category_that_fits_no_clusters_is_kept_by_entity(tmp_path):
 def test_a_bad_split_is_refused_with_file_and_line(tmp_path, lines, reason):
     write(tmp_path, FILE)
     split(tmp_path, forget=[0], retain=[1], test=[2])
-    write(tmp_path, lines, f"splits/{SPLITS['forget']}")
+    write(tmp_path, lines, f"splits/{SPLIT_FILES['forget']}")
     with pytest.raises(ValueError) as error:
         load_faithun(tmp_path)
     assert reason in str(error.value)

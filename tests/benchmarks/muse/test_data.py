@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.benchmarks.muse.data import SPLITS, load_muse
+from mech_unlearn.benchmarks.muse.data import PART_SPLITS, load_muse
 from mech_unlearn.data.questions import asked
 from mech_unlearn.data.source import LeftOut
 
@@ -38,17 +38,17 @@ def row_of(part, split):
 
 @pytest.fixture
 def folder(tmp_path):
-    for part, splits in SPLITS.items():
+    for part, splits in PART_SPLITS.items():
         for split in splits:
             write(tmp_path, f"{part}/{split}", row_of(part, split))
     return tmp_path
 
 
 def test_every_part_and_split_is_kept_apart(folder):
-    muse = load_muse(folder, SPLITS)
+    muse = load_muse(folder, PART_SPLITS)
     for part in ("raw", "privleak", "train", "scal", "sust"):
-        assert getattr(muse, part) == {split: (f"A {part} {split}.",) * 2 for split in SPLITS[part]}
-    assert {split: len(rows) for split, rows in muse.knowmem.items()} == dict.fromkeys(SPLITS["knowmem"], 2)
+        assert getattr(muse, part) == {split: (f"A {part} {split}.",) * 2 for split in PART_SPLITS[part]}
+    assert {split: len(rows) for split, rows in muse.knowmem.items()} == dict.fromkeys(PART_SPLITS["knowmem"], 2)
     assert muse.verbmem[0].prompt == "The harbour" and muse.verbmem[0].gt == "was opened."
 
 
@@ -119,7 +119,7 @@ def test_one_file_is_no_muse(tmp_path):
 )
 def test_a_row_is_parsed_or_named_by_file_row_and_field_and_none_is_lost(tmp_path_factory, questions, at, field, bad):
     folder = tmp_path_factory.mktemp("muse")
-    for split in SPLITS["knowmem"]:
+    for split in PART_SPLITS["knowmem"]:
         write(folder, f"knowmem/{split}", row_of("knowmem", split))
     rows = [{"question": f"{q} Ida Quill", "answer": f"{a}x"} for q, a in questions]
     at %= len(rows)

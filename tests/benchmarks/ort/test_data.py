@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.benchmarks.ort.data import FORMS, choices, load_ort, spelled
-from mech_unlearn.benchmarks.rwku.data import Probe
+from mech_unlearn.benchmarks.ort.data import ORT_FORMS, choices, load_ort, spelled
+from mech_unlearn.benchmarks.rwku.data import ProbeRecord
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=30)
 BAD = st.sampled_from([None, 3, True, "", "  ", [], {}, ["a"], "\ud800"])
@@ -54,7 +54,7 @@ def target(tmp_path):
 
 def test_each_form_keeps_its_rows_and_neighbors_have_no_attacks(target):
     ort = load_ort(target)
-    assert {form: len(rows) for form, rows in ort.forget.items()} == dict(zip(FORMS, (4, 2, 2, 4), strict=True))
+    assert {form: len(rows) for form, rows in ort.forget.items()} == dict(zip(ORT_FORMS, (4, 2, 2, 4), strict=True))
     assert {form: len(rows) for form, rows in ort.neighbor.items()} == {"cloze": 2, "question": 2, "multiple choice": 2}
 
 
@@ -108,8 +108,8 @@ def test_a_target_may_be_its_folder_or_its_name_and_a_file_gives_the_same_forms(
 )
 def test_options_that_cannot_be_read_say_why(query, answer, reason):
     with pytest.raises(ValueError, match=reason):
-        choices(Probe(**row("4", "Ida Quill", query, answer)))
-    assert choices(Probe(**row("4", "x", "A. Lee ___\nA) one\nB) B. Lee", "B"))).choices == ("one", "B. Lee")
+        choices(ProbeRecord(**row("4", "Ida Quill", query, answer)))
+    assert choices(ProbeRecord(**row("4", "x", "A. Lee ___\nA) one\nB) B. Lee", "B"))).choices == ("one", "B. Lee")
 
 
 @pytest.mark.parametrize(

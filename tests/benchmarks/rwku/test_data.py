@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.benchmarks.rwku.data import FILES, LEVELS, UTILITY, load_rwku
+from mech_unlearn.benchmarks.rwku.data import FILES, LEVEL_NUMBERS, UTILITY, load_rwku
 
 PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=30)
 BAD = st.sampled_from([None, 3, True, "", "  ", [], {}, ["a"], "\ud800"])
@@ -45,9 +45,9 @@ def utility_rows(subject):
 def fill(folder, files=None):
     name = (files or {}).get
     write(folder, name("forget_target", "forget_target"), [{"target": p, "intro": f"On {p}."} for p in PEOPLE])
-    for level in LEVELS:
+    for level in LEVEL_NUMBERS:
         write(folder, f"forget_level{level}", [probe(level, p) for p in PEOPLE for _ in range(int(level))])
-    for level in LEVELS[:2]:
+    for level in LEVEL_NUMBERS[:2]:
         about = [probe(level, p, f"Cara Lund met the friend in {p[:3]}.") for p in PEOPLE]
         write(folder, f"neighbor_level{level}", [*about, probe(level, PEOPLE[0], "who was it?")])
     for kind in ("mia_forget", "mia_retain"):

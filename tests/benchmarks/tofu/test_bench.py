@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from mech_unlearn.benchmarks.tofu import bench as tofu
 from mech_unlearn.benchmarks.tofu.aggregate import bench_tofu, measure
-from mech_unlearn.benchmarks.tofu.logs import SPLITS, EvalLog, Split, read_log
+from mech_unlearn.benchmarks.tofu.logs import LOG_KEYS, EvalLog, LogSplit, read_log
 from mech_unlearn.model.load import load
 from tests.checkpoints import table_of, write
 from tests.paths import SHARED_DATA
@@ -88,7 +88,7 @@ def log_by_hand(model):
         base = [row.get("paraphrased_answer", row["answer"]) for row in rows]
         wrong = [[loss(model, p, w) for w in row["perturbed_answer"]] for p, row in zip(prompts, rows, strict=True)]
         recall = [rouge.score(row["answer"], text)["rougeL"].recall for row, text in zip(rows, texts, strict=True)]
-        splits[name] = Split(
+        splits[name] = LogSplit(
             rows=tuple(map(str, range(len(rows)))),
             gt_loss=torch.tensor(
                 [loss(model, p, row["answer"]) for p, row in zip(prompts, rows, strict=True)]
@@ -121,8 +121,8 @@ def test_live_numbers_are_those_of_a_log_built_by_hand_and_the_cell_is_such_a_lo
 
 def test_each_number_says_what_it_was_measured_on(bench, data, tmp_path):
     kinds = {row["name"]: row["kind"] for row in bench("tofu", data, tmp_path / "run")["benchmark_rows"]}
-    assert {kinds[f"ROUGE {split}"] for split in SPLITS} == {"generated"}
-    assert {kinds[f"{part} {split}"] for part in ("Prob.", "Truth Ratio") for split in SPLITS} == {"teacher-forced"}
+    assert {kinds[f"ROUGE {split}"] for split in LOG_KEYS} == {"generated"}
+    assert {kinds[f"{part} {split}"] for part in ("Prob.", "Truth Ratio") for split in LOG_KEYS} == {"teacher-forced"}
     assert kinds["Model Utility"] == "both" and kinds["Forget Quality"] == "teacher-forced"
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mech_unlearn.benchmarks.tofu.data import Form, load_tofu, read_rows
-from mech_unlearn.benchmarks.tofu.logs import SPLITS, read_log
+from mech_unlearn.benchmarks.tofu.data import TofuForm, load_tofu, read_rows
+from mech_unlearn.benchmarks.tofu.logs import LOG_KEYS, read_log
 from mech_unlearn.data.subjects import author_name, named_subject
 from tests.paths import SHARED_DATA
 
@@ -29,7 +29,7 @@ LOG = {
         "generated_text": {row: [f"q{row}", f"said {row}", f"true {row}"] for row in "012"},
         "num_token_gt": {"0": 3},
     }
-    for key in SPLITS.values()
+    for key in LOG_KEYS.values()
 }
 
 
@@ -77,7 +77,7 @@ BAD = {
 
 @settings(max_examples=400, deadline=None)
 @given(
-    split=st.sampled_from(list(SPLITS.values())),
+    split=st.sampled_from(list(LOG_KEYS.values())),
     change=st.sampled_from(KEYS).flatmap(lambda key: st.tuples(st.just(key), BAD[key])),
     row=st.sampled_from("012"),
     how=st.sampled_from(["value", "row", "key", "empty", "more"]),
@@ -284,7 +284,7 @@ def test_an_author_is_the_longest_name_that_most_questions_hold():
 def test_the_shipped_questions_give_twenty_authors_and_every_row_is_a_fact_or_listed():
     rows = read_rows(DATA, "forget10_facts")
     assert len(rows) == 367
-    kinds_of_prompt: tuple[tuple[Form, int], ...] = (("question", 347), ("cloze", 346))
+    kinds_of_prompt: tuple[tuple[TofuForm, int], ...] = (("question", 347), ("cloze", 346))
     for form, kept in kinds_of_prompt:
         found = load_tofu(DATA, forget="forget10_facts", retain=None, form=form)
         left = Counter(item.file for item in found.left_out)

@@ -16,7 +16,7 @@ from mech_unlearn.benchmarks.tofu.aggregate import (
     question_note,
     same_questions,
 )
-from mech_unlearn.benchmarks.tofu.logs import SPLITS, EvalLog, Split, read_log
+from mech_unlearn.benchmarks.tofu.logs import LOG_KEYS, EvalLog, LogSplit, read_log
 from mech_unlearn.benchmarks.tofu.scores import (
     forget_quality,
     model_utility,
@@ -53,7 +53,7 @@ published = pytest.mark.skipif(
 def random_split(n=40, seed=0, texts=None, **shift):
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    return Split(
+    return LogSplit(
         rows=tuple(map(str, range(n))),
         gt_loss=rand(n) + shift.get("gt", 0),
         paraphrased_loss=rand(n) + shift.get("paraphrased", 0),
@@ -88,7 +88,7 @@ def test_the_logged_rouge_and_truth_ratio_come_out_of_the_logged_texts_and_losse
 
     raw, log = json.loads(gzip.decompress(LOGS[name].read_bytes())), read_log(LOGS[name])
     same = total = 0
-    for split, key in SPLITS.items():
+    for split, key in LOG_KEYS.items():
         ours = log.splits[split]
         assert ours.texts is not None
         rouge = rouge_recall([text[1] for text in ours.texts], [text[2] for text in ours.texts])
@@ -174,7 +174,7 @@ def test_intervals_are_wider_where_the_questions_about_an_author_agree():
     one = random_log()
     repeat = lambda x: x[:10].repeat_interleave(4, 0)  # noqa: E731 ten authors, four equal questions each
     agreeing = {
-        name: Split(
+        name: LogSplit(
             rows=s.rows,
             texts=None,
             **{k: repeat(getattr(s, k)) for k in ("gt_loss", "paraphrased_loss", "perturbed_loss", "rouge_l_recall")},
