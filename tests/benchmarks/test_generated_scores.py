@@ -13,8 +13,6 @@ from mech_unlearn.benchmarks.conceptvectors.scores import KINDS, answers, behavi
 from mech_unlearn.benchmarks.dusk.scores import NAMES, Stratum, dusk
 from mech_unlearn.benchmarks.muse.scores import knowmem_rouge_l_f1, verbmem_rouge_l_f1
 from mech_unlearn.benchmarks.rwku.fluency import (
-    COLLAPSED,
-    collapse,
     fluency_ngram_entropy,
     ngram_entropy,
     weighted_ngram_entropy,
@@ -132,7 +130,7 @@ def test_ngram_entropy_is_shannons_in_bits_and_zero_for_a_text_that_repeats_itse
     assert weighted_ngram_entropy(looping) == pytest.approx(math.log2(10), rel=0.01)
 
 
-def test_a_model_that_repeats_one_word_is_flagged_and_the_full_one_is_not(tiny_model):
+def test_a_model_that_repeats_one_word_has_no_entropy_and_lies_below_the_full_one(tiny_model):
     prompts = ("Anna Lee was born in", "Rivers run to", "rain falls on the")
     full = fluency_ngram_entropy(tiny_model, prompts, max_new_tokens=20)
     assert full.texts == continuations(tiny_model, prompts, 20)
@@ -141,14 +139,9 @@ def test_a_model_that_repeats_one_word_is_flagged_and_the_full_one_is_not(tiny_m
     one = tiny_model.held["lm_head.weight"][tiny_model.tokenizer.convert_tokens_to_ids("sea")]
     with tiny_model.hooks(("ln_final.hook_out", lambda x: 0 * x + one)):
         stuck = fluency_ngram_entropy(tiny_model, prompts, max_new_tokens=20)
-    found = collapse(stuck, varied)
-    assert found.collapsed and found.ratio.ci[1] < COLLAPSED and stuck.values.tolist() == [0, 0, 0]
-    same = collapse(varied, varied)
-    assert not same.collapsed and same.ratio.value == 1 and same.ratio.ci == (1, 1)
+    assert stuck.values.tolist() == [0, 0, 0] and stuck.minus(varied).ci[1] < 0 == varied.minus(varied).value
     with pytest.raises(ValueError, match="two kinds"):
-        collapse(fluency_ngram_entropy(tiny_model, prompts, max_new_tokens=3), varied)
-    with pytest.raises(ValueError, match="undefined"):
-        collapse(varied, stuck)
+        fluency_ngram_entropy(tiny_model, prompts, max_new_tokens=3).minus(varied)
 
 
 def entry(concept, questions, halves, unrelated):

@@ -3,7 +3,7 @@
 Paper: Hong et al. 2024, arXiv 2406.11614, section 4: intrinsic (cosine, distance, Jaccard of the top tokens) and
     behavioural (BLEU, ROUGE-L F1 against the full model's text) evaluation.
 Needs: the full model itself must be the one whose vectors the file names (Llama 2 7B or OLMo 7B).
-Differs: as metrics/conceptvectors_behaviour.py and locate/concept_causal.py say.
+Differs: as scores.py and locate/neurons/concept_causal.py say.
 Fails: both parts compare with the full model; a model that moved the vector by noise is as far away as one that took
     the concept out.
 """

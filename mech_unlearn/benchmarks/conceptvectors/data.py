@@ -11,22 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
-from mech_unlearn.locate.neurons.concept_causal import Intrinsic, intrinsic
-from mech_unlearn.locate.neurons.value_vectors import (
-    STORED,
-    TOP,
-    WRITTEN,
-    Gains,
-    project,
-    text_mask,
-    token_strings,
-    value_vectors,
-)
-from mech_unlearn.model.bridge import Model
-
 _TYPES = {
     "Concept": str,
     "Layer": int,
@@ -122,59 +106,3 @@ def load_concepts(path: str | os.PathLike) -> tuple[ConceptEntry, ...]:
             raise ValueError(f"{file}: entry {number}{name}: {error}") from error
         entries[entry.layer, entry.dim] = entry
     return tuple(entries.values())
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Lookup:
-    """The value vector of an entry in one model, and how its top tokens fit the entry's text."""
-
-    entry: ConceptEntry
-    vector: Float[Tensor, " d_model"]
-    """As it is stored, float32, on the CPU."""
-    tokens: tuple[str, ...]
-    """Top tokens, most promoted first."""
-    logits: Float[Tensor, " top"]
-    in_text: float
-    """Share of the top tokens that occur in the text."""
-    in_text_chance: float
-    """Share of the whole vocabulary that occurs in the text: `in_text` of random tokens."""
-    in_text_jaccard: float
-    """Top tokens that occur in the text, over tokens that are either."""
-    change: Intrinsic | None
-    """Against the second model: cosine, distance, Jaccard of the top tokens and the two text ratios."""
-
-
-def lookup(
-    model: Model, entry: ConceptEntry, after: Model | None = None, *, top: int = TOP, gains: Gains = WRITTEN
-) -> Lookup:
-    """The entry's value vector in a model, its top tokens and their overlap with the entry's text (`text_mask`).
-
-    Args:
-        after: a second model, for example the unlearned one, to compare the vector with (`intrinsic`).
-        gains: which gains multiply the vectors, see `Gains`.
-
-    Raises:
-        ValueError: the model has no such layer or value vector.
-    """
-    for one in (model,) if after is None else (model, after):
-        width = value_vectors(one, 0).shape[0]
-        if entry.layer >= one.n_layers or entry.dim >= width:
-            raise ValueError(
-                f"concept {entry.concept!r} is layer {entry.layer}, dim {entry.dim}; {one.name!r} has layers "
-                f"0..{one.n_layers - 1} and dims 0..{width - 1}: it was found in another model"
-            )
-    found = project(model, entry.layer, [entry.dim], top=top, gains=gains)
-    mask = text_mask(model.tokenizer, entry.text)
-    hits = int(mask[found.ids[0].long()].sum())
-    return Lookup(
-        entry=entry,
-        vector=value_vectors(model, entry.layer, [entry.dim], gains=STORED)[0].cpu().clone(),
-        tokens=tuple(token_strings(model.tokenizer, found.ids[0].tolist())),
-        logits=found.logits[0],
-        in_text=hits / top,
-        in_text_chance=mask.float().mean().item(),
-        in_text_jaccard=hits / (top + int(mask.sum()) - hits),
-        change=None
-        if after is None
-        else intrinsic(model, after, entry.layer, entry.dim, text=entry.text, top=top, gains=gains),
-    )

@@ -2,7 +2,7 @@
 
 Paper: Hong et al. 2024, arXiv 2406.11614, section 4: BLEU (smoothing method 3) and ROUGE-L F1 between the two models'
     greedy answers to questions on the concept, to beginnings of passages on it, and to unrelated questions. Low on the
-    first two and high on the third is better. The intrinsic part is in data/conceptvectors.py (`lookup`).
+    first two and high on the third is better. The intrinsic part is locate/neurons/concept_causal.py.
 Needs: greedy text of both models, 100 tokens per prompt.
 Differs: the layout of questions is a setting (the paper uses the chat format of its models). BLEU words are split at
     blanks; ROUGE is without a stemmer.

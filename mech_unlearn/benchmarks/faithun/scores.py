@@ -10,7 +10,7 @@ Fails: with four options accuracy cannot fall below guessing for a model that on
     is below 1; compare with a retrained model.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from mech_unlearn.core import Measurement
 from mech_unlearn.metrics.intervals import RowScores, statistic_ci
-from mech_unlearn.metrics.multiple_choice import ChoiceQuestion, Choices, choice_by_letter
-from mech_unlearn.model.bridge import Model
 
 SETS = {
     "base": "UA_base",
@@ -34,7 +32,7 @@ is to be kept (higher is better)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FaithUn:
+class FaithUnScores:
     """What one model answers in the five sets."""
 
     correct: Mapping[str, RowScores]
@@ -46,34 +44,8 @@ class FaithUn:
     under_erased: Measurement
     """Superficial by too little: the larger of UA_paraphrase and UA_multihop, minus UA_base."""
 
-    def over_erased(self, full: "FaithUn", seed: int = 0) -> Measurement:
-        """Superficial by too much: SA_keep of the full model minus that of this one, paired by question.
 
-        Raises:
-            ValueError: the two were not asked the same questions.
-        """
-        return full.correct["same_answer"].minus(self.correct["same_answer"], seed)
-
-
-def faithun(
-    model: Model,
-    questions: Mapping[str, Sequence[ChoiceQuestion]],
-    choose: Callable[[Model, Sequence[ChoiceQuestion]], Choices] = choice_by_letter,
-    seed: int = 0,
-) -> FaithUn:
-    """Ask the five sets of `SETS`; a question's `cluster` is its fact cluster.
-
-    Args:
-        choose: the variant of multiple choice, one for all sets: `choice_by_letter` or `choice_by_option_text`.
-
-    Raises:
-        ValueError: a set that is missing, unknown or empty.
-    """
-    _check(questions)
-    return summary({name: choose(model, questions[name]).correct for name in SETS}, seed)
-
-
-def summary(correct: Mapping[str, RowScores], seed: int = 0) -> FaithUn:
+def summary(correct: Mapping[str, RowScores], seed: int = 0) -> FaithUnScores:
     """The numbers of FaithUn from which questions were answered, by set.
 
     Raises:
@@ -85,7 +57,7 @@ def summary(correct: Mapping[str, RowScores], seed: int = 0) -> FaithUn:
         raise ValueError(f"the sets were scored in different variants: {', '.join(sorted(units))}")
     table, clusters = _joint(correct)
     unit = units.pop()
-    return FaithUn(
+    return FaithUnScores(
         correct=dict(correct),
         accuracy={called: correct[name].mean(seed) for name, called in SETS.items()},
         score=statistic_ci(table, _score, f"FaithUn score from {unit}", clusters, seed),

@@ -23,21 +23,8 @@ from mech_unlearn.metrics.generation import continuations
 from mech_unlearn.metrics.intervals import RowScores, statistic_ci
 from mech_unlearn.model.bridge import Model
 
-EXAMPLES = 5
-"""Examples in context. Source: released code of 2411.00204."""
 MAX_NEW_TOKENS = 32
 _SUPPORT = "mean log-probability per token, nats, mean over the options of a kind"
-
-
-def in_context_prompt(question: str, examples: Sequence[tuple[str, str]], count: int = EXAMPLES) -> str:
-    """The question after the first `count` (question, answer) examples of its relation, one a line.
-
-    Raises:
-        ValueError: fewer examples than that.
-    """
-    if len(examples) < count:
-        raise ValueError(f"question {question[:60]!r}: {len(examples)} examples of its relation, {count} are needed")
-    return "".join(f"{q} {a}\n" for q, a in examples[:count]) + question
 
 
 def holds_answer(text: str, answers: Sequence[str]) -> bool:
@@ -62,7 +49,7 @@ def accuracy_in_context(
     """1 where the greedy answer holds the correct one or an alias of it, else 0.
 
     Args:
-        prompts: as `in_context_prompt` gives them.
+        prompts: as `Restor.prompt` gives them.
         answers: the correct answer and its aliases, per prompt.
 
     Raises:

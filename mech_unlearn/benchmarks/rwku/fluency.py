@@ -1,10 +1,10 @@
-"""Fluency: is what the model writes still varied, or does it repeat itself? n-gram entropy and a collapse flag.
+"""Fluency: is what the model writes still varied, or does it repeat itself? n-gram entropy.
 
 Paper: n-gram entropy as RWKU takes it over from model editing (arXiv 2406.10890; arXiv 2202.05262, "generation
     entropy"; Zhang et al. 2018): mean of 2/3 of the bigram and 4/3 of the trigram entropy of a text, bits.
-Needs: greedy text after general prompts (RWKU: 256 tokens), of the audited and the full model.
+Needs: greedy text after general prompts (RWKU: 256 tokens), of the audited and of the full model.
 Differs: words are NLTK's without its sentence splitter, which is data to be downloaded: a full stop inside a text stays
-    with its word. Prompts are given as they are, without a chat template. The collapse flag is this package's.
+    with its word. Prompts are given as they are, without a chat template.
 Fails: high entropy is no sense: a model that writes random words scores best. Entropy grows with length, so compare
     texts of one `max_new_tokens` only.
 """
@@ -12,23 +12,16 @@ Fails: high entropy is no sense: a model that writes random words scores best. E
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from mech_unlearn.core import Measurement
 from mech_unlearn.metrics.generation import continuations
-from mech_unlearn.metrics.intervals import RowScores, statistic_ci
+from mech_unlearn.metrics.intervals import RowScores
 from mech_unlearn.model.bridge import Model
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 """Length of n-grams -> weight of their entropy. Source: released code of 2406.10890."""
 MAX_NEW_TOKENS = 256
-COLLAPSED = 0.5
-"""Share of the full model's entropy below which a model counts as collapsed; set here: a text that repeats one sentence
-of ten words keeps about 3.3 of 8 bits."""
 
 
 def ngram_entropy(words: Sequence[str], n: int) -> float:
@@ -65,29 +58,3 @@ def fluency_ngram_entropy(
         clusters=None if clusters is None else tuple(clusters),
         texts=texts,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collapse:
-    """Whether a model writes much less varied text than the full one."""
-
-    ratio: Measurement
-    """Mean entropy over that of the full model on the same prompts."""
-    collapsed: bool
-    """Whether all of the interval lies below `COLLAPSED`."""
-
-
-def collapse(unlearned: RowScores, full: RowScores, seed: int = 0) -> Collapse:
-    """Compare the fluency of a model with the full one's, prompts drawn for both together.
-
-    Raises:
-        ValueError: scores of different kinds or prompts, or a full model whose texts hold no entropy.
-    """
-    unlearned.minus(full, seed)  # refuses what cannot be paired
-
-    def share(means: Float[Tensor, "draw model"]) -> Float[Tensor, " draw"]:
-        return torch.where(means[:, 1] > 0, means[:, 0] / means[:, 1], torch.nan)
-
-    table = torch.stack([unlearned.values.double(), full.values.double()], 1)
-    ratio = statistic_ci(table, share, f"share of the full model's {full.unit}", unlearned.clusters, seed)
-    return Collapse(ratio=ratio, collapsed=ratio.ci[1] < COLLAPSED)

@@ -1,15 +1,17 @@
-"""The ConceptVectors file: what is in it is read, what is not an entry is refused, and a vector is looked up."""
+"""The ConceptVectors file: what is in it is read, what is no entry is refused, its vectors are those of one model."""
 
 import json
 
 import pytest
 import torch
 
-from mech_unlearn.benchmarks.conceptvectors.data import load_concepts, lookup
+from mech_unlearn.benchmarks.conceptvectors.bench import fits, load
+from mech_unlearn.benchmarks.conceptvectors.data import load_concepts
 from mech_unlearn.edit.edit import clone
-from mech_unlearn.locate.neurons.concept_causal import noisy
-from mech_unlearn.locate.neurons.value_vectors import text_mask, value_vectors
+from mech_unlearn.locate.neurons.concept_causal import intrinsic, noisy
+from mech_unlearn.locate.neurons.value_vectors import project, text_mask, token_strings, value_vectors
 from mech_unlearn.model.load import load
+from mech_unlearn.model.load import load as load_model
 from tests.paths import SHARED_DATA
 from tests.tiny import tiny_tokenizer
 
@@ -91,24 +93,21 @@ def plant(model, layer, dim, text):
     return mask
 
 
-def test_a_lookup_gives_the_vector_its_tokens_and_their_overlap_with_the_text(tmp_path, tiny_model):
+def test_what_an_entry_names_is_a_vector_whose_top_tokens_stand_in_its_text(tmp_path, tiny_model):
     one = entry(tmp_path)
     mask = plant(tiny_model, 2, 17, one.text)
-    found = lookup(tiny_model, one, top=3)
-    torch.testing.assert_close(found.vector, value_vectors(tiny_model, 2)[17])
-    assert set(found.tokens) == {"Paris", "Rome", "Oslo"} and found.change is None
-    assert (found.in_text, found.in_text_jaccard) == (1.0, 1.0)
-    assert found.in_text_chance == pytest.approx(3 / len(mask))
-    assert lookup(tiny_model, entry(tmp_path, Dim=18), top=3).in_text == 0
+    found, other = (project(tiny_model, one.layer, [dim], top=3) for dim in (17, 18))
+    assert set(token_strings(tiny_model.tokenizer, found.ids[0].tolist())) == {"Paris", "Rome", "Oslo"}
+    assert mask[found.ids[0].long()].all() and mask.sum() == 3 and not mask[other.ids[0].long()].any()
 
 
-def test_a_lookup_in_two_models_measures_how_the_vector_moved(tmp_path, tiny_model):
+def test_an_entry_in_two_models_measures_how_the_vector_moved(tmp_path, tiny_model):
     one = entry(tmp_path)
     plant(tiny_model, 2, 17, one.text)
     noise = -2 * value_vectors(tiny_model, 2)[17].clone()
     with clone(tiny_model) as other, noisy(other, 2, 17, noise).on(other):
-        change = lookup(tiny_model, one, other, top=3).change
-    assert change is not None and change.cosine == pytest.approx(-1) and change.jaccard == 0
+        change = intrinsic(tiny_model, other, one.layer, one.dim, text=one.text, top=3)
+    assert change.cosine == pytest.approx(-1) and change.jaccard == 0
     assert (change.text_ratio, change.text_kept) == (0, 0)
 
 
@@ -116,7 +115,7 @@ def test_a_lookup_in_two_models_measures_how_the_vector_moved(tmp_path, tiny_mod
 def test_a_model_without_the_vector_is_refused_by_layer_and_dim(tmp_path, tiny_model, changes):
     one = entry(tmp_path, **changes)
     with pytest.raises(ValueError, match=f"layer {one.layer}, dim {one.dim}; .* layers 0..3 and dims 0..63"):
-        lookup(tiny_model, one, top=3)
+        fits(tiny_model, load(tmp_path / "one.json", None))
 
 
 @pytest.mark.skipif(not DEV.is_file(), reason=f"no {DEV}: set MECH_UNLEARN_DATA to the folder that holds it")
@@ -127,7 +126,7 @@ def test_the_dev_file_of_llama_2_is_read_and_its_vectors_lie_in_a_model_of_that_
     assert len(entries) == 10 and (entries[0].concept, entries[0].layer, entries[0].dim) == ("Poland", 23, 743)
     assert all(len(e.qa) == 10 and len(e.unrelated_qa) == 50 and 18 <= e.layer <= 25 for e in entries)
     with pytest.raises(ValueError, match="'Poland' is layer 23, dim 743"):
-        lookup(tiny_model, entries[0], top=5)
+        fits(tiny_model, load(DEV, None))
     config = LlamaConfig(
         vocab_size=len(tiny_tokenizer()),
         hidden_size=8,
@@ -139,10 +138,9 @@ def test_the_dev_file_of_llama_2_is_read_and_its_vectors_lie_in_a_model_of_that_
     with torch.random.fork_rng():
         torch.manual_seed(0)
         hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    model = load(hf, tokenizer=tiny_tokenizer())
+    model = load_model(hf, tokenizer=tiny_tokenizer())
+    fits(model, load(DEV, None))
     for one in entries:
-        found = lookup(model, one, top=5)
-        assert found.vector.shape == (8,) and len(found.tokens) == 5
-        torch.testing.assert_close(
-            found.vector, model.held[f"model.layers.{one.layer}.mlp.down_proj.weight"][:, one.dim]
-        )
+        found, stored = project(model, one.layer, [one.dim], top=5), value_vectors(model, one.layer, [one.dim])[0]
+        assert stored.shape == (8,) and len(token_strings(model.tokenizer, found.ids[0].tolist())) == 5
+        torch.testing.assert_close(stored, model.held[f"model.layers.{one.layer}.mlp.down_proj.weight"][:, one.dim])

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from mech_unlearn.benchmarks.faithun.scores import SETS, faithun, summary
+from mech_unlearn.benchmarks.faithun.scores import SETS, summary
 from mech_unlearn.benchmarks.restor.scores import (
     accuracy_in_context,
     holds_answer,
-    in_context_prompt,
     option_support,
     recovered,
 )
@@ -43,7 +42,9 @@ def test_forgetting_that_leaves_the_paraphrases_or_takes_the_same_answers_is_cal
     under, over = summary(answered((0, 0.9, 0.2, 1, 1))), summary(answered((0, 0, 0, 1, 0.25)))
     assert under.under_erased.value == pytest.approx(0.9) and under.under_erased.ci[0] > 0.5
     assert over.under_erased.value == 0
-    assert over.over_erased(full).value == pytest.approx(0.75) and under.over_erased(full).value == 0
+    kept = {name: one.correct["same_answer"] for name, one in (("full", full), ("under", under), ("over", over))}
+    assert kept["full"].minus(kept["over"]).value == pytest.approx(0.75)
+    assert kept["full"].minus(kept["under"]).value == 0
 
 
 def test_a_clusters_questions_are_drawn_together_over_all_sets():
@@ -65,18 +66,18 @@ def test_the_five_sets_are_asked_in_one_variant(tiny_model):
     ask = lambda text, right: [ChoiceQuestion(question=text, options=("Paris", "Rome"), right=right, cluster="c")]  # noqa: E731
     questions = {name: ask(f"Anna Lee {'was born in' if i % 2 else 'works for'}", i % 2) for i, name in enumerate(SETS)}
     for choose in (choice_by_letter, choice_by_option_text):
-        found = faithun(tiny_model, questions, choose)
+        found = summary({name: choose(tiny_model, asked).correct for name, asked in questions.items()})
         for name, called in SETS.items():
             assert found.accuracy[called].value == choose(tiny_model, questions[name]).correct.values.mean().item()
             assert found.accuracy[called].unit == choose(tiny_model, questions[name]).correct.unit
 
 
-def test_missing_empty_or_mixed_sets_are_refused(tiny_model):
-    good, one = answered((0, 0, 0, 1, 1)), ChoiceQuestion(question="?", options=("Paris", "Rome"), right=0)
+def test_missing_empty_or_mixed_sets_are_refused():
+    good = answered((0, 0, 0, 1, 1))
     with pytest.raises(ValueError, match="base, paraphrase, multihop, test, same_answer; found base"):
         summary({"base": good["base"]})
     with pytest.raises(ValueError, match="set 'test' holds no question"):
-        faithun(tiny_model, {name: [] if name == "test" else [one] for name in SETS})
+        summary(good | {"test": RowScores(values=torch.ones(0), unit="x")})
     with pytest.raises(ValueError, match="different variants: x, y"):
         summary(good | {"test": RowScores(values=torch.ones(3), unit="y")})
 
@@ -103,13 +104,6 @@ def test_an_answer_counts_where_it_stands_as_whole_words_in_the_first_line():
     assert not holds_answer("It is New Yorkshire", ["New York"]) and not holds_answer("Rome\nParis", ["Paris"])
     assert holds_answer("NYC", ["New York", "nyc"]) and not holds_answer("anything", ["?"])
     assert not holds_answer("", ["Paris"])
-
-
-def test_five_examples_of_the_relation_stand_before_the_question():
-    shown = [(f"q{i}", f"a{i}") for i in range(7)]
-    assert in_context_prompt("who", shown) == "q0 a0\nq1 a1\nq2 a2\nq3 a3\nq4 a4\nwho"
-    with pytest.raises(ValueError, match="4 examples of its relation, 5 are needed"):
-        in_context_prompt("who", shown[:4])
 
 
 def test_accuracy_reads_the_models_own_greedy_answer(tiny_model):
