@@ -19,6 +19,13 @@ def summary_of(thing: Any) -> tuple[str, str]:
     return first, " ".join(paper[1].split()) if paper else ""
 
 
+def _dataset(load: Any) -> tuple[str, str]:
+    """First line and source, the sentence that begins with that word, of the docstring of a loader's file."""
+    text = inspect.getdoc(inspect.getmodule(load)) or ""
+    source = re.search(r"Sources?:\s+(.*?(?<!al)\.)(?=\s|$)", text, re.DOTALL)
+    return text.partition("\n")[0], " ".join(source[1].split()).rstrip(".") if source else ""
+
+
 def datasets() -> dict[str, Any]:
     """The loader of every data set by name: general ones, and those of the published benchmarks."""
     from mech_unlearn.benchmarks import BENCHMARKS
@@ -41,7 +48,8 @@ def listing(kind: str) -> list[dict[str, str]]:
     elif kind == "worlds":
         from mech_unlearn.testbed import WORLDS as things
     else:
-        things = datasets()
+        loaders = datasets().items()
+        return [dict(zip(("name", "summary", "paper"), (name, *_dataset(load)))) for name, load in loaders]
     rows = []
     for name, thing in things.items():
         first, paper = summary_of(getattr(thing, "run", thing))

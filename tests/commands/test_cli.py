@@ -110,6 +110,19 @@ def test_methods_without_evidence_of_their_own_are_marked(call):
     assert rows["r_rome"]["summary"].startswith("RRome: ") and "2403.07175" in rows["r_rome"]["paper"]
 
 
+def test_every_data_set_is_listed_with_its_source_and_those_that_bench_asks_are_marked(call):
+    from mech_unlearn.benchmarks import BENCHMARKS
+    from mech_unlearn.data import DATASETS
+
+    rows = {row["name"]: row for row in json.loads(call("list", "datasets", "--json")[1])}
+    assert rows.keys() == {*DATASETS, *BENCHMARKS} and len(rows) == len(DATASETS) + len(BENCHMARKS) == 16
+    assert {name for name, row in rows.items() if "arXiv" not in row["paper"]} == {"jsonl"}
+    assert all(benchmark.paper in rows[name]["paper"] for name, benchmark in BENCHMARKS.items())
+    lines = {line.split()[0]: line for line in call("list", "datasets")[1].splitlines()}
+    assert lines.keys() == rows.keys() and all(row["paper"] in lines[name] for name, row in rows.items())
+    assert {name for name, line in lines.items() if line.endswith("(see `bench`)")} == {*BENCHMARKS}
+
+
 def test_an_unknown_command_or_kind_is_refused(call):
     refused(call("frobnicate"), "frobnicate")
     refused(call("list", "bananas"), "bananas")

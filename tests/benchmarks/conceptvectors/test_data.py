@@ -10,7 +10,6 @@ from mech_unlearn.benchmarks.conceptvectors.data import load_concepts
 from mech_unlearn.edit.edit import clone
 from mech_unlearn.locate.neurons.concept_causal import intrinsic, noisy
 from mech_unlearn.locate.neurons.value_vectors import project, text_mask, token_strings, value_vectors
-from mech_unlearn.model.load import load
 from mech_unlearn.model.load import load as load_model
 from tests.paths import SHARED_DATA
 from tests.tiny import tiny_tokenizer
