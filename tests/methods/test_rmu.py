@@ -16,6 +16,7 @@ from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import answer_rows, text_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import (
+    feature_importance,
     held,
     random_direction,
     row_means,

@@ -144,7 +144,7 @@ def test_a_weight_that_has_had_no_gradient_is_restored_too(learned, tmp_path, mo
 
     @dataclass(frozen=True, kw_only=True)
     class Low(Skipping):
-        schedule: Schedule = replace(Skipping.schedule, skip_forgotten=False)
+        schedule: Schedule = replace(Skipping.schedule, skip_forgotten=False, retain_sampling="cyclic")
 
         def fit(self, model, forget, retain, around=Around()):  # noqa: B008 - frozen
             def loss(now: BatchScores):
