@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -32,6 +32,12 @@ Write = Callable[[Tensor], Tensor | None]
 
 JOINT = (("attn", "split_qkv_matrix", "qkv"), ("mlp", "split_gate_up_matrix", ("gate", "in")))
 """In a block of TransformerBridge: the component with a joint matrix, what splits it, and its parts."""
+
+
+def _undrawn(make: Callable[[Any], tuple[Any, ...]], module: Any) -> tuple[Any, ...]:
+    """Parts made by the bridge, which begins them with random weights: the caller's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        return make(module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +238,7 @@ class Model:
                 make, path = getattr(bridge, maker, None), _hf_path(bridge, self.hf_paths)
                 if make is not None and path is not None:
                     parts = tuple(getattr(bridge, name).original_component for name in names)
-                    found.append(JointMatrix(path, bridge.original_component, make, parts))
+                    found.append(JointMatrix(path, bridge.original_component, partial(_undrawn, make), parts))
         return found
 
     def plain_copy(self) -> Any:
