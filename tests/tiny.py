@@ -55,7 +55,7 @@ WORDS = [
     "?",
 ]
 
-ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2", "gemma3", "qwen3", "olmo2")
+ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2", "qwen3", "olmo2")
 
 
 def tiny_tokenizer(bos: bool = True, unk: str = "<unk>"):
