@@ -56,7 +56,6 @@ from mech_unlearn.methods.knowledge_neuron_update import Refinement
 from mech_unlearn.methods.writing.questions import Optimize
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import make_queries
-from mech_unlearn.training.schedule import Schedule
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 
@@ -74,8 +73,9 @@ def tiny_sae(model, seed=0):
 
 
 def quick(method, lr=1e-3, epochs=1, **settings):
-    """A method that trains, in a few steps."""
-    return method(lr=lr, epochs=epochs, batch_size=4, **settings)
+    """A method that trains, in a few steps; settings of training go into its own schedule."""
+    training = {key: settings.pop(key) for key in ("skip_forgotten",) if key in settings}
+    return method(schedule=replace(method.schedule, lr=lr, epochs=epochs, batch_size=4, **training), **settings)
 
 
 CASES = {
