@@ -107,7 +107,7 @@ def test_knowedits_locality_is_about_the_same_subject_and_what_asks_for_the_edit
     (fact,) = forget.facts
     assert fact.object == "Red Hats" and fact.distractors == ("Blue Hats", "Green Hats")
     assert fact.heldout == ("Question: What is the band of {}?\nAnswer:",)
-    assert fact.extra["portability"] == KNOWEDIT[0]["portability"]
+    assert json.loads(json.dumps(fact.extra["portability"])) == KNOWEDIT[0]["portability"]
     assert [(f.prompt, f.object) for f in retain.same_subject] == [
         ("The birthplace of {} is", "Bern"),
         ("{} occupation", "singer"),
