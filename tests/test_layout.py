@@ -20,10 +20,12 @@ OF_SEVERAL = {
     "benchmarks/test_generated_scores.py": "the scores of generated text",
     "benchmarks/test_truth.py": "a bench beside verdicts, on known truth",
     "commands/test_strangers.py": "audit, calibrate and locate on folders of plain transformers",
+    "experiments/test_experiments.py": "what all experiments keep to",
     "locate/test_planted_truth.py": "all locators on one planted fact",
     "methods/test_output_methods.py": "the methods with losses on outputs only",
     "metrics/test_invariance.py": "all teacher-forced metrics",
     "restoration/test_audit.py": "all restoration tests together",
+    "speed/test_speed.py": "all cases of speed",
     "restoration/prompts/test_controls.py": "all attacks on the prompt, on one locked model",
 }
 

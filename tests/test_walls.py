@@ -17,9 +17,9 @@ MAY_REACH = {
     "attribution": ("core", "files"),
     "run": ("core", "files"),
     "model": ("core", "files"),
-    "edit": ("core", "files", "model"),
-    "verdict": ("core", "files"),
-    "data": ("core",),
+    "edit": ("core", "files", "attribution", "model"),
+    "verdict": ("core", "files", "attribution"),
+    "data": ("core", "files"),
     "metrics": ("core", "model"),
     "locate": ("core", "files", "attribution", "model", "edit", "metrics"),
     "training": ("core", "model", "edit"),
@@ -145,10 +145,13 @@ def test_a_word_means_one_thing():
     assert not {word: where for word, where in places.items() if len(where) > 1}
 
 
-def test_every_module_is_reached_from_another_or_is_an_entry():
+def test_every_module_has_a_door():
+    """It is reached from another, it is an entry, or the README names it."""
     reached = set().union(*with_parents(arrows()).values())
-    entries = {"mech_unlearn", "mech_unlearn.__main__", "mech_unlearn.commands.cli"}
-    assert not set(modules()) - reached - entries
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = {name for name in modules() if f"`{name}`" in readme}
+    entries = {"mech_unlearn", "mech_unlearn.__main__"}
+    assert sorted(set(modules()) - reached - told - entries) == []
 
 
 def test_the_top_level_can_be_read_at_a_glance():
