@@ -96,8 +96,7 @@ class Edit:
         return as_table(("what", "rows", "columns", "rank", "norm"), rows, f"{self!r}, recipe {dict(self.recipe)}")
 
     def _check(self, model: Model) -> None:
-        if getattr(model.bridge, "_weights_processed", False):
-            raise RuntimeError(f"edit {self.name!r}: the weights of {model.name!r} were folded; load the model anew")
+        model.require_unprocessed()
         for name, delta in self.deltas.items():
             if name not in model.held:
                 near = difflib.get_close_matches(name, model.held, n=3)

@@ -280,6 +280,31 @@ class Model:
         if wrong:
             raise RuntimeError(f"{what} of {self.name!r} has other weights: {', '.join(sorted(wrong)[:3])}")
 
+    @property
+    def n_heads(self) -> int:
+        """Attention heads of a layer."""
+        return self.bridge.cfg.n_heads
+
+    def component(self, name: str) -> Any:
+        """The part of the network that TransformerLens calls so (`ln_final`, `unembed`, `blocks.0.attn.o`).
+
+        Raises:
+            KeyError: the model has no such part.
+        """
+        try:
+            return self.bridge.get_submodule(name)
+        except AttributeError as error:
+            raise KeyError(f"model {self.name!r} has no part {name!r}") from error
+
+    def require_unprocessed(self) -> None:
+        """Check that the weights are those of the checkpoint.
+
+        Raises:
+            RuntimeError: they were folded into one another, so that an edit of them would be another.
+        """
+        if getattr(self.bridge, "_weights_processed", False):
+            raise RuntimeError(f"the weights of {self.name!r} were folded; load the model anew")
+
     def block(self, layer: int) -> str:
         """HF path of a decoder layer, for example `model.layers.3`.
 

@@ -115,13 +115,18 @@ class _Reader:
 
 
 def _component(model: Model, name: str) -> Any:
-    return model.bridge.get_submodule(name).original_component
+    """The Hugging Face module of a part.
+
+    Raises:
+        ValueError: the model has none of that name, so that its logits cannot be taken apart.
+    """
+    try:
+        return model.component(name).original_component
+    except KeyError as error:
+        raise ValueError(f"model {model.name!r} has no {name!r}: its logits cannot be taken apart") from error
 
 
 def _reader(model: Model) -> _Reader:
-    for name in ("ln_final", "unembed"):
-        if not hasattr(model.bridge, name):
-            raise ValueError(f"model {model.name!r} has no {name!r}: its logits cannot be taken apart")
     linear = _component(model, "unembed")
     weight = linear.weight.detach().cpu()
     if weight.shape[1] != model.d_model:
@@ -135,7 +140,7 @@ def _reader(model: Model) -> _Reader:
 def _split_heads(model: Model, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A function of (z, the output of W_O, attn_out), all [state, ...], that gives each head's part of attn_out and,
     last, that of the biases: [state, head + 1, d_model]."""
-    heads = model.bridge.cfg.n_heads
+    heads = model.n_heads
     project = _component(model, f"blocks.{layer}.attn.o")
     name = model.resolve(Site(layer, "attn_out")).removesuffix(".hook_out")
     behind = (
@@ -204,7 +209,7 @@ def direct_logit_attribution_per_fact(
     queries = make_queries(model.tokenizer, facts, distractors=against == "distractors")
     targets = [_targets(query, against) for query in queries]
     reader, n_layers = _reader(model), model.n_layers
-    columns = (*range(model.bridge.cfg.n_heads), "bias") if by == "head" else ("embed", "attn", "mlp", "constant")
+    columns = (*range(model.n_heads), "bias") if by == "head" else ("embed", "attn", "mlp", "constant")
     splits = [_split_heads(model, layer) for layer in range(n_layers)] if by == "head" else []
     total = torch.zeros(len(queries), n_layers + (by == "layer"), len(columns), dtype=torch.float64)
     rows = [query.full[:-1] for query in queries]

@@ -62,7 +62,7 @@ def unembedding(model: Model) -> Float[Tensor, "d_vocab d_model"]:
 @torch.no_grad()
 def _final_gain(model: Model) -> tuple[Float[Tensor, " d_model"], bool]:
     """(Gain of the final norm, whether it subtracts the mean), found by calling it: the odd part at inputs of +-1."""
-    norm = model.bridge.ln_final
+    norm = model.component("ln_final")
     x = torch.ones(1, 1, model.d_model, device=model.device, dtype=model.dtype)
     x[..., 1::2] = -1
     odd = (norm(x) - norm(-x)) / 2

@@ -144,7 +144,7 @@ def direct_effect(
     """
     size = 1e-2 * state.norm()
     steps = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12) * size
-    norm = model.bridge.ln_final
+    norm = model.component("ln_final")
     weights = {name: weight.float() for name, weight in norm.named_parameters()}
     above, below = (torch.func.functional_call(norm, weights, (x[None],))[0] for x in (state + steps, state - steps))
     change = (above - below) / (2 * size)
