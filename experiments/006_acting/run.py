@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from experiments.runner import command_line, provenance, read, write_results
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, ForgetSet
 from mech_unlearn.locate.acting.act import act_per_fact
 from mech_unlearn.locate.lenses.direct_logit_attribution import direct_logit_attribution_per_fact
@@ -76,7 +76,7 @@ def chosen(facts: Sequence[Fact]) -> tuple[Fact, ...]:
 
 def cells(each: Attribution, facts: Sequence[Fact]) -> dict[str, Any]:
     """The mean of every value over facts with its interval, unit and n, the facts that have it."""
-    result = over_facts(each, facts)
+    result = each.mean(facts)
     assert result.low is not None and result.high is not None
     count = (~each.values.isnan()).sum(0).tolist()
     columns = (result.values.tolist(), result.low.tolist(), result.high.tolist(), count)
@@ -169,7 +169,7 @@ def against_editing(profiles: dict[str, Tensor], falls: Tensor, facts: Sequence[
 
     table = Attribution(name="", values=falls, axes=("fact", "layer"), unit="", n=len(facts),
                         labels={"fact": tuple(f.id for f in facts), "layer": tuple(range(falls.shape[1]))})  # fmt: skip
-    mean = over_facts(table, facts)
+    mean = table.mean(facts)
     assert mean.low is not None and mean.high is not None
     out: dict[str, Any] = {
         "fall_by_layer": [

@@ -137,7 +137,6 @@ def _locate_in_pieces(run: Any, locator: Any, model: Any, facts: Sequence[Fact],
     import torch
     from tqdm.auto import tqdm
 
-    from mech_unlearn.attribution import over_facts
     from mech_unlearn.locate.patching.causal_trace import subject_sigma
     from mech_unlearn.model.tokens import make_queries
 
@@ -156,4 +155,4 @@ def _locate_in_pieces(run: Any, locator: Any, model: Any, facts: Sequence[Fact],
     labels = {**pieces[0].labels, "fact": tuple(fact.id for fact in facts)}
     note = pieces[0].note + (f"; in {len(pieces)} pieces, scores in this note are the first's" if pieces[1:] else "")
     whole = replace(pieces[0], values=torch.cat([p.values for p in pieces]), labels=labels, n=len(facts), note=note)
-    return over_facts(whole, facts)
+    return whole.mean(facts)

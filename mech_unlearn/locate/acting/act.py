@@ -19,11 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site, SiteKind
 from mech_unlearn.locate.acting.sites import COMPONENTS, CONTROLS, KINDS, PLACES, Setting, grid, sets
 from mech_unlearn.locate.patching.pairs import Pair, make_pairs
 from mech_unlearn.locate.patching.token_classes import token_classes
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.answers import answer_rows, answer_score, equal_shape
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.sweep import Patch, Recording, Write, record, refuse_interventions, sweep
@@ -233,6 +234,7 @@ def _falls(
     return out
 
 
+@takes_settings_of(act_per_fact)
 def act(model: Model, facts: Sequence[Fact], result: Attribution, **settings: Any) -> Attribution:
     """Average over facts of `act_per_fact` with 95 % intervals over groups of facts: axes (sites)."""
-    return over_facts(act_per_fact(model, facts, result, **settings), facts)
+    return act_per_fact(model, facts, result, **settings).mean(facts)

@@ -21,6 +21,7 @@ from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Entity, Fact, Site
 from mech_unlearn.locate.latents.latent_states import ACTIVE, CODES, background, check_sae
 from mech_unlearn.locate.latents.separation import Group, separate
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import Sae, entity_states
 
@@ -122,6 +123,7 @@ def separation(
     )
 
 
+@takes_settings_of(separation)
 def known_unknown(
     model: Model,
     facts: Sequence[Fact],

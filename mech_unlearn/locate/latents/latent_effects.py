@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.locate.latents.ablate_latents import (
     Pair,
@@ -32,6 +32,7 @@ from mech_unlearn.locate.latents.ablate_latents import (
     make_pairs,
     without,
 )
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import capture
 from mech_unlearn.model.latents import Sae
@@ -176,19 +177,18 @@ def direct_effect(
         changes = _direct(model, queries, pairs, rows, where) if pairs else (torch.zeros(0), torch.zeros(0))
         units = ("change of the logit of the answer's first token", "change of its log-probability (nats)")
         note = "contribution added to the final residual stream at the last prompt token"
-        direct = [
-            over_facts(table(x, "direct effect", unit, note), facts) for x, unit in zip(changes, units, strict=True)
-        ]
+        direct = [table(x, "direct effect", unit, note).mean(facts) for x, unit in zip(changes, units, strict=True)]
     return LatentEffects(
-        ablation=over_facts(ablation, facts),
-        control=over_facts(control, facts),
+        ablation=ablation.mean(facts),
+        control=control.mean(facts),
         logit=direct[0],
         logprob=direct[1],
-        active=over_facts(active, facts),
+        active=active.mean(facts),
         per_fact=ablation,
     )
 
 
+@takes_settings_of(direct_effect)
 def latent_ablation(model: Model, facts: Sequence[Fact], *, sae: Sae, **settings: Any) -> Attribution:
     """What the answer loses when one latent alone is taken out: axes (latent,), nats per answer token.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from mech_unlearn.core import Fact
 from mech_unlearn.locate.latents.latent_states import ACTIVE, background, check_sae, latent_blocks
 from mech_unlearn.locate.latents.separation import Contrast, Group, separate
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import Sae, ordinary_positions
 from mech_unlearn.model.pieces import pieces
@@ -77,6 +78,7 @@ def _subjects(model: Model, sae: Sae, facts: Sequence[Fact], label: str, where: 
     )
 
 
+@takes_settings_of(separate)
 def forget_retain(
     model: Model,
     facts: Sequence[Fact],
@@ -136,6 +138,7 @@ def _texts(model: Model, sae: Sae, texts: Texts, label: str, pool: str, threshol
     )
 
 
+@takes_settings_of(separate)
 def concept_other(
     model: Model,
     texts: Texts,

@@ -14,10 +14,12 @@ from mech_unlearn.core import Entity, Fact
 from mech_unlearn.locate.latents.known_unknown import separation
 from mech_unlearn.locate.latents.latent_scores import forget_retain
 from mech_unlearn.locate.latents.sae_quality import sae_quality
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import Sae
 
 
+@takes_settings_of(forget_retain, separation)
 def sae_latents(
     model: Model,
     facts: Sequence[Fact],

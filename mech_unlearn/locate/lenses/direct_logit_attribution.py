@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import stream
@@ -301,4 +301,4 @@ def direct_logit_attribution(
     Axes (layer, component) with layer -1 for the embedding, or (layer, head).
     """
     each = direct_logit_attribution_per_fact(model, facts, by=by, against=against, max_tokens=max_tokens)
-    return over_facts(each, facts)
+    return each.mean(facts)

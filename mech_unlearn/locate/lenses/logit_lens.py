@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import capture
@@ -89,4 +89,4 @@ def logit_lens(
     model: Model, facts: Sequence[Fact], *, decoder: Model | None = None, max_tokens: int = 8192
 ) -> Attribution:
     """Mean log-probability of the answers at each layer: axis (layer,), nats, averaged over facts."""
-    return over_facts(logit_lens_per_fact(model, facts, decoder=decoder, max_tokens=max_tokens), facts)
+    return logit_lens_per_fact(model, facts, decoder=decoder, max_tokens=max_tokens).mean(facts)

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Entity, Fact, Site, SiteKind
 from mech_unlearn.locate.patching.token_classes import token_classes
 from mech_unlearn.model.bridge import Model
@@ -204,7 +204,7 @@ def probe(
             relation, a prompt without such a token, or settings out of range.
     """
     each = probe_per_fact(model, facts, kind=kind, at=at, site=site, folds=folds, seed=seed, max_tokens=max_tokens)
-    return over_facts(each, facts)
+    return each.mean(facts)
 
 
 def _auc_half(auc: float, first: int, second: int) -> float:

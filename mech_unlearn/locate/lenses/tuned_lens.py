@@ -22,9 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.locate.lenses.logit_lens import lens_values
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.metrics.intervals import mean_ci
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import stream
@@ -269,6 +270,7 @@ def tuned_lens_per_fact(
     )
 
 
+@takes_settings_of(train_tuned_lens)
 def tuned_lens(
     model: Model,
     facts: Sequence[Fact],
@@ -284,4 +286,4 @@ def tuned_lens(
     See `tuned_lens_per_fact`.
     """
     how: dict[str, Any] = dict(lens=lens, texts=texts, transfer=transfer, max_tokens=max_tokens, **training)
-    return over_facts(tuned_lens_per_fact(model, facts, **how), facts)
+    return tuned_lens_per_fact(model, facts, **how).mean(facts)

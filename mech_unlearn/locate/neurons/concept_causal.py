@@ -27,6 +27,7 @@ from mech_unlearn.core import Fact
 from mech_unlearn.edit.edit import Edit, LowRank
 from mech_unlearn.locate.neurons.concept_vectors import concept_vectors
 from mech_unlearn.locate.neurons.value_vectors import STORED, TOP, WRITTEN, Gains, project, text_mask, value_vectors
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.metrics.intervals import DRAWS
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.scores import per_fact, score
@@ -212,6 +213,7 @@ def noise_effects(
     return NoiseEffects(logprob=logprob, recall=recall, std=tuple(stds), ratio=ratios)
 
 
+@takes_settings_of(noise_effects)
 def concept_causal(model: Model, facts: Sequence[Fact], *, others: Sequence[Fact], **settings: Any) -> Attribution:
     """Change of the answers' log-probability (nats) by noise on value vectors: axes (vector, effect).
 

@@ -20,6 +20,7 @@ from mech_unlearn.attribution import INTERVAL, Attribution
 from mech_unlearn.core import Fact
 from mech_unlearn.locate.neurons.neuron_attribution import Scoring, check_facts, neuron_batches, width
 from mech_unlearn.locate.neurons.neuron_scores import NeuronScores, neuron_scores
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import Query, make_queries
 
@@ -59,6 +60,7 @@ def _attribution(setting: Scoring, which: str, values: Tensor, axes: tuple[str, 
     )  # fmt: skip
 
 
+@takes_settings_of(Scoring)
 def knowledge_neurons_per_fact(
     model: Model, facts: Sequence[Fact], *, which: Literal["templates", "prompt"] = "templates", **settings: Any
 ) -> Attribution:
@@ -84,12 +86,13 @@ def knowledge_neurons_per_fact(
     return _attribution(setting, which, values, ("fact", "layer", "neuron"), facts)
 
 
+@takes_settings_of(Scoring)
 def knowledge_neurons(
     model: Model, facts: Sequence[Fact], *, which: Literal["templates", "prompt"] = "templates", **settings: Any
 ) -> Attribution:
     """Mean attribution of every neuron to the facts' answers, with 95 % intervals: axes (layer, neuron).
 
-    The interval is that of `average.over_facts`, from sums over groups, so that facts are never all held.
+    The interval is that of `Attribution.mean`, from sums over groups, so that facts are never all held.
     Takes the arguments of `knowledge_neurons_per_fact`.
 
     Raises:
@@ -125,7 +128,7 @@ def knowledge_neurons(
 def mean_scores(scores: NeuronScores) -> Attribution:
     """Mean over facts of the mean over phrasings, with 95 % intervals: axes (layer, neuron).
 
-    A score that was left out counts as zero. The interval is that of `average.over_facts`.
+    A score that was left out counts as zero. The interval is that of `Attribution.mean`.
     """
     n, cells = len(scores.facts), scores.n_layers * scores.d_mlp
     names = {name: i for i, name in enumerate(dict.fromkeys(fact.group or fact.subject for fact in scores.facts))}
@@ -159,6 +162,7 @@ def mean_scores(scores: NeuronScores) -> Attribution:
     )
 
 
+@takes_settings_of(neuron_scores)
 def located_neurons(model: Model, facts: Sequence[Fact], **settings: Any) -> Attribution:
     """Mean attribution of every neuron, for thousands of facts: axes (layer, neuron).
 

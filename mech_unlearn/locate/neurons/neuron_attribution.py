@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact, Site, SiteKind
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.answers import answer_rows, equal_shape
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.readout import readout
@@ -209,6 +210,7 @@ def neuron_batches(
             yield some, _score_group(model, [queries[i] for i in some], sites, setting).detach().cpu()
 
 
+@takes_settings_of(Scoring)
 def neuron_attribution(model: Model, queries: Sequence[Query], **settings: Any) -> Float[Tensor, "query layer neuron"]:
     """Attribution of every neuron to the answer of each query, in the unit of the target (by default probability).
 

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.locate.neurons.neuron_attribution import width
 from mech_unlearn.locate.neurons.neuron_sets import Neuron, NeuronSets, random_like
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.answers import answer_rows, answer_score, equal_shape
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.sweep import Patch, Recording, Write, record, refuse_interventions, sweep
@@ -220,6 +221,7 @@ def _pooled(clean: Tensor, changed: Tensor, name: Callable[[int, int, int], str]
     return ", ".join(f"{name(*cell)} {ratio[cell].item():+.1%}" for cell in cells)
 
 
+@takes_settings_of(neuron_effects_per_fact)
 def neuron_effects(model: Model, sets: NeuronSets, **settings: Any) -> Attribution:
     """Mean of `neuron_effects_per_fact` over facts that have neurons, with 95 % intervals: (change, neurons, asked)."""
-    return over_facts(neuron_effects_per_fact(model, sets, **settings), sets.facts)
+    return neuron_effects_per_fact(model, sets, **settings).mean(sets.facts)

@@ -22,6 +22,7 @@ from torch import Tensor
 from mech_unlearn.core import Fact
 from mech_unlearn.files import claim
 from mech_unlearn.locate.neurons.neuron_attribution import Scoring, check_facts, neuron_batches, width
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import Query, make_queries
 
@@ -90,6 +91,7 @@ def _data_hash(queries: Sequence[Query]) -> str:
     return hashlib.sha256(rows.encode()).hexdigest()
 
 
+@takes_settings_of(Scoring)
 def neuron_scores(
     model: Model,
     facts: Sequence[Fact],

@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site, SiteKind
 from mech_unlearn.locate.patching.pairs import UNITS, Pair, check_metric, class_places, make_pairs, record_pairs
 from mech_unlearn.locate.patching.token_classes import CLASSES
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.answers import answer_rows, answer_score, equal_shape
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.sweep import Patch, put, refuse_interventions, sweep
@@ -159,11 +160,13 @@ def activation_patching_per_fact(
     )  # fmt: skip
 
 
+@takes_settings_of(activation_patching_per_fact)
 def activation_patching(model: Model, facts: Sequence[Fact], **settings: Any) -> Attribution:
     """Average over facts of `activation_patching_per_fact`: axes (token, layer) or (layer, head)."""
-    return over_facts(activation_patching_per_fact(model, facts, **settings), facts)
+    return activation_patching_per_fact(model, facts, **settings).mean(facts)
 
 
+@takes_settings_of(activation_patching_per_fact, without=("direction", "metric"))
 def interchange(model: Model, facts: Sequence[Fact], **settings: Any) -> Attribution:
     """Share of swaps after which greedy decoding gives the answer of the person whose state was copied in.
 

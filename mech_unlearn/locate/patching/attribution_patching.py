@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site, SiteKind
 from mech_unlearn.locate.patching.activation_patching import HEADS, Effects, as_attribution, patch_table, units_of
 from mech_unlearn.locate.patching.pairs import Pair, check_metric, class_places, make_pairs, record_pairs
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.answers import answer_rows, answer_score
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.bridge import Write as Hook
@@ -126,9 +127,10 @@ def attribution_patching_per_fact(
     )  # fmt: skip
 
 
+@takes_settings_of(attribution_patching_per_fact)
 def attribution_patching(model: Model, facts: Sequence[Fact], **settings: Any) -> Attribution:
     """Average over facts of `attribution_patching_per_fact`: axes (token, layer) or (layer, head)."""
-    return over_facts(attribution_patching_per_fact(model, facts, **settings), facts)
+    return attribution_patching_per_fact(model, facts, **settings).mean(facts)
 
 
 def agreement(true: Attribution, estimate: Attribution, k: int = 10) -> dict[str, float]:

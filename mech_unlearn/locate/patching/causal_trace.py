@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site, SiteKind
 from mech_unlearn.locate.patching.token_classes import CLASSES, token_classes
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.answers import answer_rows, answer_score, equal_shape
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.sweep import Patch, Recording, put, record, refuse_interventions, sweep
@@ -271,11 +272,13 @@ def causal_trace_per_fact(
     )
 
 
+@takes_settings_of(causal_trace_per_fact)
 def causal_trace(model: Model, facts: Sequence[Fact], **settings: Any) -> Attribution:
     """Average over facts (those whose prompt has the class) of `causal_trace_per_fact`: axes (token, layer)."""
-    return over_facts(causal_trace_per_fact(model, facts, **settings), facts)
+    return causal_trace_per_fact(model, facts, **settings).mean(facts)
 
 
+@takes_settings_of(causal_trace_per_fact)
 def causal_trace_tokens(model: Model, fact: Fact, **settings: Any) -> Attribution:
     """Indirect effect of each token of one fact's main prompt and layer: axes (token, layer), probability.
 

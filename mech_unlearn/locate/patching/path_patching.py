@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site, SiteKind
 from mech_unlearn.locate.patching.activation_patching import Effects, as_attribution, patch_table
 from mech_unlearn.locate.patching.pairs import Pair, check_metric, make_pairs, record_pairs
+from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.answers import answer_rows, answer_score
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.sweep import Patch, Recording, Write, put, refuse_interventions, sweep
@@ -168,6 +169,7 @@ def path_patching_per_fact(
     return as_attribution(f"path patching, {direction}", facts, found, "z", (), metric, note)
 
 
+@takes_settings_of(path_patching_per_fact)
 def path_patching(model: Model, facts: Sequence[Fact], **settings: Any) -> Attribution:
     """Average over facts of `path_patching_per_fact`: axes (layer, head)."""
-    return over_facts(path_patching_per_fact(model, facts, **settings), facts)
+    return path_patching_per_fact(model, facts, **settings).mean(facts)

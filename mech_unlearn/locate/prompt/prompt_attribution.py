@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact
 from mech_unlearn.locate.prompt.prompt_baselines import BASELINES, CLASSES, baselines, free_positions, prompt_classes
 from mech_unlearn.model.bridge import Model
@@ -205,7 +205,7 @@ def prompt_attribution(
         model, facts, how=how, baseline=baseline, steps=steps, samples=samples, keep_bos=keep_bos, seed=seed,
         max_tokens=max_tokens,
     )  # fmt: skip
-    return over_facts(each, facts)
+    return each.mean(facts)
 
 
 def prompt_attribution_tokens(

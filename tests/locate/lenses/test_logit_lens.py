@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact
 from mech_unlearn.locate.lenses.logit_lens import logit_lens, logit_lens_per_fact
 from mech_unlearn.model.load import load
@@ -85,13 +85,13 @@ def test_with_one_fact_per_group_the_interval_is_the_textbook_one_and_copies_of_
             unit="nats", n=len(rows),
         )  # fmt: skip
 
-    once = over_facts(result(values), facts)
+    once = result(values).mean(facts)
     known = values[:3, 0]
     half = 1.96 * known.std(unbiased=True) / 3**0.5
     torch.testing.assert_close(
         torch.stack([once.values[0], once.high[0]]), torch.stack([known.mean(), known.mean() + half])
     )
-    twice = over_facts(result(values.repeat(2, 1)), facts * 2)
+    twice = result(values.repeat(2, 1)).mean(facts * 2)
     torch.testing.assert_close(twice.low, once.low)
-    alone = over_facts(result(values[:1]), facts[:1])
+    alone = result(values[:1]).mean(facts[:1])
     assert alone.values.item() == 1.0 and alone.low.isnan().all()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mech_unlearn.attribution import Attribution, over_facts
+from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.locate.neurons.knowledge_neurons import (
@@ -151,7 +151,7 @@ def test_a_neuron_planted_by_hand_is_found_only_once_it_is_there():
 def test_the_mean_over_facts_has_the_intervals_of_the_table_per_fact(tiny_model):
     facts = tiny_facts(["Anna Lee", "Ben Hill", "Cara Moss"])[:5]
     found = knowledge_neurons(tiny_model, facts, steps=3)
-    expected = over_facts(knowledge_neurons_per_fact(tiny_model, facts, steps=3), facts)
+    expected = knowledge_neurons_per_fact(tiny_model, facts, steps=3).mean(facts)
     assert found.axes == ("layer", "neuron") and found.n == 5 and len(found.top(7)) == 7
     for name in ("values", "low", "high"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-7, rtol=1e-4)
@@ -209,7 +209,7 @@ def test_the_mean_of_kept_scores_and_its_interval_are_those_of_the_same_scores_a
         table[fact, layer, neuron] += value / scores.phrasings[fact]
     axes = ("fact", "layer", "neuron")
     labels = dict(zip(axes, map(tuple, map(range, table.shape)), strict=True))
-    dense = over_facts(Attribution(name="", values=table, axes=axes, labels=labels, unit="", n=6), facts)
+    dense = Attribution(name="", values=table, axes=axes, labels=labels, unit="", n=6).mean(facts)
     sparse = mean_scores(scores)
     assert sparse.values.count_nonzero() > 10 and sparse.n == 6
     for ours, theirs in ((sparse.values, dense.values), (sparse.low, dense.low), (sparse.high, dense.high)):
