@@ -1,31 +1,62 @@
-"""Where is it kept? One file per way to look, each a function (model, facts, ...) -> Attribution."""
+"""Where is it kept? One file per way to look, each a function (model, facts, ...) -> Attribution.
+
+`LOCATORS` holds those that the command line runs. Behind them stand tests of what they say (`act`, `consensus`,
+`neuron_effects`, `noise_effects`) and closer looks (`candidates`, `top_contexts`, `probe_groups`, `concept_other`, and
+token by token `causal_trace_tokens`, `prompt_attribution_tokens`).
+"""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from mech_unlearn.attribution import Attribution
+from mech_unlearn.locate.acting.act import act
+from mech_unlearn.locate.acting.consensus import consensus
 from mech_unlearn.locate.latents.known_unknown import known_unknown
 from mech_unlearn.locate.latents.latent_effects import latent_ablation
+from mech_unlearn.locate.latents.latent_scores import concept_other
 from mech_unlearn.locate.latents.sae_latents import sae_latents
+from mech_unlearn.locate.latents.top_contexts import top_contexts
 from mech_unlearn.locate.lenses.direct_logit_attribution import (
     direct_logit_attribution,
     direct_logit_attribution_per_fact,
 )
 from mech_unlearn.locate.lenses.logit_lens import logit_lens, logit_lens_per_fact
-from mech_unlearn.locate.lenses.probes import probe
+from mech_unlearn.locate.lenses.probes import probe, probe_groups
 from mech_unlearn.locate.lenses.tuned_lens import tuned_lens
-from mech_unlearn.locate.neurons.concept_vectors import concept_vectors
+from mech_unlearn.locate.neurons.concept_causal import noise_effects
+from mech_unlearn.locate.neurons.concept_vectors import candidates, concept_vectors
 from mech_unlearn.locate.neurons.knowledge_neurons import located_neurons
+from mech_unlearn.locate.neurons.neuron_interventions import neuron_effects
 from mech_unlearn.locate.patching.activation_patching import (
     activation_patching,
     activation_patching_per_fact,
     interchange,
 )
 from mech_unlearn.locate.patching.attribution_patching import attribution_patching, attribution_patching_per_fact
-from mech_unlearn.locate.patching.causal_trace import causal_trace, causal_trace_per_fact
+from mech_unlearn.locate.patching.causal_trace import causal_trace, causal_trace_per_fact, causal_trace_tokens
 from mech_unlearn.locate.patching.path_patching import path_patching, path_patching_per_fact
-from mech_unlearn.locate.prompt.prompt_attribution import prompt_attribution, prompt_attribution_per_fact
+from mech_unlearn.locate.prompt.prompt_attribution import (
+    prompt_attribution,
+    prompt_attribution_per_fact,
+    prompt_attribution_tokens,
+)
+
+__all__ = [
+    "INPUTS",
+    "LOCATORS",
+    "Locator",
+    "act",
+    "candidates",
+    "causal_trace_tokens",
+    "concept_other",
+    "consensus",
+    "neuron_effects",
+    "noise_effects",
+    "probe_groups",
+    "prompt_attribution_tokens",
+    "top_contexts",
+]
 
 INPUTS = ("seed", "others", "retain", "unknown", "texts", "sae", "saes", "folder")
 """What a locator may need beside model and facts; the command line finds it."""
