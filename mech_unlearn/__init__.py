@@ -6,7 +6,6 @@ Importing this package imports nothing else; each verb comes with its room when 
 `report` are rooms as well as verbs: calling the room `mech_unlearn.locate` runs the verb, whatever was imported first.
 """
 
-import inspect
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -48,7 +47,9 @@ class _RoomAndVerb(ModuleType):
         return _verb(self.__name__.rpartition(".")[2])(*args, **settings)
 
     @property
-    def __signature__(self) -> inspect.Signature:
+    def __signature__(self) -> Any:
+        import inspect
+
         return inspect.signature(_verb(self.__name__.rpartition(".")[2]))
 
 

@@ -174,16 +174,16 @@ def side_by_side(
                     if log:
                         log(message)
                 for future in done:
-                    yield running[future], _result(future, running[future])
+                    yield running[future], _result(future, [running[left] for left in (future, *waiting)])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _result(future: Future[Found], name: Any) -> Found:
+def _result(future: Future[Found], left: Sequence[Any]) -> Found:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        raise RuntimeError(f"a process was killed while {name!r} was under way") from error
+        raise RuntimeError(f"a process was killed; not finished: {', '.join(map(repr, left))}") from error
 
 
 def _begin(said: Any, setup: Callable[..., None] | None, given: tuple[Any, ...]) -> None:

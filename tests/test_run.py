@@ -130,5 +130,5 @@ def test_forked_processes_inherit_what_cannot_be_pickled_and_say_what_they_do():
 
 
 def test_a_process_that_is_killed_ends_the_run_by_name():
-    with pytest.raises(RuntimeError, match="killed while 'x' was under way"):
+    with pytest.raises(RuntimeError, match="a process was killed; not finished: 'x'"):
         list(side_by_side(["x"], die, workers=1))

@@ -24,6 +24,9 @@ from mech_unlearn.edit.edit import twin
 from mech_unlearn.files import write_json
 from mech_unlearn.run import Run, open_run, provenance
 
+UNSPECIFIED = ("texts", "unknown")
+"""Options that stand in a run's spec by the hash of what was read."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prepared:
@@ -272,7 +275,7 @@ def run_audit(options: AuditOptions) -> dict[str, Any]:
             before, asked, kept, retrained=others, sae=options.sae, tests=options.tests,
             calibration=options.calibration, seed=options.seed, log=log, **given,
         )  # fmt: skip
-        spec = spec_of("audit", options, ("texts", "unknown"), tests=list(prepared.tests), hashes=about)
+        spec = spec_of("audit", options, UNSPECIFIED, tests=list(prepared.tests), hashes=about)
         run = open_run(options.out, spec)
         write_json(run.folder / "provenance.json", provenance(about, options.seed, options.device))
         models = {"full": stack.enter_context(clone(before)), "unlearned": after}

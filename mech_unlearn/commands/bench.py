@@ -25,6 +25,9 @@ from mech_unlearn.metrics.intervals import mean_ci
 from mech_unlearn.report.tables import COLUMNS, NO_VERDICT
 from mech_unlearn.run import Run, open_run, provenance
 
+UNSPECIFIED = ("name", "logs", "retain_logs", "intervals", "rows_per_author")
+"""Options of logs, and the name, which stands in the spec as `benchmark`."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Questioned:
@@ -125,7 +128,7 @@ def _open(options: BenchOptions, asked: Questioned, prepared: Prepared | None) -
     spec = spec_of(
         "bench",
         options,
-        ("name", "logs", "retain_logs", "intervals", "rows_per_author"),
+        UNSPECIFIED,
         benchmark=options.name,
         settings=dict(asked.settings),
         tests=list(prepared.tests) if prepared else [],

@@ -57,10 +57,11 @@ def unlearn(
         ValueError: an unknown method or setting, or what the method refuses.
     """
     forget_set = forget if isinstance(forget, ForgetSet) else ForgetSet(facts=tuple(forget))
+    kept = retain.facts if isinstance(retain, RetainSet) else tuple(retain)
     if not isinstance(retain, RetainSet):
-        retain = retain_set(forget_set.facts, retain, texts, unknown)
+        retain = retain_set(forget_set.facts, kept, texts, unknown)
     choose_method(method, settings, seed)
-    made = _made(method, settings, seed, model, forget_set, retain, sae)
+    made = _made(method, settings, seed, model, forget_set, kept, retain, sae)
     return _fit(made, model, forget_set, retain, sequential)
 
 
@@ -96,16 +97,23 @@ def _reads_sae(kind: Any) -> bool:
 
 
 def _made(
-    name: str, settings: Mapping[str, Any], seed: int, model: Any, forget: ForgetSet, retain: RetainSet, sae: Any
+    name: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    model: Any,
+    forget: ForgetSet,
+    kept: Sequence[Fact],
+    retain: RetainSet,
+    sae: Any,
 ) -> Any:
-    """The method with its settings; an SAE is opened or trained for one that reads it."""
+    """The method with its settings; an SAE is opened, or trained on all facts written out, for one that reads it."""
     from mech_unlearn.methods import METHODS
 
     if not _reads_sae(METHODS[name]):
         return make_method(name, settings, seed)
     if sae is None or isinstance(sae, str):
-        written = mentions((*forget.facts, *retain.neighbors, *retain.same_subject))
-        sae = open_sae(sae, model, (*written, *prompts_about(retain.unknown, forget.facts), *retain.texts), seed)
+        written = (*mentions((*forget.facts, *kept)), *prompts_about(retain.unknown, forget.facts))
+        sae = open_sae(sae, model, (*written, *retain.texts), seed)
     return make_method(name, settings, seed, sae=sae)
 
 
@@ -151,11 +159,10 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     spec = spec_of("unlearn", options, hashes=about)
     if begun:
         open_run(out, spec)
+    edit = Edit.load(out / SAVED, model) if begun and (out / SAVED).is_file() else None
+    made = None if edit else _made(options.method, settings, options.seed, model, forget, kept, retain, options.sae)
     before = _outputs(model, model, forget, retain, options.seed)
-    if begun and (out / SAVED).is_file():
-        edit = Edit.load(out / SAVED, model)
-    else:
-        made = _made(options.method, settings, options.seed, model, forget, retain, options.sae)
+    if edit is None:
         edit = _fit(made, model, forget, retain, options.sequential, out / CHECKPOINT)
         open_run(out, spec)
         edit.save(out / SAVED)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mech_unlearn.core import Entity, Site
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.capture import stream
+from mech_unlearn.model.capture import capture, stream
 from mech_unlearn.model.tokens import encode_all
 
 TRANSFER_BOUND = 1.5
@@ -256,11 +256,4 @@ def entity_states(
     texts = [prefix + entity.name for entity in entities for prefix in prefixes]
     known = encode_all(model.tokenizer, texts)
     rows = [known[text].ids for text in texts]
-    return last_states(model, rows, site).unflatten(0, (len(entities), len(prefixes)))
-
-
-def last_states(model: Model, rows: Sequence[Sequence[int]], site: Site) -> Float[Tensor, "row d_model"]:
-    """Activations at the last token of each row, in the order of the rows, on the CPU."""
-    parts = list(stream(model, rows, [site], "last"))
-    order = torch.cat([part.index[:, 0] for part in parts]).argsort()
-    return torch.cat([part.at[site] for part in parts])[order]
+    return capture(model, rows, [site], "last")[site].unflatten(0, (len(entities), len(prefixes)))

@@ -7,6 +7,8 @@ import pytest
 import typer
 
 from mech_unlearn.commands import options
+from mech_unlearn.commands.audit import UNSPECIFIED as UNSPECIFIED_AUDIT
+from mech_unlearn.commands.bench import UNSPECIFIED as UNSPECIFIED_BENCH
 from mech_unlearn.commands.cli import app
 from mech_unlearn.commands.options import AuditOptions, LocateOptions, spec_of
 
@@ -40,3 +42,28 @@ def test_a_spec_holds_what_was_asked_and_not_where_it_is_written():
     assert spec["seed"] == 3 and spec["unknown"] is None and not {"out", "as_json"} & spec.keys()
     audit = AuditOptions(full="a", unlearned="b", facts=Path("f"), texts=Path("t"))
     assert "texts" not in spec_of("audit", audit, ("texts",)) and spec_of("audit", audit)["retrained"] == []
+
+
+KEYS = {
+    "demo": "command world seed",
+    "locate": "command model facts how settings seed unknown retain texts sae device dtype",
+    "unlearn": "command model forget retain method settings sequential sae seed unknown texts device dtype",
+    "audit": "command full unlearned retrained facts retain sae seed calibration device dtype tests",
+    "bench": "command benchmark data settings limit full unlearned retrained sae seed tests calibration device dtype",
+}
+"""What a run of each command has stood under since runs resume; another key would make old runs another's."""
+ASKED = {
+    "demo": {},
+    "locate": dict(model="m", facts=Path("f"), how="probe"),
+    "unlearn": dict(model="m", forget=Path("f"), retain=Path("r"), method="rocr", out=Path("o")),
+    "audit": dict(full="a", unlearned="b", facts=Path("f")),
+    "bench": dict(name="tofu"),
+}
+WITHOUT = {"audit": UNSPECIFIED_AUDIT, "bench": UNSPECIFIED_BENCH}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_spec_has_the_keys_by_which_runs_resume(name):
+    more = {"benchmark": "tofu"} if name == "bench" else {}
+    spec = spec_of(name, COMMANDS[name](**ASKED[name]), WITHOUT.get(name, ()), **more)
+    assert set(spec) == set(KEYS[name].split())

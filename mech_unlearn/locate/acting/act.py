@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site, SiteKind
-from mech_unlearn.locate.acting.sites import COMPONENTS, CONTROLS, KINDS, PLACES, Setting, grid, sets
+from mech_unlearn.locate.acting.sites import COMPONENTS, CONTROLS, KINDS, PLACES, Ablation, grid, sets
 from mech_unlearn.locate.patching.pairs import Pair, make_pairs
 from mech_unlearn.locate.patching.token_classes import token_classes
 from mech_unlearn.locate.signature import takes_settings_of
@@ -156,7 +156,7 @@ def act_per_fact(
     refuse_interventions(model)
     _check(result, facts, kind, at, k, random_draws, ablation=ablation, rank=rank, which=which)
     axes = result.axes[-2:]
-    setting = Setting(k=k, kind=kind or KINDS[axes][0], at=at, ablation=ablation, rank=rank, draws=random_draws,
+    setting = Ablation(k=k, kind=kind or KINDS[axes][0], at=at, ablation=ablation, rank=rank, draws=random_draws,
                        seed=seed)  # fmt: skip
     forms = {"paraphrases": lambda f: f.paraphrases, "heldout": lambda f: f.heldout, "prompt": lambda f: (f.prompt,)}
     if bare := [f.id for f in facts if not forms[which](f)]:
@@ -186,7 +186,7 @@ def act_per_fact(
 
 
 def _falls(
-    model: Model, pairs: Sequence[Pair], result: Attribution, tables: Sequence[Tensor], setting: Setting, tokens: int
+    model: Model, pairs: Sequence[Pair], result: Attribution, tables: Sequence[Tensor], setting: Ablation, tokens: int
 ) -> Float[Tensor, "pair set"]:
     """Fall for each pair of the top sites and, mean over draws, of each control."""
     kinds = tuple(COMPONENTS.values()) if "component" in result.axes else (setting.kind,)

@@ -28,7 +28,7 @@ PLACES = (*CLASSES, "subject", "answer", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class Ablation:
     """What is ablated, and how much of it."""
 
     k: int
@@ -59,7 +59,7 @@ def _places(query: Query, at: str) -> list[int]:
     return list(range(query.span[0], answer[-1] + 1)) if at == "all" else class_places(query)[at]
 
 
-def grid(result: Attribution, values: Tensor, query: Query, setting: Setting) -> Grid:
+def grid(result: Attribution, values: Tensor, query: Query, setting: Ablation) -> Grid:
     """The sites of a prompt with their values, without those that have none."""
     axes = result.axes[-2:]
     rows, columns = (result.labels[axis] for axis in axes)
@@ -109,7 +109,7 @@ def _like(of: Tensor, top: list[int], free: Tensor, generator: torch.Generator) 
     return out
 
 
-def sets(grid: Grid, setting: Setting, by_token: bool, name: str) -> tuple[list[list[int]], list[int]]:
+def sets(grid: Grid, setting: Ablation, by_token: bool, name: str) -> tuple[list[list[int]], list[int]]:
     """(Sets of sites, what each is: 0 the top, 1.. the control it belongs to)."""
     if len(grid.score) < 2 * setting.k:
         raise ValueError(

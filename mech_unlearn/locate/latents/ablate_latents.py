@@ -119,7 +119,7 @@ def active_codes(model: Model, sae: Sae, queries: Sequence[Query], where: str) -
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class Removal:
     """One prompt and one latent to take out of it."""
 
     query: int
@@ -130,15 +130,15 @@ class Pair:
     """Latents that the control may use."""
 
 
-def make_pairs(codes: Sequence[Codes], wanted: Sequence[int], barred: Sequence[int]) -> list[Pair]:
-    """One pair for each prompt and wanted latent that is active there; controls never use the barred latents."""
+def make_removals(codes: Sequence[Codes], wanted: Sequence[int], barred: Sequence[int]) -> list[Removal]:
+    """One removal for each prompt and wanted latent that is active there; controls never use the barred latents."""
     pairs, wanted_, barred_ = [], torch.tensor(wanted), torch.tensor(barred, dtype=torch.long)
     for q, code in enumerate(codes):
         active = code.latent.unique()
         free = active[~torch.isin(active, barred_)]
         for j in active[torch.isin(active, wanted_)].tolist():
             hit = code.latent == j
-            pairs.append(Pair(q, j, code.position[hit], code.value[hit], free[free != j]))
+            pairs.append(Removal(q, j, code.position[hit], code.value[hit], free[free != j]))
     return pairs
 
 
@@ -155,7 +155,7 @@ class _Subtract:
 
 
 def without(
-    model: Model, site: Site, queries: Sequence[Query], pairs: Sequence[Pair], directions: Float[Tensor, "pair d"]
+    model: Model, site: Site, queries: Sequence[Query], pairs: Sequence[Removal], directions: Float[Tensor, "pair d"]
 ) -> Float[Tensor, " pair"]:
     """Log-probability of the answer, nats per token, with each pair's activation times its direction taken out."""
     size, parts = max(1, CODES // directions.shape[1]), []
@@ -171,7 +171,7 @@ def without(
 
 
 def control_of(
-    model: Model, site: Site, queries: Sequence[Query], pairs: Sequence[Pair], rows: Tensor, draws: int, seed: int
+    model: Model, site: Site, queries: Sequence[Query], pairs: Sequence[Removal], rows: Tensor, draws: int, seed: int
 ) -> Float[Tensor, " pair"]:
     """Mean over draws of `without` along other active latents, as long as the pair's own row; NaN where none is."""
     generator = torch.Generator().manual_seed(seed)

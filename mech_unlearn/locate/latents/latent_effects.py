@@ -24,12 +24,12 @@ from torch import Tensor
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site
 from mech_unlearn.locate.latents.ablate_latents import (
-    Pair,
+    Removal,
     active_codes,
     check_latents,
     control_of,
     decoder_rows,
-    make_pairs,
+    make_removals,
     without,
 )
 from mech_unlearn.locate.signature import takes_settings_of
@@ -63,7 +63,7 @@ class LatentEffects:
 
 @torch.no_grad()
 def _direct(
-    model: Model, queries: Sequence[Query], pairs: Sequence[Pair], rows: Tensor, where: str
+    model: Model, queries: Sequence[Query], pairs: Sequence[Removal], rows: Tensor, where: str
 ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
     """Change of logit and log-probability of the answer's first token when a contribution is added at the very end."""
     ends = [len(query.prompt) - 1 for query in queries]
@@ -95,7 +95,7 @@ def _table(
     facts: Sequence[Fact],
     queries: Sequence[Query],
     labels: Sequence[int],
-    pairs: Sequence[Pair],
+    pairs: Sequence[Removal],
     values: Float[Tensor, " pair"],
     name: str,
     unit: str,
@@ -155,7 +155,7 @@ def direct_effect(
     labels = tuple(firing if latents is None else latents)
     if not labels:
         raise ValueError(f"no latent is active at {sae.site} on these prompts (where={where!r})")
-    pairs = make_pairs(codes, labels, () if latents is None else labels)
+    pairs = make_removals(codes, labels, () if latents is None else labels)
     rows = decoder_rows(sae, range(sae.d_sae)).cpu()
     clean = score(model, queries).logprob[:, 0]
     table = partial(_table, sae.site, facts, queries, labels, pairs)
