@@ -7,7 +7,7 @@ import pytest
 from mech_unlearn.commands.demo import Study, run_demo
 from mech_unlearn.commands.options import DemoOptions
 from mech_unlearn.edit.edit import clone
-from mech_unlearn.locate.lenses.probes import probe_auc
+from mech_unlearn.locate.lenses.probe_auc import probe_auc
 from mech_unlearn.methods import SaeShift
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.metrics import recall

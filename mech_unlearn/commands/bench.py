@@ -1,7 +1,7 @@
 """What the command `bench` does: a benchmark's own table for checkpoints, and the restoration tests beside it.
 
 Three stages. A benchmark asks each model once (a cell per model and benchmark, never computed again); the table is made
-of the cells; the facts that have a subject go through `audit.Prepared`, as in the command `audit`.
+of the cells; the facts that have a subject go through `prepared.Prepared`, as in the command `audit`.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ from mech_unlearn.benchmarks import BENCHMARKS, Benchmark
 from mech_unlearn.benchmarks.answers import BenchmarkFacts, counted
 from mech_unlearn.benchmarks.forms import FORMS_KEY, ask_forms
 from mech_unlearn.benchmarks.table import tabulate
-from mech_unlearn.commands.audit import Prepared, named_tests, open_unlearned, prepare_audit
 from mech_unlearn.commands.inputs import arguments, choose, hashes, open_model, progress
 from mech_unlearn.commands.options import BenchOptions, spec_of
+from mech_unlearn.commands.prepared import Prepared, named_tests, open_unlearned, prepare_audit
 from mech_unlearn.core import LABELS, Fact
 from mech_unlearn.files import write_json
 from mech_unlearn.metrics.intervals import mean_ci

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
-from mech_unlearn.locate.lenses.probes import probe_auc
+from mech_unlearn.locate.lenses.probe_auc import probe_auc
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, protected_bases
 from mech_unlearn.model.bridge import Model

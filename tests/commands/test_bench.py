@@ -11,8 +11,8 @@ import pytest
 from mech_unlearn.benchmarks import BENCHMARKS
 from mech_unlearn.benchmarks.answers import BenchmarkFacts
 from mech_unlearn.commands import cli
-from mech_unlearn.commands.audit import prepare_audit
 from mech_unlearn.commands.bench import askable, restorable, restoration
+from mech_unlearn.commands.prepared import prepare_audit
 from mech_unlearn.core import LABELS, RetainSet
 from mech_unlearn.report.tables import COLUMNS, NO_VERDICT
 from tests.checkpoints import table_of, write

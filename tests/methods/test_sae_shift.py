@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
-from mech_unlearn.locate.lenses.probes import probe_auc
+from mech_unlearn.locate.lenses.probe_auc import probe_auc
 from mech_unlearn.methods import SaeShift
 from mech_unlearn.methods.sae_shift import known_scores, latent_masks, pre_activations, shifted
 from mech_unlearn.methods.writing import keys

@@ -115,11 +115,7 @@ class _Reader:
 
 
 def _component(model: Model, name: str) -> Any:
-    """The Hugging Face module of a part.
-
-    Raises:
-        ValueError: the model has none of that name, so that its logits cannot be taken apart.
-    """
+    """The Hugging Face module of a part; ValueError where the model has none of that name."""
     try:
         return model.component(name).original_component
     except KeyError as error:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
-from mech_unlearn.locate.lenses.probes import probe_auc
+from mech_unlearn.locate.lenses.probe_auc import probe_auc
 from mech_unlearn.methods.experimental.iru_bands import (
     Bands,
     Plan,
