@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mech_unlearn.metrics.evaluate import TokenRow, score_answers
+from mech_unlearn.metrics.evaluate import TokenRow, encode_pairs, score_answers
 from mech_unlearn.model.load import load
 from mech_unlearn.model.tokens import buckets
 from speed.shapes import Shape, Way

@@ -51,7 +51,6 @@ class CommonOptions:
     """What every command asks that loads a user's models."""
 
     unknown: Unknown = None
-    texts: Texts = None
     sae: SaeSource = None
     device: Device = "cpu"
     dtype: Dtype = "float32"
@@ -69,6 +68,7 @@ class LocateOptions(CommonOptions):
     out: Out = Path("runs/locate")
     settings: Settings = field(default_factory=list)
     retain: Retain = None
+    texts: Texts = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ class UnlearnOptions(CommonOptions):
     method: Annotated[str, typer.Option(help="one of `mech-unlearn list methods`")]
     out: Annotated[Path, typer.Option(help="folder for edit.safetensors and the exported model")]
     settings: Settings = field(default_factory=list)
+    texts: Texts = None
     sequential: Annotated[
         int | None, typer.Option(min=1, help="forget so many entities at a time, one request after another")
     ] = None
@@ -96,6 +97,7 @@ class AuditOptions(CommonOptions):
     out: Out = Path("runs/audit")
     retrained: Retrained = field(default_factory=list)
     retain: Retain = None
+    texts: Texts = None
     tests: Tests = "core"
     calibration: CalibrationSource = "auto"
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Entity, Fact, Site, SiteKind
+from mech_unlearn.locate.lenses.probe_auc import probe_auc
 from mech_unlearn.locate.patching.token_classes import token_classes
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import capture

@@ -5,7 +5,7 @@ import torch
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods import Ssd
-from mech_unlearn.methods.experimental.ssd import damping
+from mech_unlearn.methods.experimental.ssd import damping, weight_importance
 from mech_unlearn.model.load import load
 from mech_unlearn.training.rows import answer_rows
 from mech_unlearn.training.trainee import trained_copy
