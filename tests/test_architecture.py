@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_walls import arrows, closure, room
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -30,6 +32,24 @@ def test_what_the_page_names_is_there(path, name):
 def test_a_name_that_is_not_there_would_be_seen():
     names = defined(ROOT / "mech_unlearn" / "core.py")
     assert "Fact" in names and "Fakt" not in names
+
+
+def drawn() -> set[tuple[str, str]]:
+    """The arrows of the page's picture."""
+    return set(re.findall(r"^  (\w+) --> (\w+)$", PAGE, re.MULTILINE))
+
+
+def test_the_picture_shows_the_imports_between_rooms_and_no_other():
+    own = {"mech_unlearn", "__main__"}
+    pairs = {(room(a), room(b)) for a, others in arrows().items() for b in others}
+    graph: dict[str, set[str]] = {}
+    for a, b in {(a, b) for a, b in pairs if a != b and not {a, b} & own}:
+        graph.setdefault(a, set()).add(b)
+    reached = {a: closure(set(others), graph) for a, others in graph.items()}
+    direct = {
+        (a, b) for a, others in graph.items() for b in others if not any(b in reached.get(c, ()) for c in others - {b})
+    }
+    assert drawn() == direct
 
 
 def rooms() -> set[str]:
