@@ -134,7 +134,7 @@ class BenchOptions:
     ] = "core"
     sae: SaeSource = None
     calibration: CalibrationSource = "auto"
-    limit: Annotated[int | None, typer.Option(min=1, help="so many rows of each set of the benchmark")] = None
+    limit: Annotated[int | None, typer.Option(help="so many rows of each set of the benchmark")] = None
     logs: Annotated[Path | None, typer.Option(help="tofu without models: an evaluation log, .json or .json.gz")] = None
     retain_logs: Annotated[
         Path | None, typer.Option(help="evaluation log of the model retrained without the forget set")

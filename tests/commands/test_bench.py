@@ -10,7 +10,6 @@ import pytest
 
 from mech_unlearn.benchmarks import BENCHMARKS
 from mech_unlearn.benchmarks.answers import BenchmarkFacts
-from mech_unlearn.commands import cli
 from mech_unlearn.commands.bench import askable, restorable, restoration
 from mech_unlearn.commands.prepared import prepare_audit
 from mech_unlearn.core import LABELS, RetainSet
@@ -87,7 +86,12 @@ def test_a_finished_bench_asks_no_model_again_and_other_data_are_refused(
         (tmp_path / "run" / "cells" / f"{name}.json").unlink()
     second = json.loads(call(*words)[1])
     assert second["benchmark_rows"] == first["benchmark_rows"] and second["restoration"] == first["restoration"]
-    for computed in ("metrics.generation.greedy", "benching.ask_forms", "rows.audit", "restoration.reference"):
+    for computed in (
+        "metrics.generation.greedy",
+        "commands.bench.ask_forms",
+        "commands.row.audit",
+        "restoration.reference",
+    ):
         monkeypatch.setattr(f"mech_unlearn.{computed}", None)
     third = json.loads(call(*words)[1])
     assert third["benchmark_rows"] == first["benchmark_rows"] and third["rows"] == first["rows"]
@@ -161,8 +165,9 @@ def test_models_and_data_must_be_named(call):
     assert status == 2 and "bench muse needs --data, --full and --unlearned" in err
 
 
-def test_the_command_names_every_benchmark_and_the_datasets_that_have_one(call):
-    assert cli.BENCHMARKS.split(", ") == list(BENCHMARKS)
+def test_the_command_refuses_another_benchmark_by_naming_them_and_marks_the_datasets_that_have_one(call):
+    status, _, err = call("bench", "rwkuu", "--data", "x", "--full", "x", "--unlearned", "x")
+    assert status == 2 and "unknown benchmark 'rwkuu'; choose from rwku" in err
     status, out, _ = call("list", "datasets")
     marked = [line.split()[0] for line in out.splitlines() if line.endswith("(see `bench`)")]
     assert status == 0 and sorted(marked) == sorted(BENCHMARKS)

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-from test_cli import refused
 
 from mech_unlearn.commands.facts import loader, run_convert
 from mech_unlearn.commands.list import datasets
 from mech_unlearn.commands.options import ConvertOptions
 from mech_unlearn.core import Fact
 from mech_unlearn.data.jsonl import load_facts, save_facts
+from tests.commands.test_cli import refused
 
 DATA = Path(os.environ.get("MECH_UNLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SEPARATORS = "one\u2028two\x85three\x0cfour\u2029five"

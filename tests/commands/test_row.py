@@ -54,7 +54,7 @@ def test_a_layer_curve_is_the_ratio_of_mean_drops_over_testable_facts():
 def test_a_row_and_its_curve_speak_of_the_testable_facts_as_the_verdicts_do():
     ready = reference(planted_case(), ("output", "uds"))
     levels = replace(ready.ready["output"], testable=THREE_OF_FOUR)
-    made = {"all": ready, "three": Reference(ready.case, {**ready.ready, "output": levels})}
+    made = {"all": ready, "three": Reference(ready.case, ready.tests, {**ready.ready, "output": levels})}
     given = dict(method=None, truth=None, neighbors=(), texts=(), full_neighbor_recall=None, seed=0)
     cells = {
         key: audit_row(some, planted_model("early"), name="early", thresholds=Thresholds(), **given)
@@ -64,7 +64,9 @@ def test_a_row_and_its_curve_speak_of_the_testable_facts_as_the_verdicts_do():
     scores = [record["score_raw"] for record in cells["three"]["records"] if record["test"] == "uds"]
     assert cells["three"]["row"]["uds"]["value"] == pytest.approx((scores[0] + scores[1] + scores[3]) / 3)
     assert sum(cells["three"]["row"]["verdicts"].values()) == pytest.approx(1)
-    none = Reference(ready.case, {**ready.ready, "output": replace(levels, testable=torch.zeros(4, dtype=torch.bool))})
+    none = Reference(
+        ready.case, ready.tests, {**ready.ready, "output": replace(levels, testable=torch.zeros(4, dtype=torch.bool))}
+    )
     empty = audit_row(none, planted_model("early"), name="early", thresholds=Thresholds(), **given)
     assert empty["row"]["uds"] is None and set(empty["curves"]["uds"]) == {None}
 

@@ -13,6 +13,8 @@ from mech_unlearn.methods.directional_ablation import difference_directions
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.metrics.recall import recall
 from mech_unlearn.model.load import load
+from mech_unlearn.model.scores import score
+from mech_unlearn.model.tokens import make_queries
 from tests.planted import FORGOTTEN, UNKNOWN, fresh_planted_model, planted_facts
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
@@ -106,7 +108,8 @@ def test_in_the_planted_model_enough_directions_take_the_facts_of_the_forgotten_
     edit = DirectionalAblation(layers=(1,), rank=FORGOTTEN).fit(model, forget, retain)
     assert recall(model, forget.facts).value == 1
     with edit.on(model):
-        assert recall(model, forget.facts).value <= 0.25  # no object is left that is likelier than the others
+        margin = score(model, make_queries(model.tokenizer, forget.facts)).margin
+        assert margin.abs().max() < 1e-4  # no object is left that is likelier than the others: greedy decoding is a tie
         assert recall(model, retain.neighbors).value == 1
 
 

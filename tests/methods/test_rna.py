@@ -46,7 +46,7 @@ def test_the_recipe_has_the_settings_of_both(tiny_model, tiny_sets):
     edit = Rna(base=BASE, layer=1, nu=0.02).fit(tiny_model, *tiny_sets)
     settings = edit.recipe["settings"]
     assert (edit.recipe["method"], settings["nu"], settings["layer"]) == ("rna", 0.02, 1)
-    assert settings["base"]["method"] == "npo" and settings["base"]["lr"] == 1e-3
+    assert settings["base"]["method"] == "npo" and settings["base"]["schedule"]["lr"] == 1e-3
     assert "npo" in edit.name and "rna" in edit.name
     assert "retain_kl" in edit.recipe["report"]["final_losses"]
 

@@ -77,7 +77,7 @@ def test_without_retrained_models_the_grade_is_b_and_what_the_outputs_lost_gets_
         known = truth == "full"
         assert [v.label for v in verdicts] == ["intact" if known else "undetermined"] * FORGOTTEN, truth
         assert all(("no_retrained" in v.flags) != known and v.grade == "B" for v in verdicts)
-        assert all(v.scores["uds"] is not None and v.scores["sae"] is not None for v in verdicts)
+        assert all(v.scores["uds_recovered"] is not None and v.scores["sae"] is not None for v in verdicts)
 
 
 def test_an_unknown_test_and_a_model_of_another_shape_are_refused(tiny_model, audited):

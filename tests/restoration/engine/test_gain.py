@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import FORGOTTEN, planted_case, planted_model
 
 from mech_unlearn.restoration import Relearn
 from mech_unlearn.restoration.engine.case import make_result, tune_facts
@@ -13,6 +11,8 @@ from mech_unlearn.restoration.engine.gain import gain_result, margins_after, mea
 from mech_unlearn.restoration.engine.lessons import by_fold, fold_lessons, fold_of, lesson_batches, lessons
 from mech_unlearn.restoration.engine.levels import Levels, make_query_set
 from mech_unlearn.restoration.engine.normalise import MIN_GAP
+from tests.planted import FORGOTTEN, planted_case, planted_model
+from tests.tiny import tiny_facts
 
 POINTS, RETRAINED = 2, 3
 
