@@ -73,7 +73,7 @@ def _on_states(interventions: Sequence[Any], model: Model) -> Iterator[None]:
         cacheless.remove()
 
 
-REMEDY = "generate with scoring.greedy, or pass use_cache=False"
+REMEDY = "generate with mech_unlearn.model.scores.greedy, or pass use_cache=False"
 
 
 def _refuse_cache(_: Any, __: tuple, kwargs: dict[str, Any]) -> None:

@@ -198,7 +198,7 @@ def test_a_cache_is_refused_by_every_kind_and_a_single_pass_needs_no_argument(mo
         for cached in ({"use_cache": True}, {"past_key_values": cache}):
             with pytest.raises(ValueError, match=f"whole rows of token ids, without {next(iter(cached))}"):
                 model.hf(input_ids=ids, **cached)
-        with pytest.raises(ValueError, match="scoring.greedy"):
+        with pytest.raises(ValueError, match="model.scores.greedy"):
             model.hf.generate(ids, max_new_tokens=4, do_sample=False)
         torch.testing.assert_close(model.hf(input_ids=ids).logits, model.logits(ids))
     assert model.hf(input_ids=ids, use_cache=True).past_key_values.get_seq_length() == 4

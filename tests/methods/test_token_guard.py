@@ -80,7 +80,10 @@ def test_all_tokens_of_an_answer_or_its_first_are_banned(tiny_model, tiny_sets):
 
 
 def test_a_cached_generation_is_refused_since_later_steps_do_not_see_the_subject(tiny_model, tiny_sets):
-    with TokenGuard().fit(tiny_model, *tiny_sets).on(tiny_model), pytest.raises(ValueError, match="scoring.greedy"):
+    with (
+        TokenGuard().fit(tiny_model, *tiny_sets).on(tiny_model),
+        pytest.raises(ValueError, match="model.scores.greedy"),
+    ):
         tiny_model.hf.generate(torch.tensor([[2, 5, 6]]), max_new_tokens=3, do_sample=False)
 
 
