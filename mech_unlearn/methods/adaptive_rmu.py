@@ -6,8 +6,7 @@ Changes:  as Rmu: the MLP output matrices of `layers`.
 Needs:    the untrained model's states of each forget and retained batch: two forward passes that end at the layer.
 Differs:  as Rmu. The norm of a sample is the mean norm over its tokens. `norm="first_batch"` is what the code does,
           with the first rows in the order of the facts (the code: the first batch drawn) and before the first step.
-Fails:    as Rmu, except that it works at late layers; a state of great norm that all texts share (the first token)
-          makes the vector long.
+Fails:    as Rmu, except that it works at late layers.
 """
 
 from collections.abc import Callable
@@ -80,7 +79,7 @@ class AdaptiveRmu:
 
     def _first(self, model: Model, rows: list[TrainRow], layer: int) -> float:
         site = Site(layer, "resid_post")
-        parts = stream(model, [ids for ids, _ in rows[: self.schedule.batch_size]], [site])
+        parts = stream(model, [ids for ids, _ in rows[: self.schedule.batch_size]], [site], "ordinary")
         return torch.cat([part.at[site].float().norm(dim=1) for part in parts]).mean().item()
 
 

@@ -89,7 +89,7 @@ class Lat:
 
     def _attack(self, run: Trainee, members: Sequence[int], layer: int, width: int) -> Attack:
         batch = collate(run.asked, members, run.fill, run.device)
-        free = batch.mask.bool() if self.where == "all" else batch.mask.bool() & ~batch.answer
+        free = batch.ordinary if self.where == "all" else batch.ordinary & ~batch.answer
         unit = self._unit(run, members, layer, batch.mask.bool()) if self.relative else 1.0
 
         def loss(shift: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ from mech_unlearn.locate.latents.latent_states import ACTIVE, check_sae, latent_
 from mech_unlearn.methods.writing.columns import outcome
 from mech_unlearn.methods.writing.keys import count_forwards
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.latents import Sae, ordinary_positions
+from mech_unlearn.model.capture import ordinary_positions
+from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.pieces import token_rows
 
 

@@ -25,7 +25,8 @@ from mech_unlearn.model.tokens import buckets
 
 Place = Site | str
 At = str | Sequence[int] | Sequence[Sequence[int]]
-"""All positions ("all"), the last one ("last"), one position per prompt, or several positions per prompt."""
+"""All positions ("all"), those of `ordinary_positions` ("ordinary"), the last one ("last"), one position per prompt, or
+several positions per prompt."""
 
 
 class _Stop(Exception):
@@ -42,13 +43,25 @@ class States:
     """Site -> [state, d] on the CPU."""
 
 
-def _positions(prompts: Sequence[Sequence[int]], at: At) -> list[tuple[int, ...]]:
+def ordinary_positions(model: Model, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Positions of each row that hold no special token, and never the first.
+
+    The state of whatever token stands first is an attention sink of many times the norm of others, BOS or not: no
+    mean, key, scale or SAE should be judged by it. Source: massive activations, arXiv 2402.17762.
+    """
+    special = set(model.tokenizer.all_special_ids)
+    return [tuple(i for i, token in enumerate(row) if i > 0 and token not in special) for row in rows]
+
+
+def _positions(model: Model, prompts: Sequence[Sequence[int]], at: At) -> Sequence[tuple[int, ...]]:
+    if at == "ordinary":
+        return ordinary_positions(model, prompts)
     if at == "all":
         return [tuple(range(len(row))) for row in prompts]
     if at == "last":
         return [(len(row) - 1,) for row in prompts]
     if isinstance(at, str):
-        raise ValueError(f"at={at!r}: choose 'all', 'last' or give the positions of each prompt")
+        raise ValueError(f"at={at!r}: choose 'all', 'ordinary', 'last' or give the positions of each prompt")
     if len(at) != len(prompts):
         raise ValueError(f"at names the positions of {len(at)} prompts, but there are {len(prompts)}")
     chosen = [(p,) if isinstance(p, int) else tuple(p) for p in at]
@@ -107,7 +120,7 @@ def stream(
     """
     sites = tuple(dict.fromkeys(sites))
     _check(model, prompts, sites)
-    positions = _positions(prompts, at)
+    positions = _positions(model, prompts, at)
     for members in buckets(prompts, max_tokens):
         ids = torch.tensor([list(prompts[i]) for i in members], device=model.device)
         local = [(row, p) for row, i in enumerate(members) for p in positions[i]]
@@ -205,7 +218,7 @@ def capture(
 
     Args:
         prompts: rows of token ids, special tokens included (`prompts.encode(...).ids`).
-        at: "all" positions, the "last" one, one position per prompt, or several per prompt.
+        at: "all" positions, the "ordinary" ones, the "last" one, one position per prompt, or several per prompt.
         folder: a new or empty folder, or one that the same call began to fill.
         dtype: of what is kept; by default the model's.
 
@@ -216,7 +229,7 @@ def capture(
     """
     sites = tuple(dict.fromkeys(sites))
     _check(model, prompts, sites)
-    positions = _positions(prompts, at)
+    positions = _positions(model, prompts, at)
     names = {site: model.resolve(site) for site in sites}
     keep = model.dtype if dtype is None else dtype
     if folder is None:

@@ -187,16 +187,6 @@ def save_sae(sae: Sae, folder: str | os.PathLike) -> None:
     sae.sae.save_model(Path(folder))
 
 
-def ordinary_positions(model: Model, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Positions of each row that hold no special token, and never the first.
-
-    States of BOS are outliers that no SAE should be judged by; so is the state of whatever token stands first where
-    there is none. Source: massive activations, arXiv 2402.17762.
-    """
-    special = set(model.tokenizer.all_special_ids)
-    return [tuple(i for i, token in enumerate(row) if i > 0 and token not in special) for row in rows]
-
-
 @torch.no_grad()
 def fvu(model: Model, sae: Sae, rows: Sequence[Sequence[int]]) -> float:
     """Fraction of variance unexplained, sum ||h - h^||^2 / sum ||h - mean h||^2, over all ordinary tokens of the rows.
@@ -207,7 +197,7 @@ def fvu(model: Model, sae: Sae, rows: Sequence[Sequence[int]]) -> float:
         ValueError: fewer than two ordinary tokens, or states that do not vary.
     """
     error, square, total, count = 0.0, 0.0, torch.zeros(1, dtype=torch.float64), 0
-    for part in stream(model, rows, [sae.site], ordinary_positions(model, rows)):
+    for part in stream(model, rows, [sae.site], "ordinary"):
         h = part.at[sae.site].to(model.device).float()
         error += (h - sae.reconstruct(h)).double().square().sum().item()
         square += h.double().square().sum().item()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mech_unlearn.core import Site
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.capture import stream
-from mech_unlearn.model.latents import Sae, _tie, ordinary_positions
+from mech_unlearn.model.capture import ordinary_positions, stream
+from mech_unlearn.model.latents import Sae, _tie
 from mech_unlearn.model.pieces import token_rows
 
 
@@ -20,7 +20,7 @@ def _pools(
     """Endless pools of at most about `limit` states; when all fit into one pool, they are computed only once."""
 
     def pool(chosen: list[tuple[int, ...]]) -> Tensor:
-        parts = [part.at[site].float() for part in stream(model, chosen, [site], ordinary_positions(model, chosen))]
+        parts = [part.at[site].float() for part in stream(model, chosen, [site], "ordinary")]
         return torch.cat(parts)
 
     if sum(map(len, rows)) <= limit:

@@ -37,6 +37,12 @@ class TrainBatch:
     row: Int[Tensor, " batch"]
     """Which row of the set each is."""
 
+    @property
+    def ordinary(self) -> Bool[Tensor, "batch pos"]:
+        """The tokens whose states count: all but pads and the first, an attention sink (see `ordinary_positions`)."""
+        first = torch.arange(self.mask.shape[1], device=self.mask.device) == 0
+        return self.mask.bool() & ~first
+
 
 @dataclass(frozen=True, eq=False)
 class AnswerTokens:
@@ -57,7 +63,7 @@ NO_TOKENS = AnswerTokens(torch.zeros(0, 0), torch.zeros(0).long(), torch.zeros(0
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """resid_post after one layer at every token of a batch's rows, prompt and answer; no pad is among them."""
+    """resid_post after one layer at each token of a batch's rows but the first, prompt and answer; no pad is among them."""
 
     now: Float[Tensor, "token d_model"]
     """Float32, with gradient."""

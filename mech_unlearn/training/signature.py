@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mech_unlearn.core import Site
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.capture import stream
+from mech_unlearn.model.capture import ordinary_positions, stream
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,11 +60,13 @@ def signature(
 
 
 def mean_outputs(model: Model, rows: Sequence[Sequence[int]]) -> Float[Tensor, "layer row d_model"]:
-    """MLP outputs as they enter the residual stream, mean over the tokens of each row, float64 on the CPU."""
+    """MLP outputs as they enter the residual stream, mean over the ordinary tokens of each row, float64 on the CPU."""
     sites = [Site(layer, "mlp_out") for layer in range(model.n_layers)]
     out = torch.zeros(model.n_layers, len(rows), model.d_model, dtype=torch.float64)
-    count = torch.tensor([len(row) for row in rows])
-    for part in stream(model, rows, sites):
+    count = torch.tensor([len(places) for places in ordinary_positions(model, rows)])
+    if not count.all():
+        raise ValueError("a prompt holds no token behind its first: a signature needs longer prompts")
+    for part in stream(model, rows, sites, "ordinary"):
         at = part.index[:, 0]
         for layer, site in enumerate(sites):
             out[layer].index_add_(0, at, part.at[site].double())

@@ -98,7 +98,7 @@ class Trainee:
         layer, seen = self.objective.layer, []
         with ExitStack() as stack:
             if noise:
-                stack.enter_context(self._noisy(self._block[id(hf)][noise.layer], noise, batch.mask.bool()))
+                stack.enter_context(self._noisy(self._block[id(hf)][noise.layer], noise, batch.ordinary))
             if layer is not None:
                 stack.enter_context(_watched(self._block[id(hf)][layer], seen, stop=not self.objective.logits))
             if self.objective.logits:
@@ -110,7 +110,7 @@ class Trainee:
                 scores = BatchScores(none, batch.answer[:, 1:].sum(1), none.bool(), batch.row, NO_TOKENS)
         if layer is None:
             return scores
-        at, pos = batch.mask.nonzero(as_tuple=True)
+        at, pos = batch.ordinary.nonzero(as_tuple=True)
         return replace(scores, states=States(seen[0][at, pos].float(), at, batch.ids[at, pos], batch.answer[at, pos]))
 
     def forward(self, rows: Sequence[TrainRow], members: Sequence[int], teacher: bool, noise: Noise | None = None):
@@ -163,11 +163,11 @@ class Trainee:
         return score_rows(self.hf, rows, self.fill, self.device)
 
     @contextmanager
-    def _noisy(self, block: Any, noise: Noise, real: Tensor) -> Iterator[None]:
+    def _noisy(self, block: Any, noise: Noise, ordinary: Tensor) -> Iterator[None]:
         def add(_: Any, __: Any, output: Any) -> Any:
             x = _hidden(output)
             drawn = torch.randn(x.shape, generator=self._generator).to(x)
-            y = x + drawn * (noise.nu * x[real].square().mean()).sqrt()  # what stands at a pad counts for nothing
+            y = x + drawn * ordinary[..., None] * (noise.nu * x[ordinary].square().mean()).sqrt()
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         handle = block.register_forward_hook(add)

@@ -113,7 +113,7 @@ def test_by_default_only_the_prompts_tokens_are_shifted(tiny_model, tiny_sets):
         return (attacked - clean).norm(dim=-1) > 1e-6
 
     moved = watch("prompt")
-    assert torch.equal(moved, batch.mask.bool() & ~batch.answer)
+    assert torch.equal(moved, batch.ordinary & ~batch.answer)
     moved = watch("all")
     assert not moved[~batch.mask.bool()].any() and moved.sum() <= batch.mask.sum()
 

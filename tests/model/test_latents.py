@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from mech_unlearn.core import Entity, Site
+from mech_unlearn.model.capture import ordinary_positions
 from mech_unlearn.model.latents import (
     Sae,
     entity_states,
     fvu,
     largest,
     load_sae,
-    ordinary_positions,
     sae_still_valid,
     save_sae,
 )

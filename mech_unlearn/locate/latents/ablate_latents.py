@@ -17,7 +17,8 @@ from torch import Tensor
 from mech_unlearn.core import Site
 from mech_unlearn.locate.latents.latent_states import ACTIVE, CODES, check_sae, latent_blocks
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.latents import Sae, ordinary_positions
+from mech_unlearn.model.capture import ordinary_positions
+from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.scores import Batch, RowWrite, score
 from mech_unlearn.model.tokens import Query
 

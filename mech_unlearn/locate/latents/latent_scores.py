@@ -20,7 +20,8 @@ from mech_unlearn.locate.latents.latent_states import ACTIVE, background, check_
 from mech_unlearn.locate.latents.separation import Contrast, Group, separate
 from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.latents import Sae, ordinary_positions
+from mech_unlearn.model.capture import ordinary_positions
+from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.pieces import pieces
 from mech_unlearn.model.tokens import make_queries
 

@@ -21,8 +21,8 @@ from mech_unlearn.core import Measurement
 from mech_unlearn.locate.latents.latent_states import ACTIVE, CODES, check_sae
 from mech_unlearn.metrics.intervals import DRAWS
 from mech_unlearn.model.bridge import Model, Write
-from mech_unlearn.model.capture import stream
-from mech_unlearn.model.latents import Sae, ordinary_positions
+from mech_unlearn.model.capture import ordinary_positions, stream
+from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.pieces import pieces
 from mech_unlearn.model.tokens import buckets
 

@@ -28,8 +28,7 @@ from mech_unlearn.locate.lenses.logit_lens import lens_values
 from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.metrics.intervals import mean_ci
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.capture import stream
-from mech_unlearn.model.latents import ordinary_positions
+from mech_unlearn.model.capture import ordinary_positions, stream
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.model.readout import readout
 

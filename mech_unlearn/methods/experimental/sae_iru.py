@@ -40,8 +40,8 @@ from mech_unlearn.methods.experimental.iru_bands import (
 from mech_unlearn.methods.rmu import steered
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.capture import stream
-from mech_unlearn.model.latents import Sae, ordinary_positions
+from mech_unlearn.model.capture import ordinary_positions, stream
+from mech_unlearn.model.latents import Sae
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.losses import kl_loss
@@ -191,7 +191,7 @@ class SaeIru:
         rows = token_rows(model, retain.texts)
         if not any(ordinary_positions(model, rows)):
             raise ValueError("background needs retained texts: give RetainSet.texts or leave it None")
-        parts = stream(model, rows, [self.sae.site], ordinary_positions(model, rows))
+        parts = stream(model, rows, [self.sae.site], "ordinary")
         return active_rate(self.sae, torch.cat([part.at[self.sae.site] for part in parts]).to(model.device))
 
     def _forget(self, plan: Plan) -> Callable[[BatchScores], Tensor]:

@@ -27,7 +27,7 @@ from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.rmu import steered, written_out
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.capture import stream
+from mech_unlearn.model.capture import ordinary_positions, stream
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.objective import Objective
 from mech_unlearn.training.rows import BatchScores, TrainRow, answer_rows, text_rows
@@ -148,11 +148,11 @@ def measured(model: Model, rows: Sequence[TrainRow], layer: int) -> Features:
     site, chosen = Site(layer, "resid_post"), [rows[i][0] for i in some(rows)]
     sizes = torch.zeros(len(chosen), model.d_model)
     means = torch.zeros_like(sizes)
-    for part in stream(model, chosen, [site]):
+    for part in stream(model, chosen, [site], "ordinary"):
         x, at = part.at[site].float(), part.index[:, 0]
         sizes.index_add_(0, at, x.abs())
         means.index_add_(0, at, x)
-    count = torch.tensor([len(row) for row in chosen])[:, None]
+    count = torch.tensor([len(places) for places in ordinary_positions(model, chosen)])[:, None]
     return Features(*((total / count).mean(0).to(model.device) for total in (sizes, means)))
 
 

@@ -33,7 +33,7 @@ def second_moments(
     model: Model,
     rows: Sequence[Tokens],
     layers: Sequence[int],
-    at: At = "all",
+    at: At = "ordinary",
     cache_dir: str | os.PathLike | None = None,
 ) -> dict[int, Float[Tensor, "d_mlp d_mlp"]]:
     """Uncentred second moment E[k k^T] of the MLP keys of each layer, mean over tokens, float64 on the model's device.
@@ -42,7 +42,7 @@ def second_moments(
     in float32 (the keys' own precision), chunks in float64.
 
     Args:
-        at: "all" tokens of each row, or only the "last".
+        at: the "ordinary" tokens of each row, which leave out its first (see `ordinary_positions`), or only the "last".
         cache_dir: folder of the cache; layers found there cost no forward pass. None: no disk.
 
     Raises:
@@ -66,6 +66,8 @@ def _moments(model: Model, rows: Sequence[Tokens], layers: Sequence[int], at: At
             if layer not in sums:
                 sums[layer] = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64, device=keys.device)
             add_products(sums[layer], keys)
+    if not count:
+        raise ValueError("no text of more than one token to take key statistics from: give longer RetainSet.texts")
     for total in sums.values():
         total.triu_().div_(count).add_(total.triu(1).T)
     return sums

@@ -21,6 +21,9 @@ from mech_unlearn.model.bridge import Model, post_norm
 from mech_unlearn.model.capture import Place, stream
 from mech_unlearn.model.tokens import encode_all, token_span
 
+OPENING = "\n"
+"""Neutral text in front of a name that would stand first; behind it the name has the tokens that it has there."""
+
 
 def default_layers(n_layers: int) -> tuple[int, ...]:
     """Up to three layers that end at a third of the depth, or at a fifth from 28 layers on.
@@ -81,17 +84,29 @@ def mean_over(states: Float[Tensor, "name context width"], own: Bool[Tensor, "na
 
 
 def mention(tokenizer: Any, template: str, name: str) -> tuple[Tokens, Tokens]:
-    """(Tokens up to and with the last token of the name, tokens of the name) in the template's full text."""
+    """(Tokens up to and with the last token of the name, tokens of the name) in the template's full text.
+
+    A name of one token that would stand first stands behind `OPENING` instead: the state of a first token is an
+    attention sink, and neither a key nor a target.
+    """
     return _mentions(tokenizer, [(template, name)])[0]
 
 
 def _mentions(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
+    found = _spanned(tokenizer, asked)
+    first = [pair for pair, (_, _, end) in zip(asked, found, strict=True) if end == 1]
+    behind = iter(_spanned(tokenizer, [(OPENING + template, name) for template, name in first]))
+    read = [next(behind) if end == 1 else (ids, a, end) for ids, a, end in found]
+    return [(row[:end], ids[a:b]) for (row, _, end), (ids, a, b) in zip(read, found, strict=True)]
+
+
+def _spanned(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[Tokens, int, int]]:
+    """(Tokens of the text, where those of the name begin and end)."""
     known = encode_all(tokenizer, [template.replace("{}", name) for template, name in asked])
     out = []
     for template, name in asked:
         encoding, start = known[template.replace("{}", name)], template.index("{}")
-        a, b = token_span(encoding, start, start + len(name))
-        out.append((encoding.ids[:b], encoding.ids[a:b]))
+        out.append((encoding.ids, *token_span(encoding, start, start + len(name))))
     return out
 
 

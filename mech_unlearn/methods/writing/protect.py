@@ -113,7 +113,8 @@ def protected_rows(
         running += [query.full for query in make_queries(tokenizer, retain.facts, distractors=False)]
     if "texts" in parts:
         running += token_rows(model, retain.texts)
-    groups: list[tuple[list[Tokens], At]] = [(rows, at) for rows, at in ((names, "last"), (running, "all")) if rows]
+    both: tuple[tuple[list[Tokens], At], ...] = ((names, "last"), (running, "ordinary"))
+    groups = [(rows, at) for rows, at in both if rows]
     if not groups:
         raise ValueError(f"the retain set has none of {', '.join(parts)}: give some, or protect=() to protect nothing")
     return groups

@@ -17,19 +17,19 @@ ROWS = [(2, 5, 6), (2, 7, 8, 9), (2, 9, 5), (2, 11, 12)]
 
 
 def slow(model, rows, layer, last=False):
-    """Mean of k k^T, token by token."""
+    """Mean of k k^T, token by token; the first token of a row counts only as its last."""
     seen = []
     with model.hooks((Site(layer, "mlp_post"), lambda x: seen.append(x[0].double()))):
         for row in rows:
             model.logits(torch.tensor([row]))
-    every = [k for x in seen for k in (x[-1:] if last else x)]
+    every = [k for x in seen for k in (x[-1:] if last else x[1:])]
     return sum(torch.outer(k, k) for k in every) / len(every)
 
 
 @pytest.mark.parametrize("last", (False, True))
 def test_the_moments_of_all_layers_are_those_of_a_sum_token_by_token(last):
     model = load(tiny_hf("llama").double(), tokenizer=tiny_tokenizer())  # so that shapes of passes do not show
-    found = second_moments(model, ROWS, [0, 2], "last" if last else "all")
+    found = second_moments(model, ROWS, [0, 2], "last" if last else "ordinary")
     assert found.keys() == {0, 2}
     for layer, moment in found.items():
         expected = slow(model, ROWS, layer, last)
