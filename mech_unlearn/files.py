@@ -1,12 +1,67 @@
-"""Files that are whole or absent, folders that are empty or ours, and hashes of what lies in them."""
+"""Files that are read with the place of what is wrong, files that are whole or absent, folders that are empty or ours."""
 
 import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; a key that stands twice in one object is refused.
+
+    Raises:
+        ValueError: not JSON, a key given twice, or nested too deep to read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return found
+
+
+def read_json(file: Path) -> Any:
+    """The value of a JSON file, plain or gzipped.
+
+    Raises:
+        ValueError: no such file, not UTF-8, or not JSON.
+    """
+    text = read_text(file)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, unpacked where it is gzipped, without a byte-order mark.
+
+    Raises:
+        ValueError: no such file, not UTF-8, or not gzip though its name ends in .gz.
+    """
+    import gzip
+    import zlib
+
+    try:
+        data = file.read_bytes()
+        packed = file.name.endswith(".gz") or data[:2] == b"\x1f\x8b"
+        return (gzip.decompress(data) if packed else data).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from error
 
 
 def require_empty(path: str | os.PathLike) -> Path:
