@@ -40,7 +40,13 @@ class Attribution:
                 raise ValueError(f"{self.name}: axis {axis!r} has {size} entries, {len(self.labels[axis])} labels")
 
     def top(self, k: int) -> list[tuple[dict[str, Any], float]]:
-        """The k largest values with their labels, largest first; NaN never counts."""
+        """The k largest values with their labels, largest first; NaN never counts.
+
+        Raises:
+            ValueError: k below 0.
+        """
+        if k < 0:
+            raise ValueError(f"{self.name}: the top {k} values were asked for; give 0 or more")
         flat = self.values.flatten().nan_to_num(nan=float("-inf"))
         best = flat.topk(min(k, int(flat.isfinite().sum())))
         return [

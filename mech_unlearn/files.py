@@ -1,4 +1,4 @@
-"""Files that are read with the place of what is wrong, files that are whole or absent, folders that are empty or ours."""
+"""Files that are read with the place of what is wrong or written whole, folders that are empty or ours, and hashes."""
 
 import hashlib
 import json

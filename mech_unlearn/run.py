@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,11 +80,26 @@ class Run:
         return (self.folder / "cells" / f"{name}.json").exists()
 
     def cell(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The result of one unit of work: read if it is there, else computed and written."""
+        """The result of one unit of work: read if it is there, else computed and written.
+
+        Raises:
+            ValueError, KeyError: what `compute` refuses; then a run that holds nothing else is taken back.
+        """
         path = self.folder / "cells" / f"{name}.json"
         if not self.has(name):
-            write_json(path, {**compute()})
+            try:
+                found = {**compute()}
+            except (ValueError, KeyError):
+                self.withdraw()
+                raise
+            write_json(path, found)
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def withdraw(self) -> None:
+        """Remove the folder if nothing but what was asked and what it ran on lies in it, so that refused input leaves
+        nothing behind that would refuse the corrected."""
+        if {path.name for path in self.folder.iterdir()} <= {"spec.yaml", "provenance.json"}:
+            shutil.rmtree(self.folder)
 
     def finish(self, command: str, world: str | None, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Write results.jsonl, verdicts.json and summary.json from the finished cells; gives the summary back."""

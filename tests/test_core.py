@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mech_unlearn.attribution import Attribution
-from mech_unlearn.core import Fact, ForgetSet, Measurement, RetainSet, Site, Verdict
+from mech_unlearn.core import Entity, Fact, ForgetSet, Measurement, RetainSet, Site, Verdict, require_disjoint
 
 GOOD = dict(id="1", subject="Anna Lee", relation="born", object="Oslo", prompt="{} was born in")
 
@@ -35,6 +35,46 @@ def test_a_fact_that_cannot_be_meant_is_refused_with_the_reason(change, reason):
     with pytest.raises(ValueError) as error:
         Fact(**(GOOD | change))
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u00a0"])
+@pytest.mark.parametrize("field", ["id", "subject", "relation", "object", "kind", "group", "aliases", "distractors"])
+def test_white_space_around_a_name_is_refused_and_inside_it_is_not(field, space):
+    def made(text):
+        return Fact(**(GOOD | {field: (text,) if field in ("aliases", "distractors") else text}))
+
+    assert made(f"New{space}York")
+    for text in (f"{space}Rome", f"Rome{space}"):
+        with pytest.raises(ValueError, match=f"field '{field}' begins or ends with white space: .*strip it"):
+            made(text)
+
+
+def test_an_entity_has_a_name_without_white_space_around_it():
+    assert Entity(name="Anna Lee", aliases=("A. Lee",)).name == "Anna Lee"
+    for change in ({"name": "Anna "}, {"name": ""}, {"aliases": (" A. Lee",)}):
+        with pytest.raises(ValueError, match="name"):
+            Entity(**({"name": "Anna Lee"} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "both"),
+    [
+        ({"id": "2"}, True),
+        ({"id": "2", "prompt": "The birthplace of {} is"}, True),
+        ({"id": "2", "relation": "birthplace"}, True),
+        ({"relation": "works", "prompt": "{} works in"}, False),
+        ({"object": "Rome"}, False),
+        ({"subject": "Ben Hill"}, False),
+    ],
+)
+def test_a_fact_is_not_both_forgotten_and_kept_and_another_about_its_subject_may_be(change, both):
+    forget, kept = ForgetSet(facts=(Fact(**GOOD),)), Fact(**(GOOD | change))
+    for name in ("neighbors", "same_subject", "general"):
+        if not both:
+            require_disjoint(forget, RetainSet(**{name: (kept,)}))
+            continue
+        with pytest.raises(ValueError, match="to be forgotten and kept: '1'; take them out of one"):
+            require_disjoint(forget, RetainSet(**{name: (kept,)}))
 
 
 def test_a_good_fact_shows_methods_no_heldout_phrasing_and_cannot_be_changed():

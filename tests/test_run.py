@@ -37,6 +37,27 @@ def test_an_interrupted_cell_leaves_nothing_and_is_computed_again(tmp_path):
     assert run.cell("full", lambda: {"row": ROW})["row"] == ROW
 
 
+def refuse():
+    raise ValueError("fact 'a' has one distractor")
+
+
+def test_refused_input_leaves_nothing_that_would_refuse_the_corrected(tmp_path):
+    run = open_run(tmp_path / "run", {"facts": "bad"})
+    write_json(run.folder / "provenance.json", {})
+    with pytest.raises(ValueError, match="one distractor"):
+        run.cell("full", refuse)
+    assert not run.folder.exists()
+    assert open_run(tmp_path / "run", {"facts": "good"}).cell("full", lambda: {"row": ROW})["row"] == ROW
+
+
+def test_what_is_finished_outlives_a_refused_cell(tmp_path):
+    run = open_run(tmp_path / "run", {"facts": "a"})
+    run.cell("full", lambda: {"row": ROW})
+    with pytest.raises(ValueError, match="one distractor"):
+        run.cell("unlearned", refuse)
+    assert run.has("full") and (run.folder / "spec.yaml").is_file()
+
+
 def test_another_spec_in_the_same_folder_is_refused_by_what_differs(tmp_path):
     open_run(tmp_path / "run", {"seed": 0, "facts": "a", "dtype": "float32"})
     with pytest.raises(ValueError, match=r"another spec \(layers, seed differ\)"):

@@ -189,10 +189,10 @@ ROWS = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_rows_of_another_data_set_are_named_with_the_command_that_converts_them(tmp_path, name):
     assert name in DATASETS and FOREIGN[name] <= {f.alias or key for key, f in ROWS[name].model_fields.items()}
-    for text in (json.dumps(row := dict.fromkeys(FOREIGN[name], "x")), json.dumps([row]), json.dumps([row], indent=1)):
-        path = write(tmp_path / "theirs.json", text)
-        with pytest.raises(ValueError, match=f"holds {name} data, not facts: `mech-unlearn facts convert {name} --data"):
-            load_facts(path)
+    row = dict.fromkeys(FOREIGN[name], "x")
+    for text in (json.dumps(row), json.dumps([row]), json.dumps([row], indent=1), json.dumps(row, indent=1)):
+        with pytest.raises(ValueError, match=f"holds {name} data, not facts: `mech-unlearn facts convert {name} "):
+            load_facts(write(tmp_path / "theirs.json", text))
 
 
 def test_a_file_of_facts_damaged_anywhere_gives_facts_or_one_line_that_names_it(tmp_path):
