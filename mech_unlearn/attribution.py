@@ -1,6 +1,5 @@
 """Attribution: where something is, as a tensor of scores with labelled axes that saves and draws itself."""
 
-import json
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mech_unlearn.core import Fact
+from mech_unlearn.files import read_json, replacing, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +105,20 @@ class Attribution:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as JSON, atomically."""
-        from mech_unlearn.files import write_json
-
         write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Attribution":
-        """Read what `save` wrote."""
-        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or not an attribution.
+        """
+        data = read_json(Path(path))
+        try:
+            return cls.from_json(data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is no attribution: {error}") from error
 
     def to_frame(self):
         """A pandas frame with one row per value."""
@@ -272,8 +278,6 @@ def save(path: Path, draw_on: Any, size: tuple[float, float] = (7.5, 4.2)) -> Pa
     """Draw on a fresh axis and write a PNG, atomically; no display is needed."""
     ax = new_axis(size)
     draw_on(ax)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.png")
-    ax.figure.savefig(partial, dpi=130)
-    partial.replace(path)
+    with replacing(path) as part:
+        ax.figure.savefig(part, dpi=130)
     return path

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +85,30 @@ def require_empty(path: str | os.PathLike) -> Path:
     return folder
 
 
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A new file to write, which takes the place of `path` when the block ends and is gone when it fails.
+
+    No two writers share one, no link is followed, and its mode follows the umask, whoever writes it.
+    """
+    whole = Path(path)
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    part = whole.with_name(f".{whole.stem}.{secrets.token_hex(4)}.partial{whole.suffix}")
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = part.stat().st_mode
+    try:
+        yield part
+        part.chmod(mode)
+        os.replace(part, whole)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that it is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -125,8 +145,8 @@ def claim(folder: Path, manifest: dict) -> Path:
     """The folder, with the manifest in it; refuses one that holds something else."""
     path = folder / "manifest.json"
     if path.exists():
-        found = json.loads(path.read_text())
-        differ = [key for key in manifest if found.get(key) != manifest[key]]
+        found = read_json(path)
+        differ = [key for key in manifest if not isinstance(found, dict) or found.get(key) != manifest[key]]
         if differ:
             raise ValueError(
                 f"folder {str(folder)!r} was made from something else ({', '.join(differ)} differ); name another"
@@ -134,8 +154,17 @@ def claim(folder: Path, manifest: dict) -> Path:
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder {str(folder)!r} exists, is not empty and has no manifest.json; name another")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "manifest.json.partial"
-    part.write_text(json.dumps(manifest, indent=1))
-    os.replace(part, path)
+    write_json(path, manifest)
     return folder
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder.
+
+    Raises:
+        ValueError: a link or `..` that leads out of the folder.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{str(path)!r} leads out of {str(folder)!r}: put the file itself there")
+    return path

@@ -1,12 +1,14 @@
 """The nouns refuse what cannot be meant, and come back from JSON as they were."""
 
 import json
+from random import Random
 
 import pytest
 import torch
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Entity, Fact, ForgetSet, Measurement, RetainSet, Site, Verdict, require_disjoint
+from tests.damage import altered, assert_result_or_one_line, damaged
 
 GOOD = dict(id="1", subject="Anna Lee", relation="born", object="Oslo", prompt="{} was born in")
 
@@ -125,6 +127,31 @@ def test_the_top_of_an_attribution_is_sorted_labelled_and_never_nan(scores):
     assert [value for _, value in best] == [5.0, 3.0, 1.0, -2.0]
     assert best[0][0] == {"token": "first", "layer": 0} and best[3][0] == {"token": "last", "layer": 2}
     assert len(scores.top(2)) == 2
+
+
+def test_the_top_of_less_than_nothing_is_refused(scores):
+    assert scores.top(0) == []
+    with pytest.raises(ValueError, match="top -1 values"):
+        scores.top(-1)
+
+
+def test_what_a_result_holds_is_escaped_on_a_page(scores):
+    evil = "<script>alert(1)</script>"
+    told = {"name": evil, "unit": evil, "note": evil, "n": evil, "labels": {"token": [evil, "b"], "layer": [0, 1, 2]}}
+    page = Attribution.from_json(scores.to_json() | told)._repr_html_()
+    assert "&lt;script&gt;" in page and "<script>" not in page
+
+
+def test_a_damaged_attribution_is_refused_in_one_line_that_names_it(scores, tmp_path):
+    random, path = Random(0), tmp_path / "a.json"
+    scores.save(path)
+    whole = path.read_bytes()
+    for _ in range(200):
+        path.write_bytes(damaged(whole, random))
+        assert_result_or_one_line(lambda: Attribution.load(path), path)
+    for _ in range(200):
+        path.write_text(json.dumps(altered(json.loads(whole), random)))
+        assert_result_or_one_line(lambda: Attribution.load(path), path)
 
 
 def test_an_attribution_survives_json_and_becomes_a_table(scores):

@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from mech_unlearn.files import write_json
-from mech_unlearn.run import data_hash, open_run, say, side_by_side
+from mech_unlearn.run import data_hash, open_run, peak_rss_mib, say, side_by_side
 
 ROW = {"name": "full", "verdicts": None}
 
@@ -125,6 +127,23 @@ def test_what_a_cell_raises_ends_the_run_and_what_has_not_begun_is_not_begun(tmp
     with pytest.raises(ValueError, match="failed"):
         list(side_by_side(names, touch, workers=1))
     assert len(list(tmp_path.iterdir())) < 10
+
+
+def hold(mebibytes):
+    return len(bytearray(mebibytes << 20))
+
+
+def test_memory_is_that_of_this_process_and_its_workers_and_not_what_a_started_program_inherits():
+    code = (
+        "import subprocess; from mech_unlearn.run import peak_rss_mib; from tests.test_run import hold;"
+        "before = peak_rss_mib(); hold(300); subprocess.run(['true']); print(before, peak_rss_mib())"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, after = map(float, told.split())
+    assert 250 < after - before < 350
+    small = peak_rss_mib()
+    list(side_by_side([300, 300], hold, workers=2, method="fork"))
+    assert peak_rss_mib() - small > 500
 
 
 def inherit(state):

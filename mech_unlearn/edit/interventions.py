@@ -6,11 +6,13 @@ that are tensors are stored as tensors, all others as JSON; `KINDS` says which t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, jaxtyped
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
 from torch import Tensor
 
 from mech_unlearn.core import Site
@@ -69,6 +71,8 @@ class Shift:
     def __post_init__(self) -> None:
         if (self.centers is None) != (self.kept is None):
             raise ValueError("a shift takes centers and kept directions together, or neither")
+        if len(self.vectors) != len(self.subjects):
+            raise ValueError(f"{len(self.subjects)} subjects and {len(self.vectors)} vectors: one each")
 
     def _moved(self, state: Float[Tensor, "row d_model"], subject: int) -> Float[Tensor, "row d_model"]:
         vector = self.vectors[subject].to(state)
@@ -280,14 +284,30 @@ def restored(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tenso
     """The intervention whose `settings` and `tensors` these are.
 
     Raises:
-        ValueError: a kind that this version does not know.
+        ValueError: a kind that this version does not know, a field that is unknown, missing or of another type, or
+            tensors whose shapes do not fit.
     """
     if kind not in KINDS:
         raise ValueError(f"interventions of kind {kind!r} are not known here; there are {', '.join(KINDS)}")
-    values = {name: _tuples(x) for name, x in settings.items() if name != "site"}
-    if settings.get("site"):
-        values["site"] = Site(settings["site"]["layer"], settings["site"]["kind"])
-    return KINDS[kind](**values, **tensors)
+    own = {f.name: f for f in fields(KINDS[kind])}
+    given = {**settings, **tensors}
+    needed = {name for name, f in own.items() if f.default is MISSING and f.default_factory is MISSING}
+    if odd := (given.keys() - own) | (needed - given.keys()):
+        raise ValueError(f"{kind}: {', '.join(sorted(odd))} unknown or missing; it has {', '.join(own)}")
+    with jaxtyped("context"):  # sizes of the same name are the same
+        return KINDS[kind](**{name: _valid(kind, own[name], value) for name, value in given.items()})
+
+
+def _valid(kind: str, own: Field[Any], value: Any) -> Any:
+    """The value of a field, as its type."""
+    if isinstance(value, Tensor):
+        if not isinstance(value, own.type):  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"{kind}: {own.name} is {tuple(value.shape)} of {value.dtype}, not {own.type}")
+        return value
+    try:
+        return TypeAdapter(own.type).validate_python(_tuples(value))
+    except (ValidationError, PydanticSchemaGenerationError) as error:
+        raise ValueError(f"{kind}: {own.name} is no {own.type}: {str(value)[:60]!r}") from error
 
 
 def _tuples(x: Any) -> Any:
