@@ -32,6 +32,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def first_error(error: Any) -> str:
+    """The first thing that pydantic has against some data, in one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return (f"field {where!r}: " if where else "") + " ".join(first["msg"].split())
+
+
 def read_json(file: Path) -> Any:
     """The value of a JSON file, plain or gzipped.
 
@@ -103,6 +110,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def follow_umask(folder: Path) -> None:
+    """Open the files of a folder to whom the umask allows: safetensors writes weights for their owner alone."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~umask)
 
 
 def write_atomic(path: Path, text: str) -> None:

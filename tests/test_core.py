@@ -137,9 +137,11 @@ def test_the_top_of_less_than_nothing_is_refused(scores):
 
 def test_what_a_result_holds_is_escaped_on_a_page(scores):
     evil = "<script>alert(1)</script>"
-    told = {"name": evil, "unit": evil, "note": evil, "n": evil, "labels": {"token": [evil, "b"], "layer": [0, 1, 2]}}
+    told = {"name": evil, "unit": evil, "note": evil, "labels": {"token": [evil, "b"], "layer": [0, 1, 2]}}
     page = Attribution.from_json(scores.to_json() | told)._repr_html_()
     assert "&lt;script&gt;" in page and "<script>" not in page
+    with pytest.raises(ValueError, match="field 'n': Input should be a valid integer"):
+        Attribution.from_json(scores.to_json() | {"n": evil})
 
 
 def test_a_damaged_attribution_is_refused_in_one_line_that_names_it(scores, tmp_path):

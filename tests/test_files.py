@@ -69,7 +69,12 @@ def test_text_is_written_as_utf_8_whatever_the_locale(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "Expecting"), ('{"a": 1, "a": 2}', "'a' stands twice"), ("[" * 200_000, "nested too deep"), ("", "Expecting")],
+    [
+        ("{", "Expecting"),
+        ("", "Expecting"),
+        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ("[" * 200_000, "nested too deep"),
+    ],
 )
 def test_json_that_cannot_be_meant_is_refused_and_a_file_of_it_is_named(tmp_path, text, reason):
     with pytest.raises(ValueError, match=reason):

@@ -24,7 +24,7 @@ from mech_unlearn.edit.attach import attached
 from mech_unlearn.edit.export import export
 from mech_unlearn.edit.interventions import Intervention, kind_of, restored
 from mech_unlearn.edit.interventions import Shift as Shift
-from mech_unlearn.files import replacing
+from mech_unlearn.files import first_error, replacing
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
 
@@ -278,9 +278,7 @@ def _read(path: str | os.PathLike) -> tuple[_Header, dict[str, Tensor]]:
     try:
         return _Header(**header), tensors
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"edit {os.fspath(path)!r} cannot be read: header field {where!r}: {first['msg']}") from error
+        raise ValueError(f"edit {os.fspath(path)!r} cannot be read: header, {first_error(error)}") from error
 
 
 def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:

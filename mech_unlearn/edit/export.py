@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mech_unlearn.core import worth
-from mech_unlearn.files import require_empty
+from mech_unlearn.files import follow_umask, require_empty
 from mech_unlearn.model.bridge import Model
 
 
@@ -38,8 +38,7 @@ def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> tu
             raise RuntimeError(f"export to {str(folder)!r}: reloaded logits differ by {worst:.2e} (bound {bound:.1e})")
         facts = {**card, "parity": {"max_abs_logit_difference": worst, "bound": bound, "dtype": str(model.dtype)}}
         (part / "README.md").write_text(_card(model.name, facts), encoding="utf-8")
-        for file in part.iterdir():  # weights are written for their owner alone
-            file.chmod(part.stat().st_mode & 0o666)
+        follow_umask(part)
         if folder.exists():
             folder.rmdir()
         os.replace(part, folder)

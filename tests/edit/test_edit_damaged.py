@@ -1,6 +1,8 @@
-"""Edits that are broken: refused when made, saved, loaded or put in force, in one line, and the model is left as it was."""
+"""Edits that are broken: refused when made, read or put in force, in one line, and the model is left as it was."""
 
 import json
+import os
+import stat
 import struct
 from random import Random
 
@@ -80,6 +82,19 @@ def test_edits_left_in_the_wrong_order_are_refused_and_the_model_is_as_it_was(mo
     assert model.hash() == before and torch.equal(model.logits(IDS), logits) and not model.in_force.saved
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_an_edit_writes_is_as_open_as_the_umask_says(model, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        random_edit(model).save(tmp_path / "e.safetensors")
+        random_edit(model).export(model, tmp_path / "model")
+    finally:
+        os.umask(before)
+    written = (tmp_path / "e.safetensors", *(tmp_path / "model").iterdir())
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o666 & ~umask}
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o777 & ~umask
+
+
 def test_edits_left_in_order_are_not_refused(model):
     before = model.hash()
     with random_edit(model).on(model), random_edit(model, seed=1).on(model), random_edit(model, W_IN).on(model):
@@ -98,7 +113,8 @@ def test_a_header_with_other_values_gives_an_edit_that_can_be_saved_or_one_line_
     random, path = Random(1), tmp_path / "edit.safetensors"
     length = struct.unpack("<Q", saved[:8])[0]
     header = json.loads(saved[8 : 8 + length])
-    told = {key: json.loads(x) if key in ("interventions", "recipe") else x for key, x in header["__metadata__"].items()}
+    told = header["__metadata__"]
+    told |= {key: json.loads(told[key]) for key in ("interventions", "recipe")}
     refused = 0
     for _ in range(500):
         other = altered(told, random)
