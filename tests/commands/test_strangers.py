@@ -11,7 +11,7 @@ import torch
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.commands.audit import run_audit
-from mech_unlearn.commands.inputs import hashes, key_values, make_method, plain, typed
+from mech_unlearn.commands.inputs import hashes, key_values, make_method, plain, read_lines, typed
 from mech_unlearn.commands.locate import locate, run_locate
 from mech_unlearn.commands.options import AuditOptions, CalibrateOptions, LocateOptions
 from mech_unlearn.core import Entity, Site
@@ -361,6 +361,36 @@ def test_settings_of_any_kind_are_taken_or_refused_in_one_line_that_names_them()
 def test_a_setting_that_holds_settings_is_told_apart_from_a_value(name, key):
     with pytest.raises(ValueError, match=f"{key}"):
         make_method(name, {key: {"lr": 1}}, seed=0)
+
+
+def test_names_and_texts_are_the_lines_of_a_file_however_it_was_saved(tmp_path):
+    path = tmp_path / "names.txt"
+    for data in (
+        b"Anna Lee\nB\xc3\xa9la\n",
+        b"\xef\xbb\xbfAnna Lee\r\n B\xc3\xa9la \r\n",
+        b"\nAnna Lee\n\n\tB\xc3\xa9la",
+    ):
+        path.write_bytes(data)
+        assert read_lines(path) == ("Anna Lee", "B\u00e9la")
+    path.write_text("one\u2028text\x0b here\n", encoding="utf-8")
+    assert read_lines(path) == ("one\u2028text\x0b here",) and read_lines(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, "does not exist"),
+        (b"\n \n", "is empty"),
+        (b"B\xe9la", "not UTF-8 text: .* at byte 1"),
+        (b"\x1f\x8b1", "read"),
+    ],
+)
+def test_a_file_of_lines_that_cannot_be_read_is_named(tmp_path, data, reason):
+    path = tmp_path / "names.txt"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"names\.txt.*{reason}"):
+        read_lines(path)
 
 
 def test_settings_are_parsed_as_their_fields_types():
