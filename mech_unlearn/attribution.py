@@ -1,4 +1,7 @@
-"""Attribution: where something is, as a tensor of scores with labelled axes that saves and draws itself."""
+"""Attribution: where something is, as a tensor of scores with labelled axes that saves and draws itself.
+
+A little over 300 lines, so that one file holds what a result is, how it is read and how it is drawn.
+"""
 
 import os
 import textwrap

@@ -11,70 +11,28 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
-from pydantic import BaseModel, Json, ValidationError
 from torch import Tensor
 
 from mech_unlearn.attribution import as_table
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.attach import attached
+from mech_unlearn.edit.delta import Delta, LowRank, dense, parts, require_finite
+from mech_unlearn.edit.edit_file import FORMAT, deltas_of, intervention_of, read_edit
 from mech_unlearn.edit.export import export
-from mech_unlearn.edit.interventions import Intervention, kind_of, restored
+from mech_unlearn.edit.interventions import Intervention, kind_of
 from mech_unlearn.edit.interventions import Shift as Shift
-from mech_unlearn.files import first_error, replacing
+from mech_unlearn.files import replacing
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
-
-FORMAT = "mech_unlearn.edit/3"
-FORMAT_2 = "mech_unlearn.edit/2"
-"""Held shifts only; still read."""
-PARTS = ("dense", "left", "right", "intervention", "shift")
-"""What the names of a file's tensors begin with."""
 
 
 class Method(Protocol):
     """A way to remove facts. Implementations are frozen dataclasses; nobody subclasses this."""
 
     def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> "Edit": ...
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """The delta `left @ right` of a weight stored [rows, columns]."""
-
-    left: Float[Tensor, "rows rank"]
-    right: Float[Tensor, "rank columns"]
-
-    def __post_init__(self) -> None:
-        if self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[0]:
-            raise ValueError(f"factors {tuple(self.left.shape)} and {tuple(self.right.shape)} make no matrix")
-
-    def dense(self) -> Float[Tensor, "rows columns"]:
-        """The product, computed in float64 and given back in float32."""
-        return (self.left.double() @ self.right.double()).float()
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.left.shape[0], self.right.shape[1]))
-
-
-Delta = Tensor | LowRank
-
-
-def _dense(delta: Delta) -> Tensor:
-    return delta.dense() if isinstance(delta, LowRank) else delta
-
-
-def _parts(delta: Delta) -> tuple[Tensor, ...]:
-    return (delta.left, delta.right) if isinstance(delta, LowRank) else (delta,)
-
-
-def _require_finite(tensor: Tensor, where: str) -> None:
-    if not tensor.isfinite().all():
-        raise ValueError(f"{where} holds NaN or infinite values; fit it with smaller steps or more damping")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,11 +56,11 @@ class Edit:
 
     def __post_init__(self) -> None:
         for name, delta in self.deltas.items():
-            for part in _parts(delta):
-                _require_finite(part, f"edit {self.name!r}: the delta of {name}")
+            for part in parts(delta):
+                require_finite(part, f"edit {self.name!r}: the delta of {name}")
         for intervention in self.interventions:
             for name, tensor in intervention.tensors.items():
-                _require_finite(tensor, f"edit {self.name!r}: {name} of its {kind_of(intervention)}")
+                require_finite(tensor, f"edit {self.name!r}: {name} of its {kind_of(intervention)}")
 
     def __repr__(self) -> str:
         acts = ", ".join(kind_of(intervention) for intervention in self.interventions)
@@ -116,7 +74,7 @@ class Edit:
                 name,
                 *delta.shape,
                 delta.left.shape[1] if isinstance(delta, LowRank) else "dense",
-                f"{_dense(delta).norm():.3g}",
+                f"{dense(delta).norm():.3g}",
             )
             for name, delta in self.deltas.items()
         ]
@@ -154,8 +112,8 @@ class Edit:
         try:
             with torch.no_grad():
                 for name, delta in self.deltas.items():
-                    wanted = (saved[name].float() + _dense(delta).to(saved[name].device)).to(saved[name].dtype)
-                    _require_finite(wanted, f"edit {self.name!r}: {name} with its delta, in {wanted.dtype},")
+                    wanted = (saved[name].float() + dense(delta).to(saved[name].device)).to(saved[name].dtype)
+                    require_finite(wanted, f"edit {self.name!r}: {name} with its delta, in {wanted.dtype},")
                     model.held[name].copy_(wanted)
             model.require_live(self.deltas)
             with attached(self.interventions, model):
@@ -205,7 +163,7 @@ class Edit:
         Raises:
             ValueError: not an edit file, or an edit for another base model.
         """
-        header, tensors = _read(path)
+        header, tensors = read_edit(path)
         if model is not None and model.hash() != header.base:
             raise ValueError(
                 f"edit {os.fspath(path)!r} was computed on another base model than {model.name!r} "
@@ -213,12 +171,12 @@ class Edit:
             )
         try:
             interventions = tuple(
-                _intervention(header.format, i, kept, tensors) for i, kept in enumerate(header.interventions)
+                intervention_of(header.format, i, kept, tensors) for i, kept in enumerate(header.interventions)
             )
             return cls(
                 name=header.name,
                 base=header.base,
-                deltas=_deltas(tensors),
+                deltas=deltas_of(tensors),
                 interventions=interventions,
                 recipe=header.recipe,
             )
@@ -249,73 +207,6 @@ class Edit:
             return export(model, path, {"edit": self.name, "base": self.base, "recipe": self.recipe, **(card or {})})
 
 
-class _Header(BaseModel):
-    """The JSON header of an edit file."""
-
-    format: Literal["mech_unlearn.edit/3", "mech_unlearn.edit/2"]
-    name: str
-    base: str
-    interventions: Json[list[dict[str, Any]]]
-    recipe: Json[dict[str, Any]]
-
-
-def _read(path: str | os.PathLike) -> tuple[_Header, dict[str, Tensor]]:
-    """Header and tensors of an edit file.
-
-    Raises:
-        ValueError: no safetensors file, or one that is no edit.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"edit {os.fspath(path)!r} cannot be read: {error}") from error
-    if header.get("format") not in (FORMAT, FORMAT_2):
-        raise ValueError(f"{os.fspath(path)!r} is a safetensors file but not an edit")
-    try:
-        return _Header(**header), tensors
-    except ValidationError as error:
-        raise ValueError(f"edit {os.fspath(path)!r} cannot be read: header, {first_error(error)}") from error
-
-
-def _deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-    """The deltas of a file's tensors.
-
-    Raises:
-        ValueError: a tensor that belongs to no part of an edit, half of a pair, or a weight with two deltas.
-    """
-    deltas: dict[str, Delta] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        other = {"left": f"right/{name}", "right": f"left/{name}"}.get(kind)
-        if kind not in PARTS or not tensor.is_floating_point():
-            raise ValueError(f"tensor {key!r} of {tensor.dtype} belongs to no part of an edit")
-        if other is not None and other not in tensors:
-            raise ValueError(f"tensor {key!r} lacks {other!r}")
-        if kind == "left" and f"dense/{name}" in tensors:
-            raise ValueError(f"weight {name!r} has two deltas")
-        if kind in ("dense", "left"):
-            deltas[name] = tensor if kind == "dense" else LowRank(tensor, tensors[f"right/{name}"])
-    return deltas
-
-
-def _intervention(form: str, i: int, kept: dict[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
-    """The i-th intervention of a file.
-
-    Raises:
-        ValueError: a key that is missing, or what `restored` refuses.
-    """
-    prefix = f"{'shift' if form == FORMAT_2 else 'intervention'}/{i}/"
-    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    if form == FORMAT_2:
-        site = {key: kept.get(key) for key in ("layer", "kind")}
-        return restored("shift", {"site": site, "subjects": kept.get("subjects")}, own)
-    return restored(str(kept.get("type")), {name: x for name, x in kept.items() if name != "type"}, own)
-
-
 @contextmanager
 def clone(model: Model) -> Iterator[Model]:
     """A second Model with the same weights and the same interventions in force, free to be changed.
@@ -340,7 +231,7 @@ def compose(*edits: Edit) -> Edit:
     deltas: dict[str, Delta] = {}
     for edit in edits:
         for name, delta in edit.deltas.items():
-            deltas[name] = _dense(deltas[name]) + _dense(delta) if name in deltas else delta
+            deltas[name] = dense(deltas[name]) + dense(delta) if name in deltas else delta
     return Edit(
         name="+".join(edit.name for edit in edits),
         base=edits[0].base,

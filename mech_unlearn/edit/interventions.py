@@ -6,13 +6,11 @@ that are tensors are stored as tensors, all others as JSON; `KINDS` says which t
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, jaxtyped
-from pydantic import TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Site
@@ -278,37 +276,3 @@ KINDS: Mapping[str, type] = {"shift": Shift, "affine": Affine, "clamp": Clamp, "
 def kind_of(intervention: Intervention) -> str:
     """The name of its type in `KINDS`."""
     return next(name for name, kind in KINDS.items() if type(intervention) is kind)
-
-
-def restored(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
-    """The intervention whose `settings` and `tensors` these are.
-
-    Raises:
-        ValueError: a kind that this version does not know, a field that is unknown, missing or of another type, or
-            tensors whose shapes do not fit.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"interventions of kind {kind!r} are not known here; there are {', '.join(KINDS)}")
-    own = {f.name: f for f in fields(KINDS[kind])}
-    given = {**settings, **tensors}
-    needed = {name for name, f in own.items() if f.default is MISSING and f.default_factory is MISSING}
-    if odd := (given.keys() - own) | (needed - given.keys()):
-        raise ValueError(f"{kind}: {', '.join(sorted(odd))} unknown or missing; it has {', '.join(own)}")
-    with jaxtyped("context"):  # sizes of the same name are the same
-        return KINDS[kind](**{name: _valid(kind, own[name], value) for name, value in given.items()})
-
-
-def _valid(kind: str, own: Field[Any], value: Any) -> Any:
-    """The value of a field, as its type."""
-    if isinstance(value, Tensor):
-        if not isinstance(value, own.type):  # pyright: ignore[reportArgumentType]
-            raise ValueError(f"{kind}: {own.name} is {tuple(value.shape)} of {value.dtype}, not {own.type}")
-        return value
-    try:
-        return TypeAdapter(own.type).validate_python(_tuples(value))
-    except (ValidationError, PydanticSchemaGenerationError) as error:
-        raise ValueError(f"{kind}: {own.name} is no {own.type}: {str(value)[:60]!r}") from error
-
-
-def _tuples(x: Any) -> Any:
-    return tuple(_tuples(item) for item in x) if isinstance(x, list | tuple) else x

@@ -11,11 +11,11 @@ import torch
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, LowRank, Shift
-from mech_unlearn.edit.interventions import KINDS
+from mech_unlearn.edit.interventions import KINDS, Prefix
 from mech_unlearn.model.load import load
 from tests.damage import altered, assert_result_or_one_line, damaged
 from tests.edit.test_edit import IDS, W_OUT, random_edit
-from tests.edit.test_interventions import every_kind
+from tests.edit.test_interventions import every_kind, put
 from tests.tiny import tiny_hf, tiny_tokenizer
 
 W_IN = "model.layers.0.mlp.up_proj.weight"
@@ -80,6 +80,21 @@ def test_edits_left_in_the_wrong_order_are_refused_and_the_model_is_as_it_was(mo
             one.__exit__(None, None, None)
     on[-1].__exit__(None, None, None)
     assert model.hash() == before and torch.equal(model.logits(IDS), logits) and not model.in_force.saved
+
+
+@pytest.mark.parametrize("first", range(len(every_kind())))
+def test_interventions_left_in_the_wrong_order_are_refused_and_nothing_of_them_is_in_force(model, first):
+    prefix = Prefix(subjects=((5, 6),), prefixes=((4,),), otherwise=(7, 8))
+    logits, before = model.logits(IDS), model.in_force.forward_replaced
+    on = [put(model, one).on(model) for one in (every_kind()[first], prefix, prefix)]
+    for one in on:
+        one.__enter__()
+    model.logits(IDS)
+    for one in on[:-1]:
+        with pytest.raises(RuntimeError, match="leave the last one first"):
+            one.__exit__(None, None, None)
+    on[-1].__exit__(None, None, None)
+    assert torch.equal(model.logits(IDS), logits) and model.in_force.nothing() and not before
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
