@@ -68,18 +68,16 @@ def choose(name: str, options: Mapping[str, Any], what: str) -> Any:
 
 
 def key_values(settings: Sequence[str]) -> dict[str, Any]:
-    """`key=value` strings as a dict; a value is a Python literal, else the text itself.
+    """`key=value` strings as a dict, the last of each key; a value is a Python literal, else the text itself.
 
     Raises:
-        ValueError: a string without an equals sign, or a key given twice.
+        ValueError: a string without an equals sign.
     """
     values = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"setting {setting!r} is not of the form key=value")
-        if key in values:
-            raise ValueError(f"setting {key!r} is given twice; give it once")
         try:
             values[key] = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

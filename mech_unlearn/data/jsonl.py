@@ -23,6 +23,8 @@ FOREIGN: Mapping[str, frozenset[str]] = {
     "trex": frozenset({"sub_label", "obj_label", "predicate_id"}),
 }
 """Data set of `facts convert` -> keys by which its rows are known."""
+BY_FOLDER = ("relations", "trex")
+"""Those of them that are converted by the folder of their files."""
 PHRASINGS = ("prompt", "paraphrases", "heldout")
 SHOWN = 20
 """Bad facts of a file that one message lists."""
@@ -115,9 +117,11 @@ def _whole(file: Path, text: str) -> list[Any] | None:
 
 
 def _require_own(file: Path, row: Any) -> None:
+    """Raises ValueError for a row of another data set, with the command that converts it."""
     for name, own in FOREIGN.items():
         if isinstance(row, dict) and own <= row.keys():
-            convert = f"mech-unlearn facts convert {name} --data {file} --out FACTS.jsonl"
+            data = file.parent if name in BY_FOLDER else file
+            convert = f"mech-unlearn facts convert {name} --data {data} --out FACTS.jsonl"
             raise ValueError(f"{file} holds {name} data, not facts: `{convert}` makes facts of it")
 
 

@@ -282,7 +282,6 @@ def test_what_a_locator_lacks_or_does_not_know_is_refused_before_anything_is_wri
         ("causal_trace", {"settings": ["sample=3"]}, "unknown setting of causal_trace 'sample'; choose from sample"),
         ("causal_trase", {}, "unknown locator 'causal_trase'; choose from causal_trace"),
         ("probe", {"settings": ["folds"]}, "not of the form key=value"),
-        ("probe", {"settings": ["folds=2", "folds=3"]}, "'folds' is given twice"),
         ("probe", {"settings": ["folds=resid_post"]}, "setting folds=resid_post of probe: .*integer"),
         ("causal_trace", {"settings": ["noise=nan"]}, "setting noise=nan of causal_trace must be a finite number"),
         ("causal_trace", {"settings": ["sigma=1e999"]}, "sigma=inf of causal_trace must be a finite number"),
