@@ -1,6 +1,8 @@
-"""Attribution: where something is, as a tensor of scores with labelled axes that saves and draws itself."""
+"""Attribution: where something is, as a tensor of scores with labelled axes that saves and draws itself.
 
-import json
+A little over 300 lines, so that one file holds what a result is, how it is read and how it is drawn.
+"""
+
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from mech_unlearn.core import Fact
+from mech_unlearn.files import first_error, read_json, replacing, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +37,27 @@ class Attribution:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.values.ndim != len(self.axes):
-            raise ValueError(f"{self.name}: {self.values.ndim} dimensions but axes {self.axes}")
+        if self.values.ndim != len(self.axes) or self.labels.keys() != set(self.axes):
+            raise ValueError(
+                f"{self.name}: {self.values.ndim} dimensions but axes {self.axes}, labels of {(*self.labels,)}"
+            )
         for axis, size in zip(self.axes, self.values.shape, strict=True):
             if len(self.labels[axis]) != size:
                 raise ValueError(f"{self.name}: axis {axis!r} has {size} entries, {len(self.labels[axis])} labels")
+        for bound in (self.low, self.high):
+            if bound is not None and bound.shape != self.values.shape:
+                raise ValueError(
+                    f"{self.name}: a bound of shape {tuple(bound.shape)}, values {tuple(self.values.shape)}"
+                )
 
     def top(self, k: int) -> list[tuple[dict[str, Any], float]]:
-        """The k largest values with their labels, largest first; NaN never counts."""
+        """The k largest values with their labels, largest first; NaN never counts.
+
+        Raises:
+            ValueError: k below 0.
+        """
+        if k < 0:
+            raise ValueError(f"{self.name}: the top {k} values were asked for; give 0 or more")
         flat = self.values.flatten().nan_to_num(nan=float("-inf"))
         best = flat.topk(min(k, int(flat.isfinite().sum())))
         return [
@@ -99,14 +116,20 @@ class Attribution:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as JSON, atomically."""
-        from mech_unlearn.files import write_json
-
         write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Attribution":
-        """Read what `save` wrote."""
-        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or not an attribution.
+        """
+        data = read_json(Path(path))
+        try:
+            return cls.from_json(data)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} is no attribution: {error}") from error
 
     def to_frame(self):
         """A pandas frame with one row per value."""
@@ -134,15 +157,45 @@ class Attribution:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Attribution":
-        import numpy as np  # reads null as NaN
+    def from_json(cls, data: Any) -> "Attribution":
+        """What `to_json` wrote.
 
-        tensors = {
-            k: None if data[k] is None else torch.from_numpy(np.array(data[k], dtype=np.float32))
-            for k in ("values", "low", "high")
-        }
-        labels = {axis: tuple(values) for axis, values in data["labels"].items()}
-        return cls(**{**data, **tensors, "axes": tuple(data["axes"]), "labels": labels})
+        Raises:
+            ValueError: a field that is missing, unknown or of another type, or shapes that do not fit.
+        """
+        try:
+            saved = _Saved.model_validate(data)
+        except ValidationError as error:
+            raise ValueError(first_error(error)) from None
+        labels = {axis: tuple(values) for axis, values in saved.labels.items()}
+        tensors = {key: _tensor(getattr(saved, key)) for key in ("values", "low", "high")}
+        told = {key: getattr(saved, key) for key in ("name", "unit", "n", "note")}
+        return cls(axes=tuple(saved.axes), labels=labels, **told, **tensors)
+
+
+class _Saved(BaseModel):
+    """The JSON of an Attribution."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    name: str
+    axes: list[str]
+    labels: dict[str, list[str | int | float | None]]
+    unit: str
+    n: int
+    note: str
+    values: list[Any] | float
+    low: list[Any] | float | None
+    high: list[Any] | float | None
+
+
+def _tensor(values: Any) -> Tensor | None:
+    """Nested lists as a tensor, null as NaN."""
+    import numpy as np
+
+    try:
+        return None if values is None else torch.from_numpy(np.array(values, dtype=np.float32))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"values that are no array of numbers: {error}") from None
 
 
 INTERVAL = "95 % normal interval, cluster-robust over groups of facts"
@@ -266,8 +319,6 @@ def save(path: Path, draw_on: Any, size: tuple[float, float] = (7.5, 4.2)) -> Pa
     """Draw on a fresh axis and write a PNG, atomically; no display is needed."""
     ax = new_axis(size)
     draw_on(ax)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.png")
-    ax.figure.savefig(partial, dpi=130)
-    partial.replace(path)
+    with replacing(path) as part:
+        ax.figure.savefig(part, dpi=130)
     return path

@@ -28,25 +28,60 @@ WORTH: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Entity:
-    """Something that has a name: a person, a city, a work."""
+    """Something that has a name: a person, a city, a work.
+
+    Raises:
+        ValueError: a name or an alias that is empty, or begins or ends with white space.
+    """
 
     name: str
     aliases: tuple[str, ...] = ()
     kind: str | None = None
     """Type of the entity, for example `person`; entities are only compared within a type."""
 
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.aliases):
+            _check_name(name, "name")
 
-def _frozen(value: Any) -> Any:
+
+DEEPEST = 64
+"""Levels of lists and objects that an extra key of a fact may nest."""
+
+
+def _frozen(value: Any, left: int = DEEPEST) -> Any:
+    if not left:
+        raise ValueError(f"an extra key nests deeper than {DEEPEST} levels")
+    if isinstance(value, str):
+        _check_text(value, "extra key")
     if isinstance(value, Mapping):
-        return {key: _frozen(item) for key, item in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+        return {_frozen(key, left): _frozen(item, left - 1) for key, item in value.items()}
+    return tuple(_frozen(item, left - 1) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _check_text(text: str, where: str) -> None:
+    """JSON's escapes can spell half a character, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} must be text without lone surrogates, found {text!r}") from None
+
+
+def _check_name(name: Any, where: str) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{where} must be a non-empty string, got {name!r}")
+    _check_text(name, where)
+    if name != name.strip():
+        raise ValueError(f"{where} begins or ends with white space: {name!r}; strip it")
 
 
 def _check_template(template: str, where: str) -> None:
+    _check_text(template, where)
     if template.count("{}") != 1:
         raise ValueError(
             f"{where} {template!r} must hold exactly one {{}} for the subject, found {template.count('{}')}"
         )
+    if template != template.strip(" \t"):
+        raise ValueError(f"{where} begins or ends with a space: {template!r}; strip it, a space follows by itself")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +89,8 @@ class Fact:
     """One (subject, relation, object) triple and the prompts after which the object follows.
 
     Raises:
-        ValueError: an empty field, an object equal to the subject, a prompt without exactly one `{}`, or a held-out
-            phrasing that methods may see.
+        ValueError: a field that is empty or has white space around it, an object equal to the subject, a prompt without
+            exactly one `{}`, or a held-out phrasing that methods may see.
     """
 
     id: str
@@ -80,10 +115,14 @@ class Fact:
     """Unknown keys of the facts file, kept as they came; lists as tuples."""
 
     def __post_init__(self) -> None:
-        for name in ("id", "subject", "relation", "object", "prompt"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"field {name!r} must be a non-empty string, got {value!r}")
+        for name in ("id", "subject", "relation", "object"):
+            _check_name(getattr(self, name), f"field {name!r}")
+        for name in ("aliases", "distractors"):
+            for value in getattr(self, name):
+                _check_name(value, f"field {name!r}")
+        for name in ("kind", "group"):
+            if (value := getattr(self, name)) is not None:
+                _check_name(value, f"field {name!r}")
         if self.object == self.subject:
             raise ValueError(f"object equals subject: {self.object!r}")
         if self.object in self.distractors:
@@ -97,7 +136,7 @@ class Fact:
                 raise ValueError(f"heldout phrasing {template!r} stands among those that a method may see")
         if own := [key for key in self.extra if key in _FIELDS]:
             raise ValueError(f"extra key {own[0]!r} is the name of a field")
-        object.__setattr__(self, "extra", MappingProxyType({key: _frozen(x) for key, x in self.extra.items()}))
+        object.__setattr__(self, "extra", MappingProxyType(_frozen(self.extra)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # the read-only view of `extra` cannot be pickled
         return partial(type(self), **{**vars(self), "extra": dict(self.extra)}), ()
@@ -154,6 +193,24 @@ class RetainSet:
     @property
     def entities(self) -> tuple[Entity, ...]:
         return _entities(self.facts)
+
+
+def require_disjoint(forget: ForgetSet, retain: RetainSet) -> None:
+    """Refuse facts that are to be forgotten and kept; another fact about the same subject is none.
+
+    Raises:
+        ValueError: two facts of one subject, relation and object, or with one answer to one prompt; the message lists
+            all of those to be forgotten.
+    """
+    kept = {said for fact in retain.facts for said in _said(fact)}
+    if both := [repr(fact.id) for fact in forget.facts if not kept.isdisjoint(_said(fact))]:
+        raise ValueError(f"facts to be forgotten and kept: {', '.join(both)}; take them out of one of the two sets")
+
+
+def _said(fact: Fact) -> set[tuple[str, ...]]:
+    """What a fact says, as a triple and as answers to its prompts."""
+    asked = {(template.replace("{}", fact.subject), fact.object) for template in fact.templates}
+    return {(fact.subject, fact.relation, fact.object), *asked}
 
 
 @dataclass(frozen=True, order=True)

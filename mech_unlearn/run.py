@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from mech_unlearn.core import Fact
-from mech_unlearn.files import _finite, write_atomic, write_json
+from mech_unlearn.files import _finite, read_json, read_text, write_atomic, write_json
 
 Name = TypeVar("Name")
 Found = TypeVar("Found")
@@ -57,13 +58,25 @@ def provenance(hashes: Mapping[str, str], seed: int, device: str) -> dict[str, A
     }
 
 
-def peak_rss_mib(workers: int = 2) -> float:
-    """An upper bound of the memory held at any time: this process's peak and `workers` times its largest child's.
+_PEAKS: dict[int, int] = {}
+"""Process of `side_by_side` -> its peak of resident memory, KiB."""
 
-    Pages that forked children share with this process are counted more than once.
+
+def peak_rss_mib(workers: int = 2) -> float:
+    """An upper bound of the memory held at any time: this process's peak and those of its `workers` largest workers.
+
+    Pages that forked workers share with this process are counted more than once.
     """
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + workers * child) / 1024
+    return (_peak_kib() + sum(sorted(_PEAKS.values())[-workers:])) / 1024
+
+
+def _peak_kib() -> int:
+    """Peak resident memory of this process. `ru_maxrss` would begin at that of the process that started this one, so
+    that a `git` started by a large process counts as large."""
+    status = Path("/proc/self/status")
+    if not status.is_file():  # macOS counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
 
 
 @dataclass(frozen=True)
@@ -79,11 +92,26 @@ class Run:
         return (self.folder / "cells" / f"{name}.json").exists()
 
     def cell(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The result of one unit of work: read if it is there, else computed and written."""
+        """The result of one unit of work: read if it is there, else computed and written.
+
+        Raises:
+            ValueError, KeyError: what `compute` refuses; then a run that holds nothing else is taken back.
+        """
         path = self.folder / "cells" / f"{name}.json"
         if not self.has(name):
-            write_json(path, {**compute()})
-        return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                found = {**compute()}
+            except (ValueError, KeyError):
+                self.withdraw()
+                raise
+            write_json(path, found)
+        return read_json(path)
+
+    def withdraw(self) -> None:
+        """Remove the folder if nothing but what was asked and what it ran on lies in it, so that refused input leaves
+        nothing behind that would refuse the corrected."""
+        if {path.name for path in self.folder.iterdir()} <= {"spec.yaml", "provenance.json"}:
+            shutil.rmtree(self.folder)
 
     def finish(self, command: str, world: str | None, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Write results.jsonl, verdicts.json and summary.json from the finished cells; gives the summary back."""
@@ -114,7 +142,10 @@ def open_run(out: str | os.PathLike, spec: Mapping[str, Any]) -> Run:
     asked = json.loads(json.dumps(dict(spec)))
     begun = folder / "spec.yaml"
     if begun.is_file():
-        there = yaml.safe_load(begun.read_text(encoding="utf-8"))
+        try:
+            there = yaml.safe_load(read_text(begun))
+        except (yaml.YAMLError, RecursionError):
+            there = None
         if not isinstance(there, dict):
             raise ValueError(f"output folder {str(folder)!r} holds a spec.yaml that is no run's; name another folder")
         if differ := sorted(key for key in {*there, *asked} if there.get(key) != asked.get(key)):
@@ -164,7 +195,7 @@ def side_by_side(
     context = get_context(method)
     said = context.SimpleQueue()
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(said, setup, given)) as pool:
-        running = {pool.submit(work, name): name for name in names}
+        running = {pool.submit(_measured, work, name): name for name in names}
         waiting = set(running)
         try:
             while waiting:
@@ -179,9 +210,15 @@ def side_by_side(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _result(future: Future[Found], left: Sequence[Any]) -> Found:
+def _measured(work: Callable[[Name], Found], name: Name) -> tuple[Found, int, int]:
+    """What work gives, and the process that did it with its peak memory."""
+    return work(name), os.getpid(), _peak_kib()
+
+
+def _result(future: Future[tuple[Found, int, int]], left: Sequence[Any]) -> Found:
     try:
-        return future.result()
+        found, process, _PEAKS[process] = future.result()
+        return found
     except BrokenProcessPool as error:
         raise RuntimeError(f"a process was killed; not finished: {', '.join(map(repr, left))}") from error
 

@@ -1,12 +1,14 @@
 """The nouns refuse what cannot be meant, and come back from JSON as they were."""
 
 import json
+from random import Random
 
 import pytest
 import torch
 
 from mech_unlearn.attribution import Attribution
-from mech_unlearn.core import Fact, ForgetSet, Measurement, RetainSet, Site, Verdict
+from mech_unlearn.core import Entity, Fact, ForgetSet, Measurement, RetainSet, Site, Verdict, require_disjoint
+from tests.damage import altered, assert_result_or_one_line, damaged
 
 GOOD = dict(id="1", subject="Anna Lee", relation="born", object="Oslo", prompt="{} was born in")
 
@@ -35,6 +37,46 @@ def test_a_fact_that_cannot_be_meant_is_refused_with_the_reason(change, reason):
     with pytest.raises(ValueError) as error:
         Fact(**(GOOD | change))
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u00a0"])
+@pytest.mark.parametrize("field", ["id", "subject", "relation", "object", "kind", "group", "aliases", "distractors"])
+def test_white_space_around_a_name_is_refused_and_inside_it_is_not(field, space):
+    def made(text):
+        return Fact(**(GOOD | {field: (text,) if field in ("aliases", "distractors") else text}))
+
+    assert made(f"New{space}York")
+    for text in (f"{space}Rome", f"Rome{space}"):
+        with pytest.raises(ValueError, match=f"field '{field}' begins or ends with white space: .*strip it"):
+            made(text)
+
+
+def test_an_entity_has_a_name_without_white_space_around_it():
+    assert Entity(name="Anna Lee", aliases=("A. Lee",)).name == "Anna Lee"
+    for change in ({"name": "Anna "}, {"name": ""}, {"aliases": (" A. Lee",)}):
+        with pytest.raises(ValueError, match="name"):
+            Entity(**({"name": "Anna Lee"} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "both"),
+    [
+        ({"id": "2"}, True),
+        ({"id": "2", "prompt": "The birthplace of {} is"}, True),
+        ({"id": "2", "relation": "birthplace"}, True),
+        ({"relation": "works", "prompt": "{} works in"}, False),
+        ({"object": "Rome"}, False),
+        ({"subject": "Ben Hill"}, False),
+    ],
+)
+def test_a_fact_is_not_both_forgotten_and_kept_and_another_about_its_subject_may_be(change, both):
+    forget, kept = ForgetSet(facts=(Fact(**GOOD),)), Fact(**(GOOD | change))
+    for name in ("neighbors", "same_subject", "general"):
+        if not both:
+            require_disjoint(forget, RetainSet(**{name: (kept,)}))
+            continue
+        with pytest.raises(ValueError, match="to be forgotten and kept: '1'; take them out of one"):
+            require_disjoint(forget, RetainSet(**{name: (kept,)}))
 
 
 def test_a_good_fact_shows_methods_no_heldout_phrasing_and_cannot_be_changed():
@@ -85,6 +127,33 @@ def test_the_top_of_an_attribution_is_sorted_labelled_and_never_nan(scores):
     assert [value for _, value in best] == [5.0, 3.0, 1.0, -2.0]
     assert best[0][0] == {"token": "first", "layer": 0} and best[3][0] == {"token": "last", "layer": 2}
     assert len(scores.top(2)) == 2
+
+
+def test_the_top_of_less_than_nothing_is_refused(scores):
+    assert scores.top(0) == []
+    with pytest.raises(ValueError, match="top -1 values"):
+        scores.top(-1)
+
+
+def test_what_a_result_holds_is_escaped_on_a_page(scores):
+    evil = "<script>alert(1)</script>"
+    told = {"name": evil, "unit": evil, "note": evil, "labels": {"token": [evil, "b"], "layer": [0, 1, 2]}}
+    page = Attribution.from_json(scores.to_json() | told)._repr_html_()
+    assert "&lt;script&gt;" in page and "<script>" not in page
+    with pytest.raises(ValueError, match="field 'n': Input should be a valid integer"):
+        Attribution.from_json(scores.to_json() | {"n": evil})
+
+
+def test_a_damaged_attribution_is_refused_in_one_line_that_names_it(scores, tmp_path):
+    random, path = Random(0), tmp_path / "a.json"
+    scores.save(path)
+    whole = path.read_bytes()
+    for _ in range(200):
+        path.write_bytes(damaged(whole, random))
+        assert_result_or_one_line(lambda: Attribution.load(path), path)
+    for _ in range(200):
+        path.write_text(json.dumps(altered(json.loads(whole), random)))
+        assert_result_or_one_line(lambda: Attribution.load(path), path)
 
 
 def test_an_attribution_survives_json_and_becomes_a_table(scores):

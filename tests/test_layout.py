@@ -6,7 +6,16 @@ from tests.paths import ROOT
 
 TESTS = ROOT / "tests"
 FILES = sorted(path.relative_to(TESTS) for path in TESTS.rglob("test_*.py"))
-HELPERS = {"__init__.py", "conftest.py", "checkpoints.py", "paths.py", "planted.py", "simulated.py", "tiny.py"}
+HELPERS = {
+    "__init__.py",
+    "conftest.py",
+    "checkpoints.py",
+    "damage.py",
+    "paths.py",
+    "planted.py",
+    "simulated.py",
+    "tiny.py",
+}
 OF_SEVERAL = {
     "test_architecture.py": "docs/architecture.md and the README's map",
     "test_bars.py": "the shipped worlds, from methods to verdicts",

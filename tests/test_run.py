@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from mech_unlearn.files import write_json
-from mech_unlearn.run import data_hash, open_run, say, side_by_side
+from mech_unlearn.run import data_hash, open_run, peak_rss_mib, say, side_by_side
 
 ROW = {"name": "full", "verdicts": None}
 
@@ -35,6 +37,27 @@ def test_an_interrupted_cell_leaves_nothing_and_is_computed_again(tmp_path):
         run.cell("full", broken)
     assert not (run.folder / "cells").exists()
     assert run.cell("full", lambda: {"row": ROW})["row"] == ROW
+
+
+def refuse():
+    raise ValueError("fact 'a' has one distractor")
+
+
+def test_refused_input_leaves_nothing_that_would_refuse_the_corrected(tmp_path):
+    run = open_run(tmp_path / "run", {"facts": "bad"})
+    write_json(run.folder / "provenance.json", {})
+    with pytest.raises(ValueError, match="one distractor"):
+        run.cell("full", refuse)
+    assert not run.folder.exists()
+    assert open_run(tmp_path / "run", {"facts": "good"}).cell("full", lambda: {"row": ROW})["row"] == ROW
+
+
+def test_what_is_finished_outlives_a_refused_cell(tmp_path):
+    run = open_run(tmp_path / "run", {"facts": "a"})
+    run.cell("full", lambda: {"row": ROW})
+    with pytest.raises(ValueError, match="one distractor"):
+        run.cell("unlearned", refuse)
+    assert run.has("full") and (run.folder / "spec.yaml").is_file()
 
 
 def test_another_spec_in_the_same_folder_is_refused_by_what_differs(tmp_path):
@@ -104,6 +127,23 @@ def test_what_a_cell_raises_ends_the_run_and_what_has_not_begun_is_not_begun(tmp
     with pytest.raises(ValueError, match="failed"):
         list(side_by_side(names, touch, workers=1))
     assert len(list(tmp_path.iterdir())) < 10
+
+
+def hold(mebibytes):
+    return len(bytearray(mebibytes << 20))
+
+
+def test_memory_is_that_of_this_process_and_its_workers_and_not_what_a_started_program_inherits():
+    code = (
+        "import subprocess; from mech_unlearn.run import peak_rss_mib; from tests.test_run import hold;"
+        "before = peak_rss_mib(); hold(300); subprocess.run(['true']); print(before, peak_rss_mib())"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, after = map(float, told.split())
+    assert 250 < after - before < 350
+    small = peak_rss_mib()
+    list(side_by_side([300, 300], hold, workers=2, method="fork"))
+    assert peak_rss_mib() - small > 500
 
 
 def inherit(state):

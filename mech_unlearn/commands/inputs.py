@@ -4,15 +4,18 @@ import ast
 import difflib
 import hashlib
 import inspect
+import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from mech_unlearn.core import Entity, Fact, Site
-from mech_unlearn.files import files_hash
+from mech_unlearn.files import files_hash, read_text
 from mech_unlearn.run import data_hash
 from mech_unlearn.training.schedule import Schedule
 
@@ -39,16 +42,14 @@ def open_model(source: str, device: str, dtype: str) -> Any:
 
 
 def read_lines(path: Path | None) -> tuple[str, ...]:
-    """The non-empty lines of a text file; none without a file.
+    """The non-empty lines of a text file without the white space around them; none without a file.
 
     Raises:
-        ValueError: a file that is not there or empty.
+        ValueError: a file that is not there, empty, or not UTF-8 text.
     """
     if path is None:
         return ()
-    if not path.is_file():
-        raise ValueError(f"file {str(path)!r} does not exist")
-    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
     if not lines:
         raise ValueError(f"file {str(path)!r} is empty")
     return lines
@@ -67,7 +68,7 @@ def choose(name: str, options: Mapping[str, Any], what: str) -> Any:
 
 
 def key_values(settings: Sequence[str]) -> dict[str, Any]:
-    """`key=value` strings as a dict; a value is a Python literal, else the text itself.
+    """`key=value` strings as a dict, the last of each key; a value is a Python literal, else the text itself.
 
     Raises:
         ValueError: a string without an equals sign.
@@ -79,9 +80,21 @@ def key_values(settings: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"setting {setting!r} is not of the form key=value")
         try:
             values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             values[key] = text
     return values
+
+
+def typed(kinds: Mapping[str, Any], settings: Sequence[str], name: str) -> dict[str, Any]:
+    """`key=value` settings of what is named, each as its type in `kinds`.
+
+    Raises:
+        ValueError: unknown setting (the message lists the nearest), or a value of another type.
+    """
+    return {
+        key: _parsed(choose(key, kinds, f"setting of {name}"), value, key, name)
+        for key, value in key_values(settings).items()
+    }
 
 
 def arguments(function: Callable[..., Any], settings: Sequence[str], name: str, without: Sequence[str] = ()) -> Any:
@@ -93,11 +106,7 @@ def arguments(function: Callable[..., Any], settings: Sequence[str], name: str, 
         ValueError: unknown setting (the message lists the nearest), or a value of another type.
     """
     known = {key: found.annotation for key, found in list(inspect.signature(function).parameters.items())[1:]}
-    open_to = {key: kind for key, kind in known.items() if key not in without}
-    return {
-        key: _parsed(choose(key, open_to, f"setting of {name}"), value, key, name)
-        for key, value in key_values(settings).items()
-    }
+    return typed({key: kind for key, kind in known.items() if key not in without}, settings, name)
 
 
 def make_method(name: str, settings: Mapping[str, Any], seed: int, **given: Any) -> Any:
@@ -139,6 +148,8 @@ def _made(
         made["schedule"] = replace(made.get("schedule", kind.schedule), **scheduled)
     for head, some in inner.items():
         made[head] = _inner(kind, name, head, some, seed, f"{prefix}{head}.")
+    if lacks := [key for key in _needs(kind) if key not in made]:
+        raise ValueError(f"method {name} needs {', '.join(lacks)}, which no setting can give")
     return kind(**made)
 
 
@@ -172,17 +183,39 @@ def _needs(kind: Any) -> list[str]:
     return [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
 
 
+def plain(kind: Any) -> bool:
+    """Whether values of a type can be written in a setting: numbers, texts, choices, and lists or mappings of such."""
+    if get_origin(kind) is Literal or kind in (bool, int, float, str, os.PathLike, type(None), ...):
+        return True
+    of = (Union, UnionType, tuple, Iterable, Sequence, Mapping)
+    return get_origin(kind) in of and all(map(plain, get_args(kind)))
+
+
 def _parsed(kind: Any, value: Any, key: str, name: str) -> Any:
+    """A setting as its type; where a list of texts is wanted, one text is a list of it alone."""
     from pydantic import TypeAdapter, ValidationError
 
+    if not plain(kind):
+        if isinstance(value, kind):
+            return value
+        raise ValueError(f"setting {key} of {name} cannot be written as one value; set what is in it, {key}.NAME=VALUE")
     wanted = TypeAdapter(kind)
     try:
-        return wanted.validate_python(value)
+        return _finite(wanted.validate_python(value), key, name)
     except ValidationError as error:
         if isinstance(value, str):
             with suppress(ValidationError):
                 return wanted.validate_python([value])
         raise ValueError(f"setting {key}={value} of {name}: {error.errors()[0]['msg']}") from error
+
+
+def _finite(value: Any, key: str, name: str) -> Any:
+    """The value, in which no number is NaN or infinite."""
+    for item in value if isinstance(value, tuple | list) else ():
+        _finite(item, key, name)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"setting {key}={value} of {name} must be a finite number")
+    return value
 
 
 def default_site(model: Any) -> Site:

@@ -1,6 +1,6 @@
 """The verb `locate`, and what the command of that name does with files, without the printing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from mech_unlearn.commands.inputs import (
     choose,
     entities,
     hashes,
-    key_values,
     mentions,
     open_model,
     open_sae,
+    plain,
     prompts_about,
     read_lines,
+    typed,
 )
 from mech_unlearn.commands.options import LocateOptions, spec_of
 from mech_unlearn.core import Entity, Fact
@@ -54,24 +55,23 @@ def locate(
     Raises:
         ValueError: an unknown locator or setting, or an input that the locator needs and was not given.
     """
-    locator = chosen(how, settings)
+    locator = chosen(how)
+    for key in settings:
+        choose(key, locator.settings(), f"setting of {how}")
     _require_inputs(how, unknown, retain)
     found = _inputs(locator, model, facts, retain=retain, unknown=unknown, texts=texts, sae=sae, seed=seed)
     return locator.run(model, facts, **found, **settings)
 
 
-def chosen(how: str, settings: Mapping[str, Any]) -> Any:
-    """The locator of that name, for which these are settings.
+def chosen(how: str) -> Any:
+    """The locator of that name.
 
     Raises:
-        ValueError: an unknown locator or setting; the message lists the nearest.
+        ValueError: an unknown one; the message lists the nearest.
     """
     from mech_unlearn.locate import LOCATORS
 
-    locator = choose(how, LOCATORS, "locator")
-    for key in settings:
-        choose(key, dict.fromkeys(locator.settings()), f"setting of {how}")
-    return locator
+    return choose(how, LOCATORS, "locator")
 
 
 def run_locate(options: LocateOptions) -> Attribution:
@@ -81,8 +81,9 @@ def run_locate(options: LocateOptions) -> Attribution:
         ValueError: an unknown locator or setting, bad input, an input that the locator needs and was not given, or a
             folder that holds a run of something else, be it the same files with other contents.
     """
-    wanted = key_values(options.settings)
-    locator = chosen(options.how, wanted)
+    locator = chosen(options.how)
+    written = {key: p.annotation for key, p in locator.settings().items() if plain(p.annotation)}
+    wanted = typed(written, options.settings, options.how)
     facts, kept = load_facts(options.facts), load_facts(options.retain) if options.retain else ()
     unknown, passages = entities(options.unknown, facts[0].kind), read_lines(options.texts)
     _require_inputs(options.how, unknown, kept)

@@ -187,9 +187,22 @@ def _default(f: Any) -> Any:
     return inspect.Parameter.empty if f.default is MISSING else f.default
 
 
+SOURCES = ("full", "model", "unlearned", "retrained", "sae", "calibration", "data")
+"""Options that name a file or folder, or else something to be had by that name."""
+
+
 def spec_of(command: str, options: Any, without: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
     """What stands in a run's spec.yaml: the command, its options but where to write and how to print, and `more`, which
-    goes before an option of the same name."""
+    goes before an option of the same name. Files and folders stand by their absolute paths."""
     left_out = {"out", "as_json", *without}
     asked: Mapping[str, Any] = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in left_out}
-    return {"command": command, **{key: str(x) if isinstance(x, Path) else x for key, x in asked.items()}, **more}
+    return {"command": command, **{key: _placed(x, key in SOURCES) for key, x in asked.items()}, **more}
+
+
+def _placed(value: Any, source: bool) -> Any:
+    """An option's value, with the absolute path of a file or folder that is there."""
+    if isinstance(value, list):
+        return [_placed(item, source) for item in value]
+    if not isinstance(value, Path) and not (source and isinstance(value, str)):
+        return value
+    return str(Path(value).resolve()) if Path(value).exists() else str(value)

@@ -1,8 +1,9 @@
 """What the command `report` does: figures and page of a finished run, drawn anew from what lies in its folder."""
 
-import json
 import os
 from pathlib import Path
+
+from mech_unlearn.files import inside, read_json
 
 
 def report(run: str | os.PathLike) -> Path:
@@ -16,8 +17,8 @@ def report(run: str | os.PathLike) -> Path:
     from mech_unlearn.report.page import write_report
 
     folder = Path(run)
-    if (folder / "bench.json").is_file():
-        draw_bench(json.loads((folder / "bench.json").read_text(encoding="utf-8")), folder / "figures/0_benchmark.png")
-    if (folder / "summary.json").is_file() and json.loads((folder / "summary.json").read_text("utf-8"))["rows"]:
+    if (bench := inside(folder, "bench.json")).is_file():
+        draw_bench(read_json(bench), folder / "figures/0_benchmark.png")
+    if (summary := inside(folder, "summary.json")).is_file() and read_json(summary)["rows"]:
         draw_figures(folder)
     return write_report(folder)

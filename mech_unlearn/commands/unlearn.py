@@ -18,7 +18,7 @@ from mech_unlearn.commands.inputs import (
     read_lines,
 )
 from mech_unlearn.commands.options import UnlearnOptions, spec_of
-from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet
+from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, require_disjoint
 from mech_unlearn.data.jsonl import load_facts
 from mech_unlearn.edit.edit import Edit, twin
 from mech_unlearn.files import require_empty, write_json
@@ -60,6 +60,7 @@ def unlearn(
     kept = retain.facts if isinstance(retain, RetainSet) else tuple(retain)
     if not isinstance(retain, RetainSet):
         retain = retain_set(forget_set.facts, kept, texts, unknown)
+    require_disjoint(forget_set, retain)
     choose_method(method, settings, seed)
     made = _made(method, settings, seed, model, forget_set, kept, retain, sae)
     return _fit(made, model, forget_set, retain, sequential)
@@ -152,6 +153,7 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     forgotten, kept = load_facts(options.forget), load_facts(options.retain)
     retain = retain_set(forgotten, kept, read_lines(options.texts), entities(options.unknown, forgotten[0].kind))
     forget = ForgetSet(facts=forgotten)
+    require_disjoint(forget, retain)
     model = open_model(options.model, options.device, options.dtype)
     about = hashes(
         (*forgotten, *kept), kept=kept, texts=retain.texts, unknown=retain.unknown, sae=options.sae, model=model

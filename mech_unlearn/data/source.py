@@ -4,7 +4,6 @@ A schema is a frozen pydantic model; its field names (or aliases) are the datase
 a row is parsed or an error; rows that become no fact are listed as `LeftOut` by the loader that left them out.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -17,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.data.hub import from_hub, held, reason_of, shards
+from mech_unlearn.files import parse_json, read_text
+from mech_unlearn.files import read_json as read_json
 
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -183,14 +184,19 @@ def _raw(
 ) -> list[tuple[str, Sequence[Any]]]:
     """(What errors call it, its rows unchecked) of each file, at least one."""
     if os.path.exists(source):
-        return [(str(file), _parsed(file)) for file in find(source, name, config=config, split=split)]
+        return [(str(file), parsed(file)) for file in find(source, name, config=config, split=split)]
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise ValueError(f"source {str(source)!r} is no file, neither a folder nor a hub id like 'locuslab/TOFU'")
     wanted = config if config is not None else name
     return [(f"{source}:{wanted or split}", from_hub(str(source), wanted, split))]
 
 
-def _parsed(file: Path) -> Sequence[Any]:
+def parsed(file: Path) -> Sequence[Any]:
+    """The rows of a file in any of the forms of `ENDINGS`, unchecked.
+
+    Raises:
+        ValueError: no such file, or not its format; the message names the file and, where it can, the line.
+    """
     if file.name.endswith(".parquet"):
         return _parquet(file)
     text = read_text(file)
@@ -212,60 +218,6 @@ def _parsed(file: Path) -> Sequence[Any]:
         except ValueError as error:
             raise ValueError(f"{file}:{number}: not JSON: {error}") from None
     return rows
-
-
-def parse_json(text: str) -> Any:
-    """The value of a JSON text; a key that stands twice in one object is refused.
-
-    Raises:
-        ValueError: not JSON, a key given twice, or nested too deep to read.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_once)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {twice!r} stands twice in one object")
-    return found
-
-
-def read_json(file: Path) -> Any:
-    """The value of a JSON file, plain or gzipped.
-
-    Raises:
-        ValueError: no such file, not UTF-8, or not JSON.
-    """
-    text = read_text(file)
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-
-
-def read_text(file: Path) -> str:
-    """The text of a file, unpacked where it is gzipped, without a byte-order mark.
-
-    Raises:
-        ValueError: no such file, not UTF-8, or not gzip though its name ends in .gz.
-    """
-    import gzip
-    import zlib
-
-    try:
-        data = file.read_bytes()
-        packed = file.name.endswith(".gz") or data[:2] == b"\x1f\x8b"
-        return (gzip.decompress(data) if packed else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except FileNotFoundError:
-        raise ValueError(f"{file} does not exist") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: cannot be read: {error}") from error
 
 
 def _table(file: Path, text: str) -> Sequence[Any]:

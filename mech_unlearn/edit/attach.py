@@ -126,7 +126,7 @@ def _prefixed(prefix: Prefix, model: Model) -> Iterator[None]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         fired[0] = True
-        if model.in_force.layers_bypassed:  # states are read out without any layer: no prompt is read
+        if hasattr(forward, "beneath") or model.in_force.layers_bypassed:  # without any layer no prompt is read
             return inner(*args, **kwargs)
         if model.in_force.foreign_hooks():
             require_positions(model)
@@ -140,12 +140,22 @@ def _prefixed(prefix: Prefix, model: Model) -> Iterator[None]:
     try:
         yield
     finally:
-        if own:
-            object.__setattr__(hf, "forward", inner)
-        else:
-            hf.__dict__.pop("forward")
+        if hf.__dict__["forward"] is forward:
+            _uncover(hf, inner, own)
+        else:  # that of a later edit stands on it, and takes it off with itself
+            forward.beneath = inner, own  # pyright: ignore[reportFunctionMemberAccess]
     if not fired[0]:
         raise RuntimeError("hooks that never fired: ['input']")
+
+
+def _uncover(hf: Any, forward: Any, own: bool) -> None:
+    """Give a model the forward pass beneath, its class's where it had none of its own, past those that were left."""
+    while hasattr(forward, "beneath"):
+        forward, own = forward.beneath
+    if own:
+        object.__setattr__(hf, "forward", forward)
+    else:
+        hf.__dict__.pop("forward")
 
 
 def _each(

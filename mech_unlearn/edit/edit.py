@@ -14,21 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.attribution import as_table
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.attach import attached
+from mech_unlearn.edit.delta import Delta, LowRank, dense, parts, require_finite
+from mech_unlearn.edit.edit_file import FORMAT, deltas_of, intervention_of, read_edit
 from mech_unlearn.edit.export import export
-from mech_unlearn.edit.interventions import Intervention, kind_of, restored
+from mech_unlearn.edit.interventions import Intervention, kind_of
 from mech_unlearn.edit.interventions import Shift as Shift
+from mech_unlearn.files import replacing
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.load import load
-
-FORMAT = "mech_unlearn.edit/3"
-FORMAT_2 = "mech_unlearn.edit/2"
-"""Held shifts only; still read."""
 
 
 class Method(Protocol):
@@ -37,34 +35,14 @@ class Method(Protocol):
     def fit(self, model: Model, forget: ForgetSet, retain: RetainSet) -> "Edit": ...
 
 
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """The delta `left @ right` of a weight stored [rows, columns]."""
-
-    left: Float[Tensor, "rows rank"]
-    right: Float[Tensor, "rank columns"]
-
-    def dense(self) -> Float[Tensor, "rows columns"]:
-        """The product, computed in float64 and given back in float32."""
-        return (self.left.double() @ self.right.double()).float()
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.left.shape[0], self.right.shape[1]))
-
-
-Delta = Tensor | LowRank
-
-
-def _dense(delta: Delta) -> Tensor:
-    return delta.dense() if isinstance(delta, LowRank) else delta
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Edit:
     """A change to a model, in force only inside `with edit.on(model)`.
 
     A weight becomes `(W.float() + delta).to(W.dtype)`; deltas are float32 and in HF orientation.
+
+    Raises:
+        ValueError: a delta or an intervention with NaN or infinite values.
     """
 
     name: str
@@ -75,6 +53,14 @@ class Edit:
     interventions: tuple[Intervention, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Method settings, seed and report; plain JSON values."""
+
+    def __post_init__(self) -> None:
+        for name, delta in self.deltas.items():
+            for part in parts(delta):
+                require_finite(part, f"edit {self.name!r}: the delta of {name}")
+        for intervention in self.interventions:
+            for name, tensor in intervention.tensors.items():
+                require_finite(tensor, f"edit {self.name!r}: {name} of its {kind_of(intervention)}")
 
     def __repr__(self) -> str:
         acts = ", ".join(kind_of(intervention) for intervention in self.interventions)
@@ -88,7 +74,7 @@ class Edit:
                 name,
                 *delta.shape,
                 delta.left.shape[1] if isinstance(delta, LowRank) else "dense",
-                f"{_dense(delta).norm():.3g}",
+                f"{dense(delta).norm():.3g}",
             )
             for name, delta in self.deltas.items()
         ]
@@ -115,24 +101,41 @@ class Edit:
         """Put the edit in force; leaving, also by an exception, restores every weight bit-exactly.
 
         Raises:
-            KeyError: a weight or hook the model lacks. ValueError: a weight of another shape.
-            RuntimeError: folded weights, a write that did not land, or a hook that never fired.
+            KeyError: a weight or hook the model lacks.
+            ValueError: a weight of another shape, or one that the delta takes beyond what its dtype can hold.
+            RuntimeError: folded weights, a write that did not land, a hook that never fired, or an edit that is left
+                before one put on later; the weights are restored as soon as that one is left, too.
         """
         self._check(model)
         saved = {name: model.held[name].detach().clone() for name in self.deltas}
+        model.in_force.saved.append(saved)
         try:
             with torch.no_grad():
                 for name, delta in self.deltas.items():
-                    wanted = (saved[name].float() + _dense(delta).to(saved[name].device)).to(saved[name].dtype)
+                    wanted = (saved[name].float() + dense(delta).to(saved[name].device)).to(saved[name].dtype)
+                    require_finite(wanted, f"edit {self.name!r}: {name} with its delta, in {wanted.dtype},")
                     model.held[name].copy_(wanted)
             model.require_live(self.deltas)
             with attached(self.interventions, model):
                 yield model
         finally:
-            with torch.no_grad():
-                for name, weight in saved.items():
+            self._leave(model, saved)
+
+    def _leave(self, model: Model, saved: dict[str, Tensor]) -> None:
+        """Put saved weights back; one that a later edit wrote, too, is handed on to that edit to put back."""
+        at = next(i for i, own in enumerate(model.in_force.saved) if own is saved)
+        later = model.in_force.saved[at + 1 :]
+        del model.in_force.saved[at]
+        with torch.no_grad():
+            for name, weight in saved.items():
+                above = next((own for own in later if name in own), None)
+                if above is None:
                     model.held[name].copy_(weight)
-            model.require_live(self.deltas)
+                else:
+                    above[name] = weight
+        model.require_live(self.deltas)
+        if later:
+            raise RuntimeError(f"edit {self.name!r} was left before an edit put on later; leave the last one first")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, atomically; settings and names travel in its JSON header."""
@@ -150,9 +153,8 @@ class Edit:
             kept.append({"type": kind_of(intervention), **intervention.settings})
         header = {"format": FORMAT, "name": self.name, "base": self.base}
         header |= {"interventions": json.dumps(kept), "recipe": json.dumps(dict(self.recipe))}
-        partial = f"{os.fspath(path)}.partial"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
-        os.replace(partial, path)
+        with replacing(path) as part:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, metadata=header)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: Model | None = None) -> "Edit":
@@ -161,34 +163,25 @@ class Edit:
         Raises:
             ValueError: not an edit file, or an edit for another base model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"edit {os.fspath(path)!r} cannot be read: {error}") from error
-        if header.get("format") not in (FORMAT, FORMAT_2):
-            raise ValueError(f"{os.fspath(path)!r} is a safetensors file but not an edit")
-        if model is not None and model.hash() != header["base"]:
+        header, tensors = read_edit(path)
+        if model is not None and model.hash() != header.base:
             raise ValueError(
                 f"edit {os.fspath(path)!r} was computed on another base model than {model.name!r} "
-                f"(hash {header['base'][:12]}, not {model.hash()[:12]})"
+                f"(hash {header.base[:12]}, not {model.hash()[:12]})"
             )
-        deltas: dict[str, Delta] = {}
-        for key, tensor in tensors.items():
-            kind, name = key.split("/", 1)
-            if kind == "dense":
-                deltas[name] = tensor
-            elif kind == "left":
-                deltas[name] = LowRank(tensor, tensors[f"right/{name}"])
-        interventions = tuple(
-            _intervention(header["format"], i, kept, tensors)
-            for i, kept in enumerate(json.loads(header["interventions"]))
-        )
-        recipe = json.loads(header["recipe"])
-        return cls(name=header["name"], base=header["base"], deltas=deltas, interventions=interventions, recipe=recipe)
+        try:
+            interventions = tuple(
+                intervention_of(header.format, i, kept, tensors) for i, kept in enumerate(header.interventions)
+            )
+            return cls(
+                name=header.name,
+                base=header.base,
+                deltas=deltas_of(tensors),
+                interventions=interventions,
+                recipe=header.recipe,
+            )
+        except ValueError as error:
+            raise ValueError(f"edit {os.fspath(path)!r} cannot be read: {error}") from error
 
     def export(
         self, model: Model, path: str | os.PathLike, card: Mapping[str, Any] | None = None
@@ -212,15 +205,6 @@ class Edit:
             raise ValueError(f"edit {self.name!r} changes activations, which no checkpoint can hold; use a weight edit")
         with self.on(model):
             return export(model, path, {"edit": self.name, "base": self.base, "recipe": self.recipe, **(card or {})})
-
-
-def _intervention(form: str, i: int, kept: dict[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
-    """The i-th intervention of a file."""
-    if form == FORMAT_2:
-        kept = {"site": {"layer": kept["layer"], "kind": kept["kind"]}, "subjects": kept["subjects"], "type": "shift"}
-    prefix = f"{'shift' if form == FORMAT_2 else 'intervention'}/{i}/"
-    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    return restored(kept["type"], {name: x for name, x in kept.items() if name != "type"}, own)
 
 
 @contextmanager
@@ -247,7 +231,7 @@ def compose(*edits: Edit) -> Edit:
     deltas: dict[str, Delta] = {}
     for edit in edits:
         for name, delta in edit.deltas.items():
-            deltas[name] = _dense(deltas[name]) + _dense(delta) if name in deltas else delta
+            deltas[name] = dense(deltas[name]) + dense(delta) if name in deltas else delta
     return Edit(
         name="+".join(edit.name for edit in edits),
         base=edits[0].base,

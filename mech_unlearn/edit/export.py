@@ -2,16 +2,15 @@
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mech_unlearn.core import worth
-from mech_unlearn.files import require_empty
+from mech_unlearn.files import follow_umask, require_empty
 from mech_unlearn.model.bridge import Model
 
 
@@ -21,7 +20,8 @@ def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> tu
 
     folder = require_empty(path)
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
+    part = folder.absolute().with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    part.mkdir()
     try:
         model.hf.save_pretrained(part, state_dict={k: v.detach() for k, v in model.weights.items()})
         model.tokenizer.save_pretrained(part)
@@ -37,8 +37,8 @@ def export(model: Model, path: str | os.PathLike, card: Mapping[str, Any]) -> tu
         if not worst <= bound:
             raise RuntimeError(f"export to {str(folder)!r}: reloaded logits differ by {worst:.2e} (bound {bound:.1e})")
         facts = {**card, "parity": {"max_abs_logit_difference": worst, "bound": bound, "dtype": str(model.dtype)}}
-        (part / "README.md").write_text(_card(model.name, facts))
-        part.chmod(0o755)
+        (part / "README.md").write_text(_card(model.name, facts), encoding="utf-8")
+        follow_umask(part)
         if folder.exists():
             folder.rmdir()
         os.replace(part, folder)

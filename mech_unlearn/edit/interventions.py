@@ -69,6 +69,8 @@ class Shift:
     def __post_init__(self) -> None:
         if (self.centers is None) != (self.kept is None):
             raise ValueError("a shift takes centers and kept directions together, or neither")
+        if len(self.vectors) != len(self.subjects):
+            raise ValueError(f"{len(self.subjects)} subjects and {len(self.vectors)} vectors: one each")
 
     def _moved(self, state: Float[Tensor, "row d_model"], subject: int) -> Float[Tensor, "row d_model"]:
         vector = self.vectors[subject].to(state)
@@ -274,21 +276,3 @@ KINDS: Mapping[str, type] = {"shift": Shift, "affine": Affine, "clamp": Clamp, "
 def kind_of(intervention: Intervention) -> str:
     """The name of its type in `KINDS`."""
     return next(name for name, kind in KINDS.items() if type(intervention) is kind)
-
-
-def restored(kind: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
-    """The intervention whose `settings` and `tensors` these are.
-
-    Raises:
-        ValueError: a kind that this version does not know.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"interventions of kind {kind!r} are not known here; there are {', '.join(KINDS)}")
-    values = {name: _tuples(x) for name, x in settings.items() if name != "site"}
-    if settings.get("site"):
-        values["site"] = Site(settings["site"]["layer"], settings["site"]["kind"])
-    return KINDS[kind](**values, **tensors)
-
-
-def _tuples(x: Any) -> Any:
-    return tuple(_tuples(item) for item in x) if isinstance(x, list | tuple) else x

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mech_unlearn.core import Site
-from mech_unlearn.files import claim
+from mech_unlearn.files import claim, replacing
 from mech_unlearn.model.bridge import Model, require_positions
 from mech_unlearn.model.tokens import buckets
 
@@ -286,6 +286,5 @@ def _fill(
         states = gather(start, end)
         shift = torch.tensor([start, 0])
         tensors = {names[site]: x.contiguous() for site, x in states.at.items()}
-        part = path.with_suffix(".partial")
-        save_file({"index": states.index + shift, **tensors}, part)
-        os.replace(part, path)
+        with replacing(path) as part:
+            save_file({"index": states.index + shift, **tensors}, part)

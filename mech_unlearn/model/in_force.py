@@ -22,7 +22,8 @@ def _hooks(module: Any) -> Iterator[tuple[int, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class InForce:
-    """What acts on one model's forward pass. Made by `load`; edits write to `interventions` and `own_hooks`."""
+    """What acts on one model's forward pass. Made by `load`; edits write to `interventions`, `saved` and
+    `own_hooks`."""
 
     hf: Any = field(repr=False)
     layers: tuple[Any, ...] = field(repr=False)
@@ -31,6 +32,8 @@ class InForce:
     """Every name of a hook point -> the point."""
     interventions: list[Any] = field(default_factory=list)
     """Activation interventions of the edits that are on, in order; a clone carries them too."""
+    saved: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    """What each edit that is on puts back when it is left, in order: HF parameter name -> the weight before it."""
     own_hooks: set[int] = field(default_factory=set)
     """ids of the hook handles at points that belong to these interventions."""
     given: frozenset[int] = field(init=False, repr=False)

@@ -1,8 +1,8 @@
 """Sparse autoencoders through sae-lens, tied to sites of a model.
 
 Load, train and save SAEs in sae-lens's own formats; measure how well one explains a model (FVU) and whether it still
-explains an edited one. Which latents tell known from unknown entities is for `locate.known_unknown` to say. Over 300
-lines, so that one file holds all that knows sae-lens.
+explains an edited one. Which latents tell known from unknown entities is for `locate.known_unknown` to say. One file
+holds all that knows sae-lens.
 """
 
 import os
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Entity, Site
+from mech_unlearn.files import follow_umask, read_json
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import capture, stream
 from mech_unlearn.model.tokens import encode_all
@@ -108,7 +109,7 @@ class Sae:
         return None if value is None else float(value)
 
 
-def _site_of(sae: Any, model: Model) -> Site | None:
+def _site_of(sae: Any, model: Model, source: str) -> Site | None:
     """The site that the SAE's metadata names, if it names one that `Site` can spell."""
     name = sae.cfg.metadata.hook_name
     if not name:
@@ -118,11 +119,12 @@ def _site_of(sae: Any, model: Model) -> Site | None:
         point = model.points.get(site.hook)  # parallel blocks have no resid_mid
         if point is not None and name in (site.hook, point.name):
             return site
-    raise ValueError(f"the SAE was trained at {name!r}, which is no site of {model.name!r} ({model.n_layers} layers)")
+    where = f"no site of {model.name!r} ({model.n_layers} layers)"
+    raise ValueError(f"SAE {source!r} was trained at {name!r}, which is {where}")
 
 
 def _tie(sae: Any, model: Model, site: Site | None, source: str) -> Sae:
-    named = _site_of(sae, model)
+    named = _site_of(sae, model, source)
     if site is None and named is None:
         raise ValueError(f"SAE {source!r} does not say where it was trained; pass site=Site(layer, kind)")
     site = site or named
@@ -141,9 +143,22 @@ def _tie(sae: Any, model: Model, site: Site | None, source: str) -> Sae:
     for name, weight in sae.named_parameters():
         if not torch.isfinite(weight).all():
             raise ValueError(f"SAE {source!r}: weight {name!r} holds NaN or infinite values")
-    sae.to(device=model.device, dtype=torch.float32).eval().requires_grad_(False)
-    kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
-    return Sae(site, sae, centered=bool(kwargs.get("center_writing_weights", False)))
+    try:
+        sae.to(device=model.device, dtype=torch.float32).eval().requires_grad_(False)
+        kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+        tied = Sae(site, sae, centered=bool(kwargs.get("center_writing_weights", False)))
+        _require_works(tied, torch.zeros(1, width, device=model.device))
+    except Exception as error:  # of many kinds, by what its settings hold
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"SAE {source!r}: its settings and weights do not fit each other: {reason}") from error
+    return tied
+
+
+def _require_works(sae: Sae, x: Float[Tensor, "row d_in"]) -> None:
+    """Encode and decode once: sae-lens takes settings of any type and size."""
+    acts = sae.encode(x)
+    if acts.shape != (len(x), sae.d_sae) or sae.decode(acts).shape != x.shape or not (sae.mean_l0 or 0) >= 0:
+        raise ValueError(f"{tuple(acts.shape)} latents, mean L0 {sae.mean_l0}")
 
 
 def load_sae(source: str | os.PathLike, model: Model, site: Site | None = None) -> Sae:
@@ -166,10 +181,12 @@ def load_sae(source: str | os.PathLike, model: Model, site: Site | None = None) 
     if folder.exists():
         if not (folder / "cfg.json").is_file():
             raise ValueError(f"SAE {text!r}: the folder holds no cfg.json; give one written by sae-lens or save_sae")
+        read_json(folder / "cfg.json")
         try:
             sae = SAE.load_from_disk(folder, device=str(model.device), dtype="float32")
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"SAE {text!r} cannot be read by sae-lens: {error}") from error
+        except Exception as error:  # of many kinds, by what is broken
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"SAE {text!r} cannot be read by sae-lens: {reason}") from error
         return _tie(sae, model, site, text)
     parts = text.split("/")
     release = parts[:1] if parts[0] in get_pretrained_saes_directory() else parts[:2]
@@ -185,6 +202,7 @@ def load_sae(source: str | os.PathLike, model: Model, site: Site | None = None) 
 def save_sae(sae: Sae, folder: str | os.PathLike) -> None:
     """Write the SAE as sae-lens does: cfg.json and sae_weights.safetensors."""
     sae.sae.save_model(Path(folder))
+    follow_umask(Path(folder))
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Matplotlib figures: each function draws one result on one axis and gives the axis back."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from mech_unlearn import attribution
 from mech_unlearn.attribution import CYCLE, Attribution
 from mech_unlearn.core import LABELS
+from mech_unlearn.files import inside, read_json
 from mech_unlearn.report import figures as plots
 from mech_unlearn.report.tables import FORM_NAMES
 
@@ -122,7 +122,7 @@ def draw_figures(folder: Path) -> None:
     """(Re)draw the figures of a finished run from what lies in its folder."""
 
     def read(name: str) -> Any:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        return read_json(inside(folder, name))
 
     rows = read("summary.json")["rows"]
     figures = folder / "figures"

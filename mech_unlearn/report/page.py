@@ -1,7 +1,6 @@
 """One self-contained HTML page from a run directory, and the table that the command line prints."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 
 from mech_unlearn.core import WORTH
-from mech_unlearn.files import write_atomic
+from mech_unlearn.files import inside, read_json, read_text, write_atomic
 from mech_unlearn.report.tables import IN_SAMPLE, corrected_text, form_table, table
 
 WITHOUT_PAGE = {"locate": "locate.json and figures/", "unlearn": "unlearn.json"}
@@ -44,16 +43,16 @@ def write_report(folder: Path) -> Path:
     from mech_unlearn.report.bench import sections
 
     for name in ("summary.json", "provenance.json", "verdicts.json", "spec.yaml"):
-        if not (folder / name).is_file():
+        if not inside(folder, name).is_file():
             raise ValueError(_unfinished(folder, name))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(folder / "summary.json")
     header, body = table(summary["rows"])
     forms_header, forms_body = form_table(summary["rows"])
     figures = [
-        {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()}
+        {"name": path.stem, "data": base64.b64encode(inside(folder, f"figures/{path.name}").read_bytes()).decode()}
         for path in sorted((folder / "figures").glob("*.png"))
     ]
-    captions = folder / "captions.json"
+    captions = inside(folder, "captions.json")
     template = Environment(autoescape=True).from_string(
         (files("mech_unlearn.report") / "page.html.j2").read_text(encoding="utf-8")
     )
@@ -67,11 +66,11 @@ def write_report(folder: Path) -> Path:
         forms_header=forms_header,
         forms_body=forms_body,
         figures=figures,
-        captions=json.loads(captions.read_text(encoding="utf-8")) if captions.is_file() else {},
+        captions=read_json(captions) if captions.is_file() else {},
         corrected={row["name"]: corrected_text(row.get("corrected")) for row in summary["rows"]},
-        verdicts=json.loads((folder / "verdicts.json").read_text(encoding="utf-8")),
-        provenance=json.loads((folder / "provenance.json").read_text(encoding="utf-8")),
-        spec=(folder / "spec.yaml").read_text(encoding="utf-8"),
+        verdicts=read_json(folder / "verdicts.json"),
+        provenance=read_json(folder / "provenance.json"),
+        spec=read_text(folder / "spec.yaml"),
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"

@@ -12,7 +12,6 @@ What is exchangeable is the group. Deleted models descend from a few retrained o
 another training run is measured by rotating over those (`meta_evaluation`), not guaranteed.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from mech_unlearn.core import Label
+from mech_unlearn.files import write_json
+from mech_unlearn.verdict.calibration_file import FORMAT, read_calibration
 from mech_unlearn.verdict.features import FEATURES, RECOVERY, Matrix, Pool, summarised
 
 TRUTHS: tuple[Label, ...] = ("intact", "suppressed", "deleted", "collapsed")
@@ -230,10 +231,8 @@ def shipped(full: str) -> Calibration | None:
 
 def save(calibration: Calibration, path: str | os.PathLike) -> None:
     """Write as JSON, atomically."""
-    from mech_unlearn.files import write_json
-
     write_json(Path(path), {
-        "format": "mech_unlearn.calibration/3",
+        "format": FORMAT,
         "features": list(calibration.features),
         "scaler": {key: np.asarray(value).tolist() for key, value in vars(calibration.scaler).items()},
         "kinds": list(calibration.kinds),
@@ -252,25 +251,26 @@ def load(path: str | os.PathLike) -> Calibration:
     """Read what `save` wrote.
 
     Raises:
-        ValueError: not a calibration, or one of other features.
+        ValueError: no such file, a damaged one, not a calibration, or one of other features.
     """
-    data = json.loads(Path(path).read_text(encoding="utf-8"))
-    if data.get("format") != "mech_unlearn.calibration/3" or tuple(data["features"]) != FEATURES:
-        raise ValueError(f"{os.fspath(path)!r} is no calibration of the features {', '.join(FEATURES)}; make it anew")
-    scaler = {key: np.array([np.inf if v is None else v for v in values]) for key, values in data["scaler"].items()}
+    saved = read_calibration(path)
     return Calibration(
         features=FEATURES,
-        scaler=Scaler(**scaler),
-        kinds=tuple(data["kinds"]),
-        weights=np.array(data["weights"]),
-        bias=np.array(data["bias"]),
+        scaler=Scaler(
+            median=np.array(saved.scaler.median),
+            mean=np.array(saved.scaler.mean),
+            scale=np.array([np.inf if spread is None else spread for spread in saved.scaler.scale]),
+        ),
+        kinds=tuple(saved.kinds),
+        weights=np.array(saved.weights),
+        bias=np.array(saved.bias),
         scores={
             truth: {family: {g: tuple(v) for g, v in groups.items()} for family, groups in families.items()}
-            for truth, families in data["scores"].items()
+            for truth, families in saved.scores.items()
         },
-        center=np.array(data["center"]),
-        inverse=np.array(data["inverse"]),
-        far=data["far"],
-        spread=data["spread"],
-        provenance=data["provenance"],
+        center=np.array(saved.center),
+        inverse=np.array(saved.inverse),
+        far=saved.far,
+        spread=saved.spread,
+        provenance=saved.provenance.model_dump(exclude_unset=True),
     )

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from mech_unlearn.commands.unlearn import unlearn
 from mech_unlearn.data.jsonl import save_facts
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
@@ -172,6 +173,15 @@ def test_a_bad_facts_file_is_refused_before_anything_is_written(call, files, lin
     files["forget"].write_text(line)
     refused(call(*unlearn_words(files)), files["forget"], reason)
     assert not files["out"].exists()
+
+
+def test_a_fact_to_be_forgotten_and_kept_is_refused_by_the_command_and_the_verb(call, files, tiny_model):
+    both = tiny_facts(["Anna Lee", "Cara Moss"])
+    save_facts(both, files["retain"])
+    refused(call(*unlearn_words(files)), "to be forgotten and kept: ", both[0].id, "take them out of one")
+    assert not files["out"].exists()
+    with pytest.raises(ValueError, match="to be forgotten and kept"):
+        unlearn(tiny_model, tiny_facts(["Anna Lee", "Ben Hill"]), both)
 
 
 def test_an_output_folder_that_is_taken_or_cannot_be_written_is_refused(call, files):

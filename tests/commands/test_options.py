@@ -44,6 +44,21 @@ def test_a_spec_holds_what_was_asked_and_not_where_it_is_written():
     assert "texts" not in spec_of("audit", audit, ("texts",)) and spec_of("audit", audit)["retrained"] == []
 
 
+def test_a_file_or_folder_is_the_same_by_relative_and_absolute_path_and_a_hub_id_stays_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("full", "late", "r", "probe"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "f.jsonl").touch()
+
+    def spec(root):
+        asked = dict(full=f"{root}full", unlearned=f"{root}late", retrained=[f"{root}r", "owner/name"])
+        return spec_of("audit", AuditOptions(**asked, facts=Path(f"{root}f.jsonl"), sae="release/id"))
+
+    assert spec("") == spec("./") == spec(f"{tmp_path}/")
+    assert spec("")["retrained"] == [str(tmp_path / "r"), "owner/name"] and spec("")["sae"] == "release/id"
+    assert spec_of("locate", LocateOptions(model="m", facts=Path("f"), how="probe"))["how"] == "probe"
+
+
 KEYS = {
     "demo": "command world seed",
     "locate": "command model facts how settings seed unknown retain texts sae device dtype",

@@ -4,18 +4,20 @@ import dataclasses
 import functools
 import json
 import shutil
+from random import Random
 
 import pytest
 import torch
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.commands.audit import run_audit
-from mech_unlearn.commands.inputs import hashes, key_values, make_method
-from mech_unlearn.commands.locate import run_locate
+from mech_unlearn.commands.inputs import hashes, key_values, make_method, plain, read_lines, typed
+from mech_unlearn.commands.locate import locate, run_locate
 from mech_unlearn.commands.options import AuditOptions, CalibrateOptions, LocateOptions
 from mech_unlearn.core import Entity, Site
 from mech_unlearn.data.jsonl import save_facts
 from mech_unlearn.locate import LOCATORS
+from mech_unlearn.methods import METHODS
 from mech_unlearn.testbed import open_world
 from tests.planted import planted_facts, planted_hf, planted_model, planted_sae
 from tests.tiny import tiny_tokenizer
@@ -280,10 +282,114 @@ def test_what_a_locator_lacks_or_does_not_know_is_refused_before_anything_is_wri
         ("causal_trace", {"settings": ["sample=3"]}, "unknown setting of causal_trace 'sample'; choose from sample"),
         ("causal_trase", {}, "unknown locator 'causal_trase'; choose from causal_trace"),
         ("probe", {"settings": ["folds"]}, "not of the form key=value"),
+        ("probe", {"settings": ["folds=resid_post"]}, "setting folds=resid_post of probe: .*integer"),
+        ("causal_trace", {"settings": ["noise=nan"]}, "setting noise=nan of causal_trace must be a finite number"),
+        ("causal_trace", {"settings": ["sigma=1e999"]}, "sigma=inf of causal_trace must be a finite number"),
+        ("activation_patching", {"settings": ["kind=1"]}, "setting kind=1 of activation_patching: .*resid_pre"),
+        ("latent_ablation", {"settings": ["latents={1: 2}"]}, "setting latents={1: 2} of latent_ablation"),
+        ("logit_lens", {"settings": ["max_tokens=" + "(" * 5000]}, "max_tokens=.* of logit_lens: .*integer"),
     ):
         with pytest.raises(ValueError, match=message):
             located(shipped.full, root / "facts.jsonl", how, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_refused_facts_leave_nothing_behind_and_the_corrected_are_located_and_audited(strangers, tmp_path):
+    facts = planted_facts()[:4]
+    bare, path = (dataclasses.replace(facts[0], distractors=()), *facts[1:]), tmp_path / "facts.jsonl"
+    asked = dict(full=str(strangers / "full"), unlearned=str(strangers / "late"), facts=path, tests="logit_lens")
+
+    def audit():
+        return run_audit(AuditOptions(**asked, out=tmp_path / "audit"))
+
+    def trace():
+        settings = ["against=distractors"]
+        return located(strangers / "full", path, "direct_logit_attribution", tmp_path / "locate", settings=settings)
+
+    for work in (audit, trace):
+        save_facts(bare, path)
+        with pytest.raises(ValueError, match="distractor"):
+            work()
+        assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ([] if work is audit else ["audit"])
+        save_facts(facts, path)
+        assert work()
+
+
+def test_the_command_line_offers_settings_that_can_be_written_and_python_offers_all(strangers, tmp_path):
+    for how, inner in (("logit_lens", "decoder"), ("tuned_lens", "lens"), ("concept_vectors", "scorer")):
+        assert inner in LOCATORS[how].settings()
+        with pytest.raises(ValueError, match=f"unknown setting of {how} '{inner}'"):
+            located("nowhere", strangers / "facts.jsonl", how, tmp_path / "run", settings=[f"{inner}=1"])
+    model = planted_model()
+    own, other = (locate(model, planted_facts()[:4], "logit_lens", decoder=x) for x in (model, planted_model("late")))
+    assert own.values.shape == other.values.shape
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1e999", "(1e999,)"])
+def test_a_setting_of_a_method_is_a_finite_number(value):
+    for name, key in (("npo", "lr"), ("rocr", "ridge"), ("gu", "base.lr"), ("rome", "optimize.lr")):
+        with pytest.raises(
+            ValueError, match=f"setting {key}=.*: Input should|setting {key}=.* must be a finite number"
+        ):
+            make_method(name, key_values([f"{key}={value}"]), seed=0)
+
+
+WRITTEN = (
+    "nan", "inf", "-1", "99", "1e9", "1e999", "abc", "None", "True", "[]", "()", "{1:2}", "[0,1]", "((1,),)", "b'x'",
+    "1j", "...", "{1,2}", "last", "resid_post", "[[[]]]",
+)  # fmt: skip
+
+
+def test_settings_of_any_kind_are_taken_or_refused_in_one_line_that_names_them():
+    random = Random(0)
+    for how in [*LOCATORS, *METHODS] * 20:
+        kinds = {key: p.annotation for key, p in LOCATORS[how].settings().items()} if how in LOCATORS else {}
+        keys = [key for key, kind in kinds.items() if plain(kind)] or [f.name for f in dataclasses.fields(METHODS[how])]
+        key, value = random.choice(keys), random.choice(WRITTEN)
+        try:
+            if how in LOCATORS:
+                typed({k: kind for k, kind in kinds.items() if plain(kind)}, [f"{key}={value}"], how)
+            else:
+                make_method(how, key_values([f"{key}={value}"]), seed=0)
+        except ValueError as error:
+            assert how in str(error) and "\n" not in str(error)
+            assert f"{key}" in str(error) or "needs sae" in str(error)
+
+
+@pytest.mark.parametrize(("name", "key"), [("rome", "optimize"), ("npo", "schedule"), ("gu", "base")])
+def test_a_setting_that_holds_settings_is_told_apart_from_a_value(name, key):
+    with pytest.raises(ValueError, match=f"{key}"):
+        make_method(name, {key: {"lr": 1}}, seed=0)
+
+
+def test_names_and_texts_are_the_lines_of_a_file_however_it_was_saved(tmp_path):
+    path = tmp_path / "names.txt"
+    for data in (
+        b"Anna Lee\nB\xc3\xa9la\n",
+        b"\xef\xbb\xbfAnna Lee\r\n B\xc3\xa9la \r\n",
+        b"\nAnna Lee\n\n\tB\xc3\xa9la",
+    ):
+        path.write_bytes(data)
+        assert read_lines(path) == ("Anna Lee", "B\u00e9la")
+    path.write_text("one\u2028text\x0b here\n", encoding="utf-8")
+    assert read_lines(path) == ("one\u2028text\x0b here",) and read_lines(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, "does not exist"),
+        (b"\n \n", "is empty"),
+        (b"B\xe9la", "not UTF-8 text: .* at byte 1"),
+        (b"\x1f\x8b1", "read"),
+    ],
+)
+def test_a_file_of_lines_that_cannot_be_read_is_named(tmp_path, data, reason):
+    path = tmp_path / "names.txt"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"names\.txt.*{reason}"):
+        read_lines(path)
 
 
 def test_settings_are_parsed_as_their_fields_types():

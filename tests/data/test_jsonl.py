@@ -1,13 +1,23 @@
 """Facts on disk: what is written is read back, and a bad line is named with file, number and reason."""
 
+import gzip
 import json
+import warnings
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mech_unlearn.core import fact_to_json
-from mech_unlearn.data.jsonl import fact_from_json, load_facts, save_facts
+from mech_unlearn.data import DATASETS
+from mech_unlearn.data.counterfact import CounterFactRow
+from mech_unlearn.data.jsonl import FOREIGN, fact_from_json, load_facts, save_facts
+from mech_unlearn.data.popqa import PopqaRow
+from mech_unlearn.data.relations import RelationFile
+from mech_unlearn.data.trex import LamaRow
+from mech_unlearn.data.zsre import MemitRow
+from tests.damage import assert_result_or_one_line, damaged
 
 GOOD = {"id": "a", "subject": "Anna Lee", "relation": "born", "object": "Paris", "prompt": "{} was born in"}
 
@@ -79,6 +89,121 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "facts.jsonl").write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(ValueError, match="not UTF-8"):
         load_facts(tmp_path / "facts.jsonl")
+
+
+def test_all_bad_facts_are_listed_at_once_and_many_are_counted(tmp_path):
+    bad = [GOOD | {"id": "b", "prompt": "no slot"}, "{not json", GOOD | {"id": "c", "object": 7}]
+    path = write(tmp_path / "f.jsonl", GOOD, *bad)
+    with pytest.raises(ValueError) as error:
+        load_facts(path)
+    assert [f"{path}:{line}: " in str(error.value) for line in (1, 2, 3, 4)] == [False, True, True, True]
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="and 30 more"):
+        load_facts(write(tmp_path / "many.jsonl", *["nothing"] * 50))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bom.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode()),
+        ("array.json", json.dumps([GOOD]).encode()),
+        ("array over lines.json", json.dumps([GOOD], indent=1).encode()),
+        ("object over lines.json", json.dumps(GOOD, indent=1).encode()),
+        ("windows.jsonl", json.dumps(GOOD).encode() + b"\r\n\r\n"),
+        ("packed.jsonl.gz", gzip.compress(json.dumps(GOOD).encode())),
+        ("table.csv", b"id,subject,relation,object,prompt,kind\na,Anna Lee,born,Paris,{} was born in,\n"),
+        ("table.tsv", b"id\tsubject\trelation\tobject\tprompt\na\tAnna Lee\tborn\tParis\t{} was born in\n"),
+    ],
+)
+def test_the_forms_that_people_have_give_the_same_fact(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert load_facts(tmp_path / name) == (fact_from_json(GOOD, "unused"),)
+
+
+def test_a_bad_row_of_an_array_or_a_table_is_named_and_a_broken_array_is_one_error(tmp_path):
+    array = write(tmp_path / "f.json", json.dumps([GOOD, GOOD | {"id": "b", "object": ""}]))
+    with pytest.raises(ValueError, match=r"f\.json, row 1: field 'object'"):
+        load_facts(array)
+    with pytest.raises(ValueError, match=r"f\.csv, row 0: missing field 'prompt'"):
+        load_facts(write(tmp_path / "f.csv", "subject,relation,object", "Anna Lee,born,Paris"))
+    with pytest.raises(ValueError, match=r"^\S+cut\.json: not JSON: [^;]*$"):
+        load_facts(write(tmp_path / "cut.json", json.dumps([GOOD], indent=1)[:-1]))
+
+
+@pytest.mark.parametrize("character", "\u2028\u2029\x85\x0c\x0b\x1c\r\t")
+def test_a_character_that_ends_lines_elsewhere_survives_the_way_to_disk_and_back(tmp_path, character):
+    fact = fact_from_json(GOOD | {"note": f"a{character}b", "kind": f"a{character}b"}, "unused")
+    save_facts([fact], tmp_path / "f.jsonl")
+    assert load_facts(tmp_path / "f.jsonl") == (fact,)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t", "\u00a0", "\u2028"])
+@pytest.mark.parametrize("field", ["id", "subject", "object", "kind", "aliases", "distractors"])
+def test_white_space_around_names_is_taken_off_with_a_note(tmp_path, field, space):
+    plain = {"aliases": ["A. Lee"], "distractors": ["Rome"], "kind": "person"} | GOOD
+    for touched in (f"{space}{{}}", f"{{}}{space}"):
+        value = plain[field]
+        put = [touched.format(item) for item in value] if isinstance(value, list) else touched.format(value)
+        with pytest.warns(UserWarning, match=f"f.jsonl: white space around {field} was taken off"):
+            facts = load_facts(write(tmp_path / "f.jsonl", plain | {field: put}))
+        assert facts == (fact_from_json(plain, "unused"),)
+
+
+def test_spaces_around_a_phrasing_are_taken_off_and_line_breaks_belong_to_it(tmp_path):
+    with pytest.warns(UserWarning, match="heldout, prompt"):
+        (fact,) = load_facts(write(tmp_path / "f.jsonl", GOOD | {"prompt": " {} is in ", "heldout": ["Home of {} \t"]}))
+    assert (fact.prompt, fact.heldout) == ("{} is in", ("Home of {}",))
+    (fact,) = load_facts(write(tmp_path / "f.jsonl", GOOD | {"prompt": "{} was born where?\n"}))
+    assert fact.prompt == "{} was born where?\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (json.dumps(GOOD)[:-1] + ', "object": "Rome"}', "key 'object' stands twice"),
+        (json.dumps(GOOD | {"object": "A \ud800"}), "'object' must be text without lone surrogates"),
+        (json.dumps(GOOD | {"prompt": "{} \ud800"}), "prompt must be text without lone surrogates"),
+        (json.dumps(GOOD | {"note": ["\udfff"]}), "extra key must be text without lone surrogates"),
+        (json.dumps(GOOD | {"\udfff": 1}), "extra key must be text without lone surrogates"),
+        (json.dumps(GOOD)[:-1] + ', "x": ' + "[" * 70 + "]" * 70 + "}", "nests deeper"),
+        (json.dumps(GOOD)[:-1] + ', "x": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deep"),
+        (json.dumps(GOOD)[:-1] + ', "x": ' + '{"a":' * 900 + "1" + "}" * 900 + "}", "nest"),
+    ],
+)
+def test_what_json_allows_and_no_fact_can_mean_is_refused(tmp_path, line, reason):
+    path = write(tmp_path / "f.jsonl", line)
+    with pytest.raises(ValueError) as error:
+        load_facts(path)
+    assert str(error.value).startswith(f"{path}:1: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+ROWS = {
+    "counterfact": CounterFactRow,
+    "zsre": MemitRow,
+    "popqa": PopqaRow,
+    "relations": RelationFile,
+    "trex": LamaRow,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_rows_of_another_data_set_are_named_with_the_command_that_converts_them(tmp_path, name):
+    assert name in DATASETS and FOREIGN[name] <= {f.alias or key for key, f in ROWS[name].model_fields.items()}
+    row = dict.fromkeys(FOREIGN[name], "x")
+    for text in (json.dumps(row), json.dumps([row]), json.dumps([row], indent=1), json.dumps(row, indent=1)):
+        data = tmp_path if name in ("relations", "trex") else tmp_path / "theirs.json"
+        with pytest.raises(ValueError, match=f"not facts: `mech-unlearn facts convert {name} --data {data} --out"):
+            load_facts(write(tmp_path / "theirs.json", text))
+
+
+def test_a_file_of_facts_damaged_anywhere_gives_facts_or_one_line_that_names_it(tmp_path):
+    random, path = Random(0), tmp_path / "facts.jsonl"
+    whole = write(path, GOOD | {"distractors": ["Rome"], "x": [{"y": 1.5}]}, GOOD | {"id": "b"}).read_bytes()
+    for _ in range(500):
+        path.write_bytes(damaged(whole, random))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert_result_or_one_line(lambda: load_facts(path), path)
 
 
 values = st.one_of(

@@ -1,6 +1,7 @@
 """SAEs explain what they were trained on, fit only where they belong, and come back from disk as they were."""
 
 import json
+from random import Random
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mech_unlearn.model.load import load
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.model.sae_training import train_sae
 from mech_unlearn.model.tokens import encode
+from tests.damage import altered, assert_result_or_one_line, damaged
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 SITE = Site(2, "resid_post")
@@ -171,6 +173,25 @@ def test_an_sae_that_does_not_belong_is_refused_with_the_reason(model, sae, tmp_
     for absent in (tmp_path / "absent", "absent", "./a/b/c"):
         with pytest.raises(ValueError, match="no such folder"):
             load_sae(absent, model)
+
+
+def test_a_damaged_folder_gives_an_sae_that_encodes_or_one_line_that_names_it(model, sae, tmp_path):
+    random, folder, x = Random(0), tmp_path / "sae", torch.ones(1, 32)
+    save_sae(sae, folder)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    config, weights = folder / "cfg.json", folder / "sae_weights.safetensors"
+    for number in range(300):
+        for path, data in whole.items():
+            path.write_bytes(data)
+        if number % 3:
+            config.write_text(json.dumps(altered(json.loads(whole[config]), random)))
+        else:
+            broken = random.choice((config, weights))
+            broken.write_bytes(damaged(whole[broken], random))
+        made = assert_result_or_one_line(lambda: load_sae(folder, model), folder)
+        if made is not None:
+            assert made.encode(x).shape == (1, made.d_sae) and made.reconstruct(x).shape == x.shape
+            assert made.mean_l0 is None or made.mean_l0 >= 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from mech_unlearn.core import LABELS, WORTH
+from mech_unlearn.report.figures import draw_figures
 from mech_unlearn.report.page import write_report
 from mech_unlearn.report.tables import (
     COLUMNS,
@@ -114,3 +117,38 @@ def test_the_page_says_what_its_kind_of_verdict_is_worth_and_both_where_an_older
         page = write_report(tmp_path).read_text()
         for kind, what in WORTH.items():
             assert (f">{kind}</span> {what}" in page) == (kind in kinds)
+
+
+def finished(folder, rows):
+    (folder / "figures").mkdir(parents=True)
+    (folder / "cells").mkdir()
+    for name, text in (("provenance.json", "{}"), ("verdicts.json", "{}"), ("spec.yaml", "command: audit\n")):
+        (folder / name).write_text(text)
+    summary = {"command": "audit", "world": None, "seconds": 1, "peak_rss_mib": 1, "rows": rows}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["figures/1_some.png", "summary.json", "verdicts.json", "spec.yaml", "captions.json"])
+def test_a_page_holds_what_lies_in_the_folder_and_follows_no_link_out_of_it(tmp_path, name):
+    folder, secret = finished(tmp_path / "run", [row("npo")]), tmp_path / "secret"
+    secret.write_text((folder / name).read_text() if (folder / name).is_file() else "{}")
+    assert write_report(folder).is_file()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match="leads out of"):
+        write_report(folder)
+
+
+def test_figures_are_drawn_of_the_cells_in_the_folder_and_of_no_others(tmp_path):
+    folder = finished(tmp_path / "run", [row("../../other")])
+    (tmp_path / "other.json").write_text('{"curves": {}}')
+    with pytest.raises(ValueError, match="leads out of"):
+        draw_figures(folder)
+
+
+def test_a_damaged_run_is_named_in_one_line(tmp_path):
+    folder = finished(tmp_path / "run", [row("npo")])
+    (folder / "verdicts.json").write_text('{"full": [')
+    with pytest.raises(ValueError, match=r"verdicts\.json: not JSON"):
+        write_report(folder)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site
+from mech_unlearn.files import replacing
 from mech_unlearn.locate.lenses.logit_lens import lens_values
 from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.metrics.intervals import mean_ci
@@ -56,9 +57,8 @@ class TunedLens:
         from safetensors.torch import save_file
 
         header = {"format": FORMAT, "base": self.base, "heldout": json.dumps(self.heldout.to_json())}
-        partial = f"{os.fspath(path)}.partial"
-        save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, partial, metadata=header)
-        os.replace(partial, path)
+        with replacing(path) as part:
+            save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, part, metadata=header)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: Model | None = None) -> "TunedLens":

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact
-from mech_unlearn.files import claim
+from mech_unlearn.files import claim, replacing
 from mech_unlearn.locate.neurons.neuron_attribution import Scoring, check_facts, neuron_batches, width
 from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.model.bridge import Model
@@ -150,9 +150,8 @@ def neuron_scores(
         some = [query for fact in facts[start : start + facts_per_shard] for query in by_fact[fact.id]]
         shards.append(_score_facts(model, some, order, scoring, floor, top))
         if path is not None:
-            part = path.with_suffix(".partial")
-            save_file(shards[-1], part)
-            os.replace(part, path)
+            with replacing(path) as part:
+                save_file(shards[-1], part)
     return NeuronScores(
         facts=tuple(facts), phrasings=tuple(len(members) for members in by_fact.values()),
         entries=torch.cat([shard["entries"] for shard in shards]),
