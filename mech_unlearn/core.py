@@ -6,6 +6,7 @@ locating, measuring and judging give back. A little over 300 lines, so that all 
 """
 
 import html
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -193,6 +194,37 @@ class RetainSet:
     @property
     def entities(self) -> tuple[Entity, ...]:
         return _entities(self.facts)
+
+    def split(self, share: float, seed: int) -> "tuple[RetainSet, RetainSet]":
+        """(What a method is fitted on, what it does not see): a share of the neighbours' subjects, with all their
+        facts, and of the texts, drawn by the seed.
+
+        At least one of each is held back, and one left, where there are two; none where there is one, and none at
+        share 0. Other facts of the forgotten subjects, general facts and unknown entities stay.
+
+        Raises:
+            ValueError: a share outside of [0, 1).
+        """
+        if not 0 <= share < 1:
+            raise ValueError(f"unseen={share}: choose a share in [0, 1)")
+        subjects = _drawn([entity.name for entity in _entities(self.neighbors)], share, seed)
+        texts = _drawn(list(dict.fromkeys(self.texts)), share, seed)
+        seen = replace(
+            self,
+            neighbors=tuple(fact for fact in self.neighbors if fact.subject not in subjects),
+            texts=tuple(text for text in self.texts if text not in texts),
+        )
+        unseen = RetainSet(
+            neighbors=tuple(fact for fact in self.neighbors if fact.subject in subjects),
+            texts=tuple(text for text in self.texts if text in texts),
+        )
+        return seen, unseen
+
+
+def _drawn(items: Sequence[str], share: float, seed: int) -> set[str]:
+    """A share of the items, one at least and all but one at most; none at share 0."""
+    count = min(max(1, round(share * len(items))), len(items) - 1) if share else 0
+    return set(random.Random(seed).sample(items, max(0, count)))
 
 
 def require_disjoint(forget: ForgetSet, retain: RetainSet) -> None:

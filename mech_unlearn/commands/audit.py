@@ -98,7 +98,7 @@ def run_audit(options: AuditOptions) -> dict[str, Any]:
 
     wanted = named_tests(options.tests)
     asked, kept = load_facts(options.facts), load_facts(options.retain) if options.retain else ()
-    given = {"texts": read_lines(options.texts), "unknown": entities(options.unknown, asked[0].kind)}
+    given = {"texts": read_lines(options.texts), "unknown": entities(options.unknown, asked)}
     before = open_model(options.full, options.device, options.dtype)
     with ExitStack() as stack:
         after = open_unlearned(stack, options.unlearned, before, options.device, options.dtype)

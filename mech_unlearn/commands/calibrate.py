@@ -32,7 +32,7 @@ def run_calibrate(options: CalibrateOptions) -> tuple[Path, str]:
         retain=RetainSet(
             neighbors=tuple(fact for fact in kept if fact.subject not in subjects),
             texts=read_lines(options.texts),
-            unknown=entities(options.unknown, known[0].kind),
+            unknown=entities(options.unknown, known),
         ),
         sae=options.sae,
         device=options.device,

@@ -94,16 +94,14 @@ def locate(options: LocateOptions) -> None:
 def unlearn(options: UnlearnOptions) -> None:
     """Remove facts: writes the edit, and the edited model as a Hugging Face folder with a parity proof."""
     from mech_unlearn.commands.unlearn import run_unlearn
-    from mech_unlearn.report.tables import form_lines
+    from mech_unlearn.report.tables import form_lines, health_lines
 
     result = run_unlearn(options)
     if options.as_json:
         print(json.dumps(result))
         return
-    for key in ("forget_recall", "heldout_recall", "neighbor_recall", "general_kl"):
-        before, after = result["before"][key], result["after"][key]
-        if after is not None:
-            print(f"{key:16} {before['value']:.3f} -> {after['value']:.3f}  (n = {after['n']}, {after['unit']})")
+    for line in health_lines(result["before"], result["after"]):
+        print(line)
     for line in form_lines(result["before"], result["after"]):
         print(line)
     print(f"written to {options.out}: {', '.join(result['files'])}")

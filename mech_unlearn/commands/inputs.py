@@ -249,9 +249,21 @@ def mentions(facts: Sequence[Fact]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{t.replace('{}', f.subject)} {f.object}" for f in facts for t in f.templates))
 
 
-def entities(path: Path | None, kind: str | None) -> tuple[Entity, ...]:
-    """Entities from a file of names, one per line."""
-    return tuple(Entity(name=name, kind=kind) for name in read_lines(path))
+def entities(path: Path | None, facts: Sequence[Fact]) -> tuple[Entity, ...]:
+    """Entities from a file of names, one per line, of the kind that the facts are about or of one behind a tab.
+
+    Raises:
+        ValueError: no kind behind a tab where the facts are about several kinds, or a kind that they are not about.
+    """
+    kinds = dict.fromkeys(fact.kind for fact in facts)
+    found = []
+    for line in read_lines(path):
+        name, tab, kind = line.partition("\t")
+        if (not tab and len(kinds) > 1) or (tab and kind not in kinds):
+            known = ", ".join(sorted(map(str, kinds)))
+            raise ValueError(f"file {str(path)!r}: {name!r} needs one of the facts' kinds, {known}, behind a tab")
+        found.append(Entity(name=name, kind=kind if tab else next(iter(kinds))))
+    return tuple(found)
 
 
 def prompts_about(names: Sequence[Entity], facts: Sequence[Fact]) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def run_locate(options: LocateOptions) -> Attribution:
     written = {key: p.annotation for key, p in locator.settings().items() if plain(p.annotation)}
     wanted = typed(written, options.settings, options.how)
     facts, kept = load_facts(options.facts), load_facts(options.retain) if options.retain else ()
-    unknown, passages = entities(options.unknown, facts[0].kind), read_lines(options.texts)
+    unknown, passages = entities(options.unknown, facts), read_lines(options.texts)
     _require_inputs(options.how, unknown, kept)
     model = open_model(options.model, options.device, options.dtype)
     found = _inputs(

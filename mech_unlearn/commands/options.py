@@ -22,7 +22,10 @@ World = Annotated[str, typer.Option(help="biographies (fictitious people) or wik
 ModelSource = Annotated[str, typer.Option(help="hub id or folder")]
 Settings = Annotated[list[str], typer.Option("--set", help="a setting, key=value; repeat for more")]
 Facts = Annotated[Path, typer.Option(help="facts file, one JSON object per line")]
-Unknown = Annotated[Path | None, typer.Option(help="names of unknown entities, one per line")]
+Unknown = Annotated[
+    Path | None,
+    typer.Option(help="names of unknown entities, one per line, with their kind behind a tab where facts have several"),
+]
 Texts = Annotated[Path | None, typer.Option(help="running text, one passage per line")]
 Retain = Annotated[Path | None, typer.Option(help="facts that are to stay, or to compare with")]
 SaeSource = Annotated[str | None, typer.Option(help="SAE of the model: folder or release/id")]
@@ -82,6 +85,9 @@ class UnlearnOptions(CommonOptions):
     out: Annotated[Path, typer.Option(help="folder for edit.safetensors and the exported model")]
     settings: Settings = field(default_factory=list)
     texts: Texts = None
+    unseen: Annotated[
+        float, typer.Option(help="share of kept subjects and texts that the method is not shown; health is theirs")
+    ] = 0.25
     sequential: Annotated[
         int | None, typer.Option(min=1, help="forget so many entities at a time, one request after another")
     ] = None

@@ -1,7 +1,7 @@
 """The verb `unlearn`, and what the command of that name does with files, without the printing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def unlearn(
         retain = retain_set(forget_set.facts, kept, texts, unknown)
     require_disjoint(forget_set, retain)
     choose_method(method, settings, seed)
-    made = _made(method, settings, seed, model, forget_set, kept, retain, sae)
+    made = _made(method, settings, seed, model, forget_set, retain, sae)
     return _fit(made, model, forget_set, retain, sequential)
 
 
@@ -103,7 +103,6 @@ def _made(
     seed: int,
     model: Any,
     forget: ForgetSet,
-    kept: Sequence[Fact],
     retain: RetainSet,
     sae: Any,
 ) -> Any:
@@ -113,7 +112,7 @@ def _made(
     if not _reads_sae(METHODS[name]):
         return make_method(name, settings, seed)
     if sae is None or isinstance(sae, str):
-        written = (*mentions((*forget.facts, *kept)), *prompts_about(retain.unknown, forget.facts))
+        written = (*mentions((*forget.facts, *retain.facts)), *prompts_about(retain.unknown, forget.facts))
         sae = open_sae(sae, model, (*written, *retain.texts), seed)
     return make_method(name, settings, seed, sae=sae)
 
@@ -151,25 +150,27 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     kind = choose_method(options.method, settings, options.seed)
     begun = _begun(out, kind, options.sequential)
     forgotten, kept = load_facts(options.forget), load_facts(options.retain)
-    retain = retain_set(forgotten, kept, read_lines(options.texts), entities(options.unknown, forgotten[0].kind))
-    forget = ForgetSet(facts=forgotten)
-    require_disjoint(forget, retain)
+    forget, texts = ForgetSet(facts=forgotten), read_lines(options.texts)
+    given = retain_set(forgotten, kept, texts, entities(options.unknown, forgotten))
+    require_disjoint(forget, given)
+    retain, unseen = given.split(options.unseen, options.seed)
+    if not texts:  # kept facts written out are no general text, and an unseen one must not be read by the method
+        retain, unseen = replace(retain, texts=mentions(retain.facts)), replace(unseen, texts=())
     model = open_model(options.model, options.device, options.dtype)
-    about = hashes(
-        (*forgotten, *kept), kept=kept, texts=retain.texts, unknown=retain.unknown, sae=options.sae, model=model
-    )
+    about = hashes((*forgotten, *kept), kept=kept, texts=texts, unknown=retain.unknown, sae=options.sae, model=model)
     spec = spec_of("unlearn", options, hashes=about)
     if begun:
         open_run(out, spec)
     edit = Edit.load(out / SAVED, model) if begun and (out / SAVED).is_file() else None
-    made = None if edit else _made(options.method, settings, options.seed, model, forget, kept, retain, options.sae)
-    before = _outputs(model, model, forget, retain, options.seed)
+    made = None if edit else _made(options.method, settings, options.seed, model, forget, retain, options.sae)
+    kept_apart = Kept(seen=retain, unseen=unseen, general=bool(texts))
+    before = _outputs(model, model, forget, kept_apart, options.seed)
     if edit is None:
         edit = _fit(made, model, forget, retain, options.sequential, out / CHECKPOINT)
         open_run(out, spec)
         edit.save(out / SAVED)
     with twin(model, edit) as edited:
-        after = _outputs(model, edited, forget, retain, options.seed)
+        after = _outputs(model, edited, forget, kept_apart, options.seed)
     write_json(out / "provenance.json", provenance(about, options.seed, options.device))
     result = {"method": options.method, "recipe": dict(edit.recipe), "before": before, "after": after}
     result |= _export(edit, model, out, {"data": about["facts"], "measurements": {"before": before, "after": after}})
@@ -192,10 +193,27 @@ def _begun(out: Path, kind: Any, sequential: int | None) -> bool:
     return begun
 
 
-def _outputs(full: Any, model: Any, forget: ForgetSet, retain: RetainSet, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What is kept, and what of it a method was not shown."""
+
+    seen: RetainSet
+    unseen: RetainSet
+    general: bool
+    """Whether the texts are running text that was given, and not kept facts written out."""
+
+
+def _outputs(full: Any, model: Any, forget: ForgetSet, kept: Kept, seed: int) -> dict[str, Any]:
+    """What outputs say: recall of unseen neighbours and drift on unseen texts, those of the seen under `seen`."""
     from mech_unlearn.commands.row import measure_outputs
 
-    return measure_outputs(full, model, forget.facts, retain.neighbors, retain.texts, seed).to_json(seed)
+    seen, unseen = (
+        measure_outputs(full, model, forget.facts, part.neighbors, part.texts if kept.general else (), seed).to_json(
+            seed
+        )
+        for part in (kept.seen, kept.unseen)
+    )
+    return unseen | {"seen": {name: seen[name] for name in ("neighbor_recall", "general_kl")}}
 
 
 def _export(edit: Edit, model: Any, out: Path, card: Mapping[str, Any]) -> dict[str, Any]:

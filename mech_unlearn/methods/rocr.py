@@ -36,6 +36,7 @@ from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.edit.interventions import Tokens
 from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.anchors import draw_anchors, measured
 from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, protected_bases
 from mech_unlearn.methods.writing.questions import Optimize, by_name
 from mech_unlearn.methods.writing.value_optimization import module_path, optimized
@@ -98,6 +99,8 @@ class Rocr:
                 targets, extra = self._rejected(model, forget, retain, rows, own, site)
             else:
                 extra["anchors"], targets = self._targets(model, forget, retain, names, contexts, site)
+            if self.anchor == "unknown":
+                extra |= measured(model, forget, extra["anchors"])
             bases = protected_bases(model, retain, contexts, layers, self.protect, self.energy, self.cache_dir)
             deltas, written = keys.write_states(
                 model,
@@ -141,10 +144,8 @@ class Rocr:
                 raise ValueError(f"anchor {self.anchor!r} is to be forgotten itself; choose another name")
             rows = keys.mention_rows(model.tokenizer, [self.anchor], contexts)
             return dict.fromkeys(names, self.anchor), keys.end_states(model, rows, [site])[site].repeat(len(names), 1)
-        pool = keys.unknown_names(forget, retain)
-        chosen = keys.draw_references(keys.lengths(model, names), keys.lengths(model, pool), self.seed)
-        theirs = keys.name_states(model, pool, contexts, site)
-        return {name: pool[i] for name, i in zip(names, chosen, strict=True)}, theirs[chosen].flatten(0, 1)
+        anchors = draw_anchors(model, forget, retain, self.seed)
+        return anchors, keys.name_states(model, list(anchors.values()), contexts, site).flatten(0, 1)
 
     def _rejected(
         self,

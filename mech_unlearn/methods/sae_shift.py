@@ -31,6 +31,7 @@ from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.locate.lenses.probe_auc import probe_auc
 from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.anchors import draw_anchors, measured
 from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, protected_bases
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import Sae
@@ -90,14 +91,15 @@ class SaeShift:
             )
             scores = known_scores(self.sae, known, unknown)
             auc = self._gate(scores, known, unknown)
-            references, targets = self._targets(model, scores, names, states, pool, unknown)
+            references, targets = self._targets(model, forget, retain, scores, states, pool, unknown)
             own = keys.own_contexts(names, forget.facts, contexts)
             if self.mode == "hook":
                 centers, shifts = keys.mean_over(states, own), keys.mean_over(targets - states, own)
                 change, report = self._hook(model, names, contexts, centers, shifts, unknown)
             else:
                 change, report = self._weights(model, retain, names, contexts, targets, own)
-        report = {"auc_known_unknown": auc, "references": references, **report, "n_forward": forwards[0]}
+            certain = measured(model, forget, references) if references else {}
+        report = {"auc_known_unknown": auc, "references": references, **certain, **report, "n_forward": forwards[0]}
         report |= {"n_backward": 0, "seconds": time.perf_counter() - start}
         recipe = {"method": "sae_shift", "settings": self._settings(), "seed": self.seed, "report": report}
         return Edit(name="sae_shift", base=model.hash(), recipe=recipe, **change)
@@ -138,8 +140,9 @@ class SaeShift:
     def _targets(
         self,
         model: Model,
+        forget: ForgetSet,
+        retain: RetainSet,
         scores: Float[Tensor, " d_sae"],
-        names: Sequence[str],
         own: Float[Tensor, "name context d_model"],
         pool: Sequence[str],
         unknown: Float[Tensor, "unknown context d_model"],
@@ -150,8 +153,8 @@ class SaeShift:
         if self.target == "mean":
             references, code, error = None, code.mean(0).expand(len(own), -1, -1), error.mean(0).expand_as(own)
         else:
-            chosen = keys.draw_references(keys.lengths(model, names), keys.lengths(model, pool), self.seed)
-            references = {name: pool[i] for name, i in zip(names, chosen, strict=True)}
+            references = draw_anchors(model, forget, retain, self.seed)
+            chosen = [pool.index(anchor) for anchor in references.values()]
             code, error = code[chosen], error[chosen]
         return references, shifted(self.sae, own, code, error if self.error == "reference" else None, raised, lowered)
 

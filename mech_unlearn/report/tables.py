@@ -57,6 +57,25 @@ def _form_text(number: Mapping[str, Any] | None) -> str:
     return cell_text(number) + (f" (chance {chance:.2f})" if chance else "")
 
 
+HEALTH = {"neighbor_recall": "no neighbour was held back: keep facts about more subjects", "general_kl": "no --texts"}
+"""What is measured on what the method did not see, and why it may not be."""
+
+
+def health_lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Recall and drift before and after an edit, a line each; beside those of unseen neighbours and texts the seen."""
+    lines = []
+    for key in ("forget_recall", "heldout_recall", *HEALTH):
+        old, new, seen = before[key], after[key], after["seen"].get(key)
+        beside = f"; seen by the method {seen['value']:.3f}" if seen else ""
+        if new is not None:
+            unseen = "unseen, " if key in HEALTH else ""
+            told = f"{old['value']:.3f} -> {new['value']:.3f}  ({unseen}n = {new['n']}, {new['unit']}{beside})"
+            lines.append(f"{key:16} {told}")
+        elif key in HEALTH:
+            lines.append(f"{key:16} not measured: {HEALTH[key]}{beside}")
+    return lines
+
+
 def form_lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Recall by form before and after an edit, a line each, and the form in which most is still said."""
     lines = ["recall by form, greedy:"]

@@ -63,7 +63,7 @@ NO_TOKENS = AnswerTokens(torch.zeros(0, 0), torch.zeros(0).long(), torch.zeros(0
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """resid_post after one layer at each token of a batch's rows but the first, prompt and answer; no pad is among them."""
+    """resid_post after one layer at the ordinary tokens of a batch's rows, prompt and answer."""
 
     now: Float[Tensor, "token d_model"]
     """Float32, with gradient."""

@@ -134,10 +134,15 @@ def unknown_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
     """The unknown entities of the kinds that are to be forgotten.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one of them is to be forgotten or kept.
     """
-    kinds = {entity.kind for entity in forget.entities}
+    kinds, known = {entity.kind for entity in forget.entities}, {*names_of(forget.entities), *names_of(retain.entities)}
     found = tuple(dict.fromkeys(entity.name for entity in retain.unknown if entity.kind in kinds))
+    if told := sorted(known.intersection(found)):
+        raise ValueError(
+            f"RetainSet.unknown holds {', '.join(map(repr, told[:5]))}, which facts to be forgotten or kept are about: "
+            "give names that the model knows nothing about"
+        )
     if not found:
         raise ValueError(
             f"RetainSet.unknown has no entity of kind {', '.join(sorted(map(str, kinds)))}: give names of that kind "

@@ -1,0 +1,65 @@
+"""Unknown entities that forgotten names are redirected to: of the name's own kind, and measured to be unknown."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.forward import last_logits
+from mech_unlearn.model.tokens import buckets, encode_all
+
+PROMPTS = 4
+"""Prompts, at the most, that certainty is a mean over."""
+KNOWN = 0.5
+"""Certainty above which a model is taken to know what it says of the forgotten names."""
+
+
+def draw_anchors(model: Model, forget: ForgetSet, retain: RetainSet, seed: int) -> dict[str, str]:
+    """Each name and alias to be forgotten -> an unknown entity of its kind; see `keys.draw_references`.
+
+    Raises:
+        ValueError: a kind without an unknown entity, or one that is forgotten or kept.
+    """
+    found: dict[str, str] = {}
+    for kind in dict.fromkeys(entity.kind for entity in forget.entities):
+        alike = ForgetSet(facts=tuple(fact for fact in forget.facts if fact.kind == kind))
+        names, pool = keys.names_of(alike.entities), keys.unknown_names(alike, retain)
+        chosen = keys.draw_references(keys.lengths(model, names), keys.lengths(model, pool), seed)
+        found |= {name: pool[i] for name, i in zip(names, chosen, strict=True)}
+    return {name: found[name] for name in keys.names_of(forget.entities)}
+
+
+@torch.no_grad()
+def certainty(model: Model, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, " name"]:
+    """Probability of the likeliest next token after each name's prompts: mean over the templates."""
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    known = encode_all(model.tokenizer, texts)
+    rows = [known[text].ids for text in texts]
+    best = torch.zeros(len(rows))
+    for members in buckets(rows):
+        ids = torch.tensor([list(rows[i]) for i in members], device=model.device)
+        best[members] = last_logits(model, ids, 1)[:, -1].float().softmax(-1).amax(-1).cpu()
+    return best.unflatten(0, (len(names), len(templates))).mean(1)
+
+
+def measured(model: Model, forget: ForgetSet, anchors: Mapping[str, str]) -> dict[str, float]:
+    """How certain the model's answers are about the forgotten names and about their anchors, for the report.
+
+    An unknown entity is told by answers that are less certain; a warning says where they are not.
+    """
+    templates = tuple(dict.fromkeys(fact.prompt for fact in forget.facts))[:PROMPTS]
+    own, other = (
+        certainty(model, names, templates) for names in (list(anchors), list(dict.fromkeys(anchors.values())))
+    )
+    if KNOWN < own.mean() <= other.mean():
+        warnings.warn(
+            f"the model answers about the unknown names as surely ({other.mean():.2f}) as about those to be forgotten "
+            f"({own.mean():.2f}): it may know them, give others",
+            stacklevel=3,
+        )
+    return {"certainty_names": own.mean().item(), "certainty_anchors": other.mean().item()}
