@@ -168,7 +168,7 @@ class Attribution:
         except ValidationError as error:
             raise ValueError(first_error(error)) from None
         labels = {axis: tuple(values) for axis, values in saved.labels.items()}
-        tensors = {key: _tensor(getattr(saved, key)) for key in ("values", "low", "high")}
+        tensors: dict[str, Any] = {key: _tensor(getattr(saved, key)) for key in ("values", "low", "high")}
         told = {key: getattr(saved, key) for key in ("name", "unit", "n", "note")}
         return cls(axes=tuple(saved.axes), labels=labels, **told, **tensors)
 

@@ -113,7 +113,7 @@ def _valid(kind: str, own: Field[Any], value: Any) -> Any:
             raise ValueError(f"{kind}: {own.name} is {tuple(value.shape)} of {value.dtype}, not {own.type}")
         return value
     try:
-        return TypeAdapter(own.type).validate_python(_tuples(value))
+        return TypeAdapter(own.type).validate_python(_tuples(value))  # pyright: ignore[reportArgumentType]
     except (ValidationError, PydanticSchemaGenerationError) as error:
         raise ValueError(f"{kind}: {own.name} is no {own.type}: {str(value)[:60]!r}") from error
 
