@@ -15,6 +15,7 @@ HELPERS = {
     "planted.py",
     "simulated.py",
     "tiny.py",
+    "zoo.py",
 }
 OF_SEVERAL = {
     "test_architecture.py": "docs/architecture.md and the README's map",
@@ -31,7 +32,9 @@ OF_SEVERAL = {
     "commands/test_strangers.py": "audit, calibrate and locate on folders of plain transformers",
     "experiments/test_experiments.py": "what all experiments keep to",
     "locate/test_planted_truth.py": "all locators on one planted fact",
+    "methods/test_mixtures.py": "all methods on mixtures of experts",
     "methods/test_output_methods.py": "the methods with losses on outputs only",
+    "model/test_architectures.py": "what `load` makes of sixty architectures",
     "metrics/test_invariance.py": "all teacher-forced metrics",
     "restoration/test_audit.py": "all restoration tests together",
     "speed/test_speed.py": "all cases of speed",

@@ -166,13 +166,17 @@ def open_unlearned(stack: ExitStack, source: str, full: Any, device: str, dtype:
     """The unlearned model: a hub id or folder, or an edit file of ours in force on a twin of the full model.
 
     Raises:
-        ValueError: a model or an edit that cannot be read, or an edit of another base model.
+        ValueError: a model or an edit that cannot be read, an edit of another base model, or a model of another shape
+            or tokenizer.
     """
     from mech_unlearn.edit.edit import Edit
+    from mech_unlearn.restoration.engine.case import require_same_shape
 
     if source.endswith(".safetensors"):
         return stack.enter_context(twin(full, Edit.load(source, full)))
-    return open_model(source, device, dtype)
+    opened = open_model(source, device, dtype)
+    require_same_shape(full, opened)
+    return opened
 
 
 def _calibration(source: str, case: Any, tests: Sequence[str]) -> tuple[Any, list[str]]:

@@ -207,12 +207,11 @@ def _outputs(full: Any, model: Any, forget: ForgetSet, kept: Kept, seed: int) ->
     """What outputs say: recall of unseen neighbours and drift on unseen texts, those of the seen under `seen`."""
     from mech_unlearn.commands.row import measure_outputs
 
-    seen, unseen = (
-        measure_outputs(full, model, forget.facts, part.neighbors, part.texts if kept.general else (), seed).to_json(
-            seed
-        )
-        for part in (kept.seen, kept.unseen)
-    )
+    def said(part: RetainSet) -> dict[str, Any]:
+        texts = part.texts if kept.general else ()
+        return measure_outputs(full, model, forget.facts, part.neighbors, texts, seed).to_json(seed)
+
+    seen, unseen = said(kept.seen), said(kept.unseen)
     return unseen | {"seen": {name: seen[name] for name in ("neighbor_recall", "general_kl")}}
 
 

@@ -72,7 +72,7 @@ class Memit:
             raise ValueError(f"ridge={self.ridge}, cov_weight={self.cov_weight}: lambda is 0 or more")
         wanted = keys.default_layers(model.n_layers) if self.layers is None else self.layers
         last = max(wanted, default=0) if self.z_layer is None else self.z_layer
-        layers, site = keys.check_layers(model, wanted, last), Site(last, "resid_post")
+        layers, site = keys.check_written(model, wanted, last), Site(last, "resid_post")
         asked = by_name(forget)
         bare = keys.contexts_of(forget.facts)
         before = prefixes(model, forget, retain, self.optimize.n_prefixes, self.seed)

@@ -88,7 +88,8 @@ def steered(model: Model, layer: int | None, layers: Sequence[int] | None) -> tu
     """
     layer = keys.default_layers(model.n_layers)[-1] if layer is None else layer
     chosen = tuple(range(max(0, layer - 2), layer + 1)) if layers is None else layers
-    names = (re.escape(model.w_out(i)[0]) for i in keys.check_layers(model, chosen, layer))
+    checked = keys.check_layers(model, chosen, layer)
+    names = (re.escape(name) for i in checked for name in model.mlp_writers(i))
     return layer, f"^({'|'.join(names)})$"
 
 

@@ -122,7 +122,7 @@ class Rocr:
     def _places(self, model: Model) -> tuple[tuple[int, ...], Site]:
         layers = keys.default_layers(model.n_layers) if self.layers is None else self.layers
         last = max(layers, default=0) if self.z_layer is None else self.z_layer
-        return keys.check_layers(model, layers, last), Site(last, "resid_post")
+        return keys.check_written(model, layers, last), Site(last, "resid_post")
 
     def _targets(
         self,

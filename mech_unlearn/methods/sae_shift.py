@@ -189,7 +189,7 @@ class SaeShift:
         site = self.sae.site
         last = site.layer if site.kind == "resid_post" else site.layer - 1
         wanted = tuple(range(max(0, last - 2), last + 1)) if self.layers is None else self.layers
-        layers = keys.check_layers(model, wanted, last)
+        layers = keys.check_written(model, wanted, last)
         bases = protected_bases(model, retain, contexts, layers, self.protect, self.energy)
         rows = keys.mention_rows(model.tokenizer, names, contexts)
         deltas, report = keys.write_states(

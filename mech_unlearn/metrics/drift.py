@@ -12,9 +12,10 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import buckets
 
 
-def token_kl(full: Float[Tensor, "*batch d_vocab"], other: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch"]:
-    """KL(p_full || p_other) in nats, from logits."""
-    p, q = full.float().log_softmax(-1), other.float().log_softmax(-1)
+def token_kl(full: Float[Tensor, "*batch d_vocab"], other: Float[Tensor, "*batch d_other"]) -> Float[Tensor, "*batch"]:
+    """KL(p_full || p_other) in nats, from logits; over the tokens that both have where one vocabulary was padded."""
+    shared = min(full.shape[-1], other.shape[-1])
+    p, q = (logits[..., :shared].float().log_softmax(-1) for logits in (full, other))
     return (p.exp() * (p - q)).sum(-1)
 
 

@@ -30,6 +30,13 @@ Write = Callable[[Tensor], Tensor | None]
 """Reads an activation and gives back its replacement, or None to leave it as it is."""
 
 
+MLP_WRITER = (
+    r"((mlp|ffn|feed_forward|mlp_block|block_sparse_moe)\.)?((shared_)?experts?\.(\d+\.)?)?"
+    r"(c_proj|down_proj|dense_4h_to_h|fc_out|fc2|w2)(\.weight)?"
+)
+"""Names of the matrices that write an MLP's output, below the layer's."""
+
+
 JOINT = (("attn", "split_qkv_matrix", "qkv"), ("mlp", "split_gate_up_matrix", ("gate", "in")))
 """In a block of TransformerBridge: the component with a joint matrix, what splits it, and its parts."""
 
@@ -78,6 +85,9 @@ class Model:
     """Every name of a hook point -> the point; the bridge makes this anew each time it is asked."""
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """HF name -> buffer that is saved with the weights; no method changes one."""
+    keeps_prefix: bool = field(kw_only=True)
+    """Whether keys and values of a prefix, one pair a layer, are all that later tokens read of it; else every pass
+    reads whole rows (state-space and convolution layers, some ALiBi models)."""
     in_force: InForce = field(kw_only=True)
     """What acts on the forward pass beside the weights."""
 
@@ -319,14 +329,31 @@ class Model:
         """Name in `held` of the matrix that writes the MLP's output, and whether it is stored [d_mlp, d_model].
 
         Raises:
-            KeyError: no such layer, or an MLP without one output matrix (a mixture of experts).
+            KeyError: no such layer, an MLP without one output matrix (a mixture of experts), or no MLP.
         """
-        inside = r"((mlp|ffn|feed_forward)\.)?(c_proj|down_proj|dense_4h_to_h|fc_out|fc2)\.weight"
-        pattern = re.compile(rf"{re.escape(self.block(layer))}\.{inside}")
-        names = [name for name in self.held if pattern.fullmatch(name)]
-        if len(names) != 1:
-            raise KeyError(f"model {self.name!r}: found {len(names)} MLP output matrices in layer {layer}, need one")
-        return names[0], self.transposed(names[0])
+        name, *further = self.mlp_writers(layer)
+        if further or self.held[name].ndim > 2:
+            raise KeyError(
+                f"model {self.name!r}: layer {layer} of {type(self.hf).__name__} is a mixture of experts ({name} "
+                f"{list(self.held[name].shape)}), of which each token takes its own, so that there is no one MLP "
+                "output matrix; methods that train work on it (npo, grad_diff, rmu)"
+            )
+        return name, self.transposed(name)
+
+    def mlp_writers(self, layer: int) -> tuple[str, ...]:
+        """Names in `held` of all matrices that write the MLP's output: one, or those of experts and of what they share.
+
+        Raises:
+            KeyError: no such layer, or no MLP in it (state-space and recurrent layers).
+        """
+        pattern = re.compile(rf"{re.escape(self.block(layer))}\.{MLP_WRITER}")
+        names = tuple(name for name in self.held if pattern.fullmatch(name))
+        if not names:
+            raise KeyError(
+                f"model {self.name!r}: layer {layer} of {type(self.hf).__name__} has no MLP output matrix; methods "
+                "that train work on it (npo, grad_diff)"
+            )
+        return names
 
     def transposed(self, name: str) -> bool:
         """Whether a weight of `held` is stored [d_in, d_out], as in GPT-1 and GPT-2."""

@@ -47,8 +47,8 @@ def next_logits(
 ) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
     """Logits of the token behind each row, and the cache of keys and values for the step after.
 
-    Only for a model on which nothing is in force: a cache keeps what earlier, shorter rows made of their positions. A
-    model that keeps no such cache gives None, and the next step reads whole rows.
+    Only for a model that keeps its prefix so (`Model.keeps_prefix`) and on which nothing is in force: a cache keeps
+    what earlier, shorter rows made of their positions.
 
     Args:
         cache: what the step before gave, for rows that have one token less; None reads whole rows.
@@ -59,4 +59,4 @@ def next_logits(
     _require_room(model, ids.shape[1])
     new = ids if cache is None else ids[:, -1:]
     made = model.hf(input_ids=new, past_key_values=cache, use_cache=True, **_keep(model, 1))
-    return made.logits[:, -1], getattr(made, "past_key_values", None)
+    return made.logits[:, -1], made.past_key_values

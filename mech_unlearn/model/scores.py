@@ -251,7 +251,8 @@ def greedy(
 ) -> list[tuple[int, ...]]:
     """The greedy continuation of each prompt, token ids, up to the first of the model's `end_tokens`.
 
-    Where nothing but the weights acts, each step reads one new token and the model's own cache of keys and values.
+    Where nothing but the weights acts, each step reads one new token and the model's own cache of keys and values, if
+    it keeps its prefix so.
     Where an intervention or any hook is in force, each step reads the whole row again, so that what looks for a
     subject or writes to earlier positions always sees them; a cache would keep what a shorter row made of them.
 
@@ -262,7 +263,8 @@ def greedy(
         ValueError: more tokens than the model has positions.
     """
     out: list[list[int]] = [[] for _ in prompts]
-    ends, plain = torch.tensor(end_tokens(model), dtype=torch.long, device=model.device), model.in_force.nothing()
+    ends = torch.tensor(end_tokens(model), dtype=torch.long, device=model.device)
+    plain = model.keeps_prefix and model.in_force.nothing()
     for members in buckets([range(len(prompt) + max_new_tokens) for prompt in prompts], max_tokens):
         ids = torch.tensor([list(prompts[i]) for i in members], device=model.device)
         open_rows = torch.ones(len(members), dtype=torch.bool, device=model.device)

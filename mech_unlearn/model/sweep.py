@@ -29,8 +29,31 @@ Write = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
+class _OfRows:
+    """An argument that has entries for each row: masks, ALiBi slopes of each head, inputs that depend on the tokens."""
+
+    entries: Tensor
+    """[row, entry, ...]; one row where all rows have the same."""
+
+    def of(self, rows: Int[Tensor, " n"]) -> Tensor:
+        """The argument of some rows, [n * entry, ...]."""
+        same = len(self.entries) == 1
+        return (self.entries.expand(len(rows), *self.entries.shape[1:]) if same else self.entries[rows]).flatten(0, 1)
+
+
+def _by_row(value: Any, longer: Any, n: int) -> Any:
+    """An argument given for n rows; `longer` is the same for one row more: what grows has entries for each row."""
+    if isinstance(value, tuple):
+        return tuple(_by_row(part, more, n) for part, more in zip(value, longer, strict=True))
+    if not isinstance(value, Tensor) or value.shape == longer.shape:
+        return value
+    entries = value.unflatten(0, (n, -1))
+    return _OfRows(entries[:1] if (entries == entries[:1]).all() else entries)
+
+
+@dataclass(frozen=True, eq=False)
 class _Call:
-    """What the model gave one decoder layer beside the hidden states."""
+    """What the model gave one decoder layer beside the hidden states, for all recorded rows."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -142,14 +165,6 @@ def refuse_interventions(model: Model) -> None:
         )
 
 
-def _pairs(model: Model, store: Any, width: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Keys and values of each layer from a filled cache."""
-    pairs = tuple((getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in store.layers)
-    if len(pairs) != model.n_layers or any(k is None or k.shape[2] != width for k, _ in pairs):
-        raise ValueError(f"{model.name!r} does not keep keys and values of every position; use cache=False")
-    return pairs  # pyright: ignore[reportReturnType]
-
-
 class _Stop(Exception):
     """Ends a forward pass after the last decoder layer."""
 
@@ -181,15 +196,20 @@ def record(
 
     Args:
         writes: interventions of this run, for example noise on `hook_embed` for a corrupted run.
-        cache: keep keys and values, so that positions before a patch are never run again. Turn it off for models
-            that cannot be run with a cache; results agree.
+        cache: keep keys and values, so that positions before a patch are never run again; not done for a model
+            that does not keep its prefix so. Results agree.
 
     Raises:
-        KeyError: an unknown site. ValueError: interventions of an edit are in force.
+        KeyError: an unknown site. ValueError: interventions of an edit are in force, or layers share keys and values.
     """
     from transformers import DynamicCache
 
     refuse_interventions(model)
+    if getattr(model.hf.config, "num_kv_shared_layers", None):
+        raise ValueError(
+            f"layers of {model.name!r} ({type(model.hf).__name__}) read keys and values of others: they cannot be run "
+            "one by one; use logit_lens or methods that train"
+        )
     ids = ids.to(model.device)
     resid: list[Tensor] = []
     kept: dict[Site, Tensor] = {}
@@ -198,20 +218,30 @@ def record(
         (Site(layer, "resid_pre"), lambda x: resid.append(x)) for layer in range(model.n_layers)
     ]
     reads += [(site, lambda x, site=site: kept.__setitem__(site, x)) for site in dict.fromkeys(keep)]
-    store = DynamicCache() if cache else None
+    store: Any = DynamicCache() if cache and model.keeps_prefix else None
     with model.hooks(*writes, *reads, (last, lambda x: resid.append(x))):
         _run_layers(model, ids, store)
-    pairs = None if store is None else _pairs(model, store, ids.shape[1])
+    pairs = None if store is None else tuple((layer.keys, layer.values) for layer in store.layers)
     return Recording(model, ids, torch.stack(resid), kept, pairs)
 
 
 @torch.no_grad()
 def _calls(recording: Recording, first: int) -> list[_Call]:
-    """What each layer is given when rows are run from position `first` on; the same for rows of equal length."""
+    """What each layer is given when the recorded rows are run from position `first` on."""
+    if first not in recording.calls:
+        ids, n = recording.ids, len(recording.ids)
+        given, more = (_given(recording, rows[:, first:], first) for rows in (ids, torch.cat([ids, ids[:1]])))
+        recording.calls[first] = [
+            _Call(_by_row(a.args, b.args, n), {key: _by_row(x, b.kwargs[key], n) for key, x in a.kwargs.items()})
+            for a, b in zip(given, more, strict=True)
+        ]
+    return recording.calls[first]
+
+
+def _given(recording: Recording, ids: Int[Tensor, "row pos"], first: int) -> list[_Call]:
+    """What the model gives its layers, none of which runs."""
     from transformers import DynamicCache
 
-    if first in recording.calls:
-        return recording.calls[first]
     model, found = recording.model, []
     store = None if recording.cache is None else DynamicCache()
     if store is not None and first:
@@ -225,8 +255,7 @@ def _calls(recording: Recording, first: int) -> list[_Call]:
         return args[0] if args else kwargs["hidden_states"]
 
     with bypassed(model, keep), suppress(_Stop):
-        model.hf(input_ids=recording.ids[:1, first:], past_key_values=store, use_cache=store is not None)
-    recording.calls[first] = found
+        model.hf(input_ids=ids, past_key_values=store, use_cache=store is not None)
     return found
 
 
@@ -263,7 +292,9 @@ def _block(recording: Recording, layer: int, x: Tensor, rows: Tensor, members: S
         prefix = _Prefix(keys[rows, :, :first], values[rows, :, :first])
 
     def given(value: Any) -> Any:
-        return prefix if _is_cache(value) else value
+        if isinstance(value, tuple):
+            return tuple(given(part) for part in value)
+        return value.of(rows) if isinstance(value, _OfRows) else prefix if _is_cache(value) else value
 
     args = [given(value) for value in call.args]
     kwargs = {key: given(value) for key, value in call.kwargs.items()}

@@ -9,6 +9,7 @@ import torch
 
 from mech_unlearn.commands.unlearn import unlearn
 from mech_unlearn.data.jsonl import save_facts
+from tests.checkpoints import byte_tokenizer
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
@@ -343,3 +344,14 @@ def test_entities_can_be_forgotten_one_request_after_another(call, files):
     recipe = json.loads(out)["recipe"]
     assert recipe["report"]["requests"] == len(recipe["composed_of"]) == 2
     refused(call(*unlearn_words(files, out=files["out"] / "other"), "--sequential", 0), "sequential")
+
+
+def test_an_audit_of_two_models_that_do_not_belong_together_is_refused_before_any_work(call, files, tmp_path):
+    made = (("full", 4, tiny_tokenizer()), ("deep", 5, tiny_tokenizer()), ("other", 4, byte_tokenizer()))
+    for name, layers, words in made:
+        tiny_hf("llama", layers=layers).save_pretrained(tmp_path / name)
+        words.save_pretrained(tmp_path / name)
+    for name, why in (("deep", "n_layers 5"), ("other", "different tokenizers")):
+        words = ["audit", "--full", tmp_path / "full", "--unlearned", tmp_path / name, "--facts", files["forget"]]
+        refused(call(*words, "--out", tmp_path / "out"), why)
+        assert not (tmp_path / "out").exists()

@@ -55,6 +55,13 @@ def test_drift_is_the_mean_kl_over_all_tokens_of_unpadded_texts():
         general_kl(full, other, ())
 
 
+def test_drift_of_a_model_whose_vocabulary_was_padded_is_that_on_the_tokens_that_both_have():
+    full, other, padded = (torch.randn(4, n, generator=torch.Generator().manual_seed(n)) for n in (10, 10, 13))
+    padded[:, :10] = other
+    torch.testing.assert_close(token_kl(full, padded), token_kl(full, other))
+    torch.testing.assert_close(token_kl(padded, full), token_kl(other, full))
+
+
 def test_kl_of_two_coins():
     p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
     assert token_kl(p, q).item() == pytest.approx(0.5 * torch.tensor(4 / 3).log().item())

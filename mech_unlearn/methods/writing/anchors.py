@@ -53,9 +53,7 @@ def measured(model: Model, forget: ForgetSet, anchors: Mapping[str, str]) -> dic
     An unknown entity is told by answers that are less certain; a warning says where they are not.
     """
     templates = tuple(dict.fromkeys(fact.prompt for fact in forget.facts))[:PROMPTS]
-    own, other = (
-        certainty(model, names, templates) for names in (list(anchors), list(dict.fromkeys(anchors.values())))
-    )
+    own, other = (certainty(model, list(dict.fromkeys(names)), templates) for names in (anchors, anchors.values()))
     if KNOWN < own.mean() <= other.mean():
         warnings.warn(
             f"the model answers about the unknown names as surely ({other.mean():.2f}) as about those to be forgotten "

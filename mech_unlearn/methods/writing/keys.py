@@ -51,6 +51,18 @@ def check_layers(model: Model, layers: Sequence[int], last: int) -> tuple[int, .
     return tuple(sorted(layers))
 
 
+def check_written(model: Model, layers: Sequence[int], last: int) -> tuple[int, ...]:
+    """The layers in ascending order, each with one MLP output matrix to be written.
+
+    Raises:
+        ValueError: what `check_layers` refuses. KeyError: a layer without such a matrix (a mixture of experts).
+    """
+    checked = check_layers(model, layers, last)
+    for layer in checked:
+        model.w_out(layer)
+    return checked
+
+
 def contexts_of(facts: Sequence[Fact]) -> tuple[str, ...]:
     """The templates of the facts whose text in front of the name differs, in order of first appearance.
 

@@ -86,8 +86,9 @@ def clamped(delta: Float[Tensor, "name d_model"], limit: Float[Tensor, " name"])
 
 
 def module_path(model: Model, layer: int, where: Literal["mlp", "resid"]) -> str:
-    """HF path of the module whose output delta is added to: the layer's MLP (before a norm behind it) or the layer."""
-    return model.block(layer) + (".mlp" if where == "mlp" else "")
+    """HF path of the module whose output delta is added to: the layer's MLP output matrix (before a norm behind it) or
+    the layer."""
+    return model.w_out(layer)[0].removesuffix(".weight") if where == "mlp" else model.block(layer)
 
 
 def optimized(
@@ -140,8 +141,11 @@ def added(hf: Any, path: str, delta: Tensor, questions: Questions) -> Iterator[N
     rows = torch.arange(len(questions.ids), device=delta.device)
 
     def hook(_: Any, __: tuple, out: Any) -> Any:
-        x = out[0] if isinstance(out, tuple) else out
-        x = x.index_put((rows, questions.at), delta[questions.owner].to(x), accumulate=True)
+        given = out[0] if isinstance(out, tuple) else out
+        by_row = given.reshape(*questions.ids.shape, -1)  # OPT joins rows and positions before its MLP
+        x = by_row.index_put((rows, questions.at), delta[questions.owner].to(given), accumulate=True).reshape(
+            given.shape
+        )
         return (x, *out[1:]) if isinstance(out, tuple) else x
 
     handle = hf.get_submodule(path).register_forward_hook(hook)

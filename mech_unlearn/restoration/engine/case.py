@@ -118,10 +118,10 @@ class Case:
 
 
 def require_same_shape(full: Model, other: Model) -> None:
-    """Check that states of one model can be written into the other.
+    """Check that states of one model can be written into the other, and logits compared on the tokens that both have.
 
     Raises:
-        ValueError: another depth or width, or a tokenizer that gives other ids.
+        ValueError: another depth or width, or a tokenizer that gives other ids. Tokens may have been added to one.
     """
     for what in ("n_layers", "d_model"):
         if getattr(full, what) != getattr(other, what):
@@ -130,21 +130,12 @@ def require_same_shape(full: Model, other: Model) -> None:
                 "an audit compares models of one architecture"
             )
     sample = "The quick brown fox met Anna Lee in Paris, 1987."
-    if full.tokenizer(sample)["input_ids"] != other.tokenizer(sample)["input_ids"]:
-        raise ValueError(f"models {full.name!r} and {other.name!r} have different tokenizers")
-
-
-def require_same_vocabulary(full: Model, other: Model) -> None:
-    """Check that logits of one model can be compared with the other's, token by token.
-
-    Raises:
-        ValueError: embeddings of another number of tokens (padded, for example).
-    """
-    sizes = [model.hf.get_output_embeddings().weight.shape[0] for model in (full, other)]
-    if sizes[0] != sizes[1]:
+    ours, theirs = full.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    moved = any(theirs.get(token, number) != number for token, number in ours.items())
+    if moved or full.tokenizer(sample)["input_ids"] != other.tokenizer(sample)["input_ids"]:
         raise ValueError(
-            f"model {other.name!r} has logits for {sizes[1]} tokens, {full.name!r} for {sizes[0]}: they cannot be "
-            "compared; resize its embeddings, or leave this test out"
+            f"models {full.name!r} and {other.name!r} have different tokenizers; give models made from one checkpoint "
+            "(tokens added at the end do no harm)"
         )
 
 

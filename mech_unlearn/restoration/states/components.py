@@ -37,7 +37,7 @@ from mech_unlearn.model.bridge import Model, require_positions
 from mech_unlearn.model.forward import last_logits
 from mech_unlearn.model.scores import greedy
 from mech_unlearn.model.tokens import Query, buckets
-from mech_unlearn.restoration.engine.case import Case, require_same_vocabulary, split_queries, tune_facts
+from mech_unlearn.restoration.engine.case import Case, split_queries, tune_facts
 from mech_unlearn.restoration.engine.levels import Levels
 from mech_unlearn.restoration.engine.normalise import mean_by_fact
 from mech_unlearn.restoration.engine.readouts import Read, ReadLevels, readout_result
@@ -122,13 +122,9 @@ def _fixed(kept: dict[Site, Tensor], site: Site, x: Tensor) -> Tensor:
 def restored_losses(
     full: Model, model: Model, told: Spoken, restores: Sequence[Restore]
 ) -> Float[Tensor, "point query"]:
-    """Mean squared difference of logits to F's on the rows that predict F's answer, row 0 with nothing restored.
-
-    Raises:
-        ValueError: vocabularies of other sizes.
-    """
+    """Mean squared difference of logits to F's on the rows that predict F's answer, row 0 with nothing restored; over
+    the tokens that both have where one vocabulary was padded."""
     require_positions(model)
-    require_same_vocabulary(full, model)
     everything = (Restore((), ()), *restores)
     places = [[Site(n, SITES[p]) for p in r.parts if p != "values" for n in r.layers] for r in everything]
     sites = list(dict.fromkeys(site for some in places for site in some))
@@ -146,7 +142,8 @@ def restored_losses(
                 used = copy if values else model
                 with with_values(used, full, values), used.hooks(*((s, partial(_fixed, kept, s)) for s in at)):
                     found = last_logits(used, ids.to(used.device), read).float().to(wanted.device)
-                apart = (found - wanted).square().mean(-1)
+                shared = min(found.shape[-1], wanted.shape[-1])
+                apart = (found[..., :shared] - wanted[..., :shared]).square().mean(-1)
                 for row, i in enumerate(members):
                     first = start[row] - min(start)
                     out[number, i] = apart[row, first : max(first + 1, read - 1)].mean().cpu()

@@ -1,0 +1,167 @@
+"""A checkpoint as its makers left it: read as a plain transformers model, or refused in one line before it is read.
+
+transformers alone would merge an adapter in silence, dequantize where it can, and end in a traceback where a file is
+missing or cut off.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODALITIES = ("text_config", "vision_config", "audio_config")
+"""What the config of a model of several kinds of input holds beside or in place of a plain text model's fields."""
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+SAVED_ANEW = "save the checkpoint anew (save_pretrained), or download it again"
+MERGED = "merge it into its base model first: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+
+
+@contextmanager
+def guarded(name: str, what: str, mend: str = SAVED_ANEW) -> Iterator[None]:
+    """What other libraries raise over a model that they cannot take, told in one line.
+
+    Raises:
+        ValueError: in place of any error but too little memory; it names the model, the culprit and the mend.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split()) or "no message"
+        short = told if len(told) <= 200 else f"{told[:200]}..."
+        raise ValueError(f"model {name!r}: {what} ({type(error).__name__}: {short}); {mend}") from error
+
+
+def read_checkpoint(source: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The unbooted model of a hub id or folder.
+
+    Raises:
+        ValueError: not there, not a checkpoint of a causal language model (an adapter, a GGUF file, an encoder), or
+            broken, quantized or incomplete.
+    """
+    from transformers import AutoModelForCausalLM
+
+    local = Path(source).expanduser()
+    if local.exists():
+        _require_folder(source, local)
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"model {source!r}: no such folder")
+    config = _read_config(source, local.exists(), trust_remote_code)
+    if local.exists():
+        _require_whole(source, local)
+    with guarded(source, "its weights cannot be read"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    hf, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(f"model {source!r}: weights missing from the checkpoint: {sorted(report['missing_keys'])[:5]}")
+    return hf.to(device)
+
+
+def read_tokenizer(source: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a hub id or folder.
+
+    Raises:
+        ValueError: none there, or one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    with guarded(source, "has no tokenizer that can be read", "save one into the folder or pass tokenizer="):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def require_plain_text_model(name: str, config: Any) -> None:
+    """Check by its config that a model reads text alone, and that its weights are numbers.
+
+    TransformerBridge fetches image processors for a model of text and images, and installs software for them.
+
+    Raises:
+        ValueError: a model of more than text, an encoder-decoder, or quantized weights.
+    """
+    if parts := [part for part in MODALITIES if hasattr(config, part)]:
+        raise ValueError(
+            f"model {name!r} is a {config.model_type!r} model, which reads more than text ({', '.join(parts)}); give a "
+            "checkpoint of its text model alone"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model {name!r} is a {config.model_type!r} model, not a causal language model")
+    if quantized := getattr(config, "quantization_config", None):
+        asked = quantized if isinstance(quantized, dict) else vars(quantized)
+        raise ValueError(
+            f"model {name!r} is quantized ({asked.get('quant_method', 'unknown method')}), and edits need plain "
+            "weights; give the checkpoint that it was made from, or a copy saved after hf.dequantize()"
+        )
+
+
+def _read_config(source: str, local: bool, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    what = "config.json cannot be read" if local else "not a local folder, and not to be had from the hub"
+    with guarded(source, what, SAVED_ANEW if local else "name a folder, or a hub id that this machine can reach"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    remote = trust_remote_code and hasattr(config, "auto_map")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise ValueError(f"model {source!r} is a {config.model_type!r} model, not a causal language model")
+    require_plain_text_model(source, config)
+    return config
+
+
+def _require_folder(source: str, local: Path) -> None:
+    """Check by the names of its files that a path is a folder of a whole model."""
+    gguf = local if local.suffix == ".gguf" else next(local.glob("*.gguf"), None)
+    if gguf is not None and not (local / "config.json").exists():
+        raise ValueError(
+            f"model {source!r}: {gguf.name} is a GGUF file, which is quantized; give the checkpoint that it was made "
+            f"from, or convert it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={gguf.name!r}), "
+            "save_pretrained, and the tokenizer likewise"
+        )
+    if not local.is_dir():
+        raise ValueError(f"model {source!r} is a file; give a folder made by save_pretrained")
+    if (local / "adapter_config.json").exists():
+        raise ValueError(f"model {source!r} holds a PEFT adapter of {_base(local)}, not a whole model; {MERGED}")
+    if not (local / "config.json").exists():
+        inner = sorted(path.parent.name for path in local.glob("*/config.json"))
+        mend = f"one of {', '.join(inner)} in it" if inner else "a folder made by save_pretrained"
+        raise ValueError(f"model {source!r}: the folder holds no config.json; give {mend}")
+
+
+def _base(local: Path) -> str:
+    """What an adapter says that it was trained on."""
+    try:
+        return repr(json.loads((local / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "a base model that its adapter_config.json does not name"
+
+
+def _require_whole(source: str, local: Path) -> None:
+    """Check that every file of weights is there, and as long as its head says."""
+    from safetensors import SafetensorError, safe_open
+
+    if not any(path for pattern in WEIGHTS for path in local.glob(pattern)):
+        raise ValueError(f"model {source!r}: the folder holds no weights (model.safetensors); {SAVED_ANEW}")
+    for index in local.glob("*.safetensors.index.json"):
+        with guarded(source, f"{index.name} cannot be read"):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            absent = sorted(shard for shard in shards if not (local / shard).exists())
+        if absent:
+            raise ValueError(f"model {source!r}: weights missing, files {', '.join(absent[:3])}; {SAVED_ANEW}")
+    for file in sorted(local.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            with file.open("rb") as start:
+                pointer = start.read(30).startswith(b"version https://git-lfs")
+            why = "is a pointer of git-lfs; run git lfs pull" if pointer else f"is cut off or damaged ({error})"
+            raise ValueError(f"model {source!r}: {file.name} {why}{'' if pointer else f'; {SAVED_ANEW}'}") from error
