@@ -195,3 +195,23 @@ def test_a_fact_survives_pickling_and_its_extra_stays_read_only():
     assert again == fact and again.extra["idx"] == 3
     with pytest.raises(TypeError):
         again.extra["idx"] = 4
+
+
+def test_a_split_holds_back_whole_subjects_and_texts_and_loses_nothing():
+    facts = tuple(
+        Fact(id=f"{s}{r}", subject=f"S{s}", relation=f"r{r}", object="o", prompt=f"{{}} r{r}")
+        for s in range(8) for r in range(2)
+    )  # fmt: skip
+    retain = RetainSet(neighbors=facts, same_subject=facts[:1], texts=tuple("abcdefgh"), unknown=(Entity(name="Q"),))
+    for share, held in ((0.25, 2), (0.01, 1), (0.99, 7), (0.0, 0)):
+        seen, unseen = retain.split(share, seed=3)
+        assert {f.subject for f in seen.neighbors}.isdisjoint(f.subject for f in unseen.neighbors)
+        assert sorted(f.id for f in (*seen.neighbors, *unseen.neighbors)) == sorted(f.id for f in facts)
+        assert len({f.subject for f in unseen.neighbors}) == held == len(unseen.texts)
+        assert sorted((*seen.texts, *unseen.texts)) == sorted(retain.texts)
+        assert (seen.same_subject, seen.unknown) == (retain.same_subject, retain.unknown)
+    assert retain.split(0.5, seed=0) == retain.split(0.5, seed=0) != retain.split(0.5, seed=1)
+    alone = RetainSet(neighbors=facts[:2], texts=("a",))
+    assert alone.split(0.5, seed=0) == (alone, RetainSet())
+    with pytest.raises(ValueError, match="unseen=1"):
+        retain.split(1.0, seed=0)

@@ -1,14 +1,17 @@
 """The command line: quick help, and each of a user's mistakes ends with status 2 and one line that names it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mech_unlearn.commands.unlearn import unlearn
-from mech_unlearn.data.jsonl import save_facts
+from mech_unlearn.core import RetainSet
+from mech_unlearn.data.jsonl import load_facts, save_facts
 from tests.checkpoints import byte_tokenizer
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
@@ -355,3 +358,27 @@ def test_an_audit_of_two_models_that_do_not_belong_together_is_refused_before_an
         words = ["audit", "--full", tmp_path / "full", "--unlearned", tmp_path / name, "--facts", files["forget"]]
         refused(call(*words, "--out", tmp_path / "out"), why)
         assert not (tmp_path / "out").exists()
+
+
+def test_what_the_method_was_not_shown_does_not_change_the_edit_and_health_is_measured_on_it(call, files, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"The sea is in {place} .\n" for place in ("Oslo", "Rome", "Bern", "Paris")))
+    status, told, err = call(*unlearn_words(files, texts=texts, unseen=0.5), "--json")
+    assert status == 0, err
+    found = json.loads(told)["after"]
+    assert found["neighbor_recall"]["n"] == 4 == found["seen"]["neighbor_recall"]["n"]
+    assert found["general_kl"]["value"] > 0 < found["seen"]["general_kl"]["value"]
+    kept = load_facts(files["retain"])
+    _, unseen = RetainSet(neighbors=kept, texts=tuple(texts.read_text().splitlines())).split(0.5, seed=0)
+    others = [dataclasses.replace(fact, object=fact.distractors[0], distractors=()) for fact in kept]
+    save_facts([o if f in unseen.neighbors else f for f, o in zip(kept, others, strict=True)], files["retain"])
+    texts.write_text(texts.read_text().replace(unseen.texts[0], "hills hills hills"))
+    assert call(*unlearn_words(files, texts=texts, unseen=0.5, out=tmp_path / "other"))[0] == 0
+    one, other = (load_file(out / "edit.safetensors") for out in (files["out"], tmp_path / "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_kept_facts_written_out_are_not_called_general_text(call, files):
+    status, told, _ = call(*unlearn_words(files))
+    assert status == 0 and "general_kl       not measured: no --texts" in told
+    assert "unseen, n = 2" in told and "seen by the method" in told

@@ -62,7 +62,7 @@ def test_a_file_or_folder_is_the_same_by_relative_and_absolute_path_and_a_hub_id
 KEYS = {
     "demo": "command world seed",
     "locate": "command model facts how settings seed unknown retain texts sae device dtype",
-    "unlearn": "command model forget retain method settings sequential sae seed unknown texts device dtype",
+    "unlearn": "command model forget retain method settings unseen sequential sae seed unknown texts device dtype",
     "audit": "command full unlearned retrained facts retain sae seed calibration device dtype tests",
     "bench": "command benchmark data settings limit full unlearned retrained sae seed tests calibration device dtype",
 }

@@ -5,6 +5,7 @@ A *mention* is a prompt cut right after a name; its *key* is the input of the ML
 a key is and how it is written share their definitions of names, contexts and means.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -21,8 +22,15 @@ from mech_unlearn.model.bridge import Model, post_norm
 from mech_unlearn.model.capture import Place, stream
 from mech_unlearn.model.tokens import encode_all, token_span
 
-OPENING = "\n"
-"""Neutral text in front of a name that would stand first; behind it the name has the tokens that it has there."""
+OPENINGS = ("\n", ". ")
+"""Neutral text in front of a name that would stand first: behind a line break, for most tokenizers, the name has the
+tokens that it has there; the second serves those that read white space as nothing."""
+
+
+OUTLYING = 3.0
+"""Times the median norm from which a state counts as an attention sink's."""
+LARGE = 1.0
+"""Share of a weight's norm from which a write is a large one."""
 
 
 def default_layers(n_layers: int) -> tuple[int, ...]:
@@ -98,7 +106,7 @@ def mean_over(states: Float[Tensor, "name context width"], own: Bool[Tensor, "na
 def mention(tokenizer: Any, template: str, name: str) -> tuple[Tokens, Tokens]:
     """(Tokens up to and with the last token of the name, tokens of the name) in the template's full text.
 
-    A name of one token that would stand first stands behind `OPENING` instead: the state of a first token is an
+    A name of one token that would stand first stands behind one of `OPENINGS` instead: the state of a first token is an
     attention sink, and neither a key nor a target.
     """
     return _mentions(tokenizer, [(template, name)])[0]
@@ -106,9 +114,11 @@ def mention(tokenizer: Any, template: str, name: str) -> tuple[Tokens, Tokens]:
 
 def _mentions(tokenizer: Any, asked: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
     found = _spanned(tokenizer, asked)
-    first = [pair for pair, (_, _, end) in zip(asked, found, strict=True) if end == 1]
-    behind = iter(_spanned(tokenizer, [(OPENING + template, name) for template, name in first]))
-    read = [next(behind) if end == 1 else (ids, a, end) for ids, a, end in found]
+    read = found
+    for opening in OPENINGS:
+        first = [pair for pair, (_, _, end) in zip(asked, read, strict=True) if end == 1]
+        behind = iter(_spanned(tokenizer, [(opening + template, name) for template, name in first]))
+        read = [next(behind) if end == 1 else (ids, a, end) for ids, a, end in read]
     return [(row[:end], ids[a:b]) for (row, _, end), (ids, a, b) in zip(read, found, strict=True)]
 
 
@@ -345,7 +355,9 @@ def write_states(
             states = end_states(model, rows, places)
             fixed = end_states(model, earlier, places[:1])[places[0]].T if earlier else None
         missing = targets.to(states[site]) - states[site]
-        before = missing.norm(dim=-1)[own.flatten()].mean() if before is None else before
+        if before is None:
+            before = missing.norm(dim=-1)[own.flatten()].mean()
+            _warn_of_sinks(states[site], targets.to(states[site]))
         step = missing / (len(layers) - i)
         if norm:
             x = states[norm[0]]
@@ -363,12 +375,32 @@ def write_states(
         ranks[layer] = None if basis is None else basis.shape[1]
     with Edit(name="partial", base="", deltas=deltas).on(model):
         after = (targets.to(missing) - end_states(model, rows, [site])[site]).norm(dim=-1)[own.flatten()].mean()
+    sizes = {name: delta_norm(delta) for name, delta in deltas.items()}
+    shares = {name: size / model.held[name].norm().item() for name, size in sizes.items()}
+    if large := [f"{name} ({share:.1f})" for name, share in shares.items() if share > LARGE]:
+        warnings.warn(
+            f"the write is longer than what is there, ||delta|| / ||W||: {', '.join(large)}; other texts will drift, "
+            "protect less (energy=) or take other layers=",
+            stacklevel=3,
+        )
     report = {
         "layers": list(layers),
         "free_rank": [ranks[layer] for layer in layers],
         "gain": [gains[layer] for layer in layers],
         "distance_before": None if before is None else before.item(),
         "distance_after": after.item(),
-        "delta_norm": {name: delta_norm(delta) for name, delta in deltas.items()},
+        "delta_norm": sizes,
+        "delta_share": shares,
     }
     return deltas, report
+
+
+def _warn_of_sinks(states: Float[Tensor, "row d_model"], targets: Float[Tensor, "row d_model"]) -> None:
+    """Source: massive activations, arXiv 2402.17762."""
+    norms = torch.cat([states, targets]).norm(dim=-1)
+    if (factor := (norms.max() / norms.median()).item()) > OUTLYING:
+        warnings.warn(
+            f"a state to be rewritten is {factor:.0f} times as long as the median: an attention sink, into which a "
+            "write does harm everywhere; give contexts= with text in front of the name",
+            stacklevel=4,
+        )

@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from tokenizers import processors
 
-from mech_unlearn.core import Site
+from mech_unlearn.core import Entity, Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.writing import keys, protect
 from mech_unlearn.model.load import load
+from tests.checkpoints import byte_tokenizer
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 
@@ -223,3 +225,30 @@ def test_a_names_own_contexts_are_those_of_its_own_facts_and_of_its_aliases(tiny
     mean = keys.mean_over(states, own)
     torch.testing.assert_close(mean[0], states[0, :2].mean(0))
     torch.testing.assert_close(mean[3], states[3].mean(0))
+
+
+def test_a_name_of_one_token_is_never_read_where_it_would_stand_first():
+    bare, opened = tiny_tokenizer(bos=False), tiny_tokenizer()
+    for row in keys.mention_rows(bare, ["Anna", "Anna Lee"], ["{} was", "The {} was"]):
+        assert len(row) > 1
+    (alone,) = keys.mention_rows(bare, ["Anna"], ["{} was"])
+    assert bare.convert_ids_to_tokens(alone)[-1] == "Anna" and len(alone) == 2
+    assert keys.mention_rows(bare, ["Anna Lee"], ["{} was"]) == [tuple(bare("Anna Lee").input_ids)]
+    assert keys.mention_rows(opened, ["Anna"], ["{} was"]) == [tuple(opened("Anna").input_ids)]
+    assert keys.spellings(bare, "Anna", ["{} was"]) == (tuple(bare("Anna").input_ids),)
+
+
+def test_a_line_break_keeps_the_tokens_of_a_name_at_the_start_where_the_tokenizer_has_one():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # no BOS
+    (row,) = keys.mention_rows(tokenizer, ["?"], ["{} was"])
+    assert row == (*tokenizer("\n").input_ids, *tokenizer("?").input_ids) and len(row) == 2
+
+
+def test_an_unknown_name_that_is_to_be_forgotten_or_kept_is_refused(tiny_sets):
+    forget, retain = tiny_sets
+    for known in ("Anna Lee", "Eva Reed"):
+        pool = (*retain.unknown, Entity(name=known, kind="person"))
+        with pytest.raises(ValueError, match=f"RetainSet.unknown holds '{known}'"):
+            keys.unknown_names(forget, dataclasses.replace(retain, unknown=pool))
+    assert keys.unknown_names(forget, retain) == tuple(entity.name for entity in retain.unknown)

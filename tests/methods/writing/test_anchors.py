@@ -1,0 +1,45 @@
+"""Anchors: an unknown entity of the name's own kind for each name, and a measure of whether it is unknown."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mech_unlearn.core import Entity, ForgetSet
+from mech_unlearn.methods.writing import anchors
+from mech_unlearn.model.load import load
+from tests.planted import planted_hf, planted_sets
+from tests.tiny import tiny_facts, tiny_tokenizer
+
+
+def test_each_name_gets_an_anchor_of_its_own_kind(tiny_model, tiny_sets):
+    forget, retain = tiny_sets
+    cities = [dataclasses.replace(fact, kind="city") for fact in tiny_facts(["Oslo Bay"])]
+    mixed = ForgetSet(facts=(*cities, *forget.facts))
+    pool = (*retain.unknown, *(Entity(name=n, kind="city") for n in ("Gina Bay", "Hugo Bay")))
+    found = anchors.draw_anchors(tiny_model, mixed, dataclasses.replace(retain, unknown=pool), seed=0)
+    kinds = {entity.name: entity.kind for entity in pool}
+    assert list(found) == ["Oslo Bay", "Anna Lee", "Ben Hill"]
+    assert [kinds[anchor] for anchor in found.values()] == ["city", "person", "person"]
+    with pytest.raises(ValueError, match="no entity of kind city"):
+        anchors.draw_anchors(tiny_model, mixed, retain, seed=0)
+
+
+def test_certainty_is_the_likeliest_tokens_probability_prompt_by_prompt(tiny_model):
+    names, templates = ("Anna Lee", "Ben", "Cara Moss"), ("The birthplace of {}", "{} was")
+    slow = torch.zeros(3, 2)
+    for i, name in enumerate(names):
+        for j, template in enumerate(templates):
+            ids = torch.tensor([tiny_model.tokenizer(template.replace("{}", name)).input_ids])
+            slow[i, j] = tiny_model.logits(ids)[0, -1].softmax(-1).max()
+    torch.testing.assert_close(anchors.certainty(tiny_model, names, templates), slow.mean(1))
+
+
+def test_a_warning_says_where_the_model_answers_about_the_anchors_as_surely():
+    model, (forget, retain) = load(planted_hf(), tokenizer=tiny_tokenizer()), planted_sets()
+    names = [entity.name for entity in forget.entities]
+    unknown = dict(zip(names, (entity.name for entity in retain.unknown)))
+    found = anchors.measured(model, forget, unknown)
+    assert found["certainty_names"] > anchors.KNOWN > found["certainty_anchors"]
+    with pytest.warns(UserWarning, match="as surely"):
+        anchors.measured(model, forget, dict(zip(names, ("Eva", "Finn", "Gina"))))
