@@ -104,6 +104,8 @@ def unlearn(options: UnlearnOptions) -> None:
         print(line)
     for line in form_lines(result["before"], result["after"]):
         print(line)
+    for line in result["notes"]:
+        print(f"note: {line}")
     print(f"written to {options.out}: {', '.join(result['files'])}")
 
 

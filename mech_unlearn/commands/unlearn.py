@@ -24,6 +24,9 @@ from mech_unlearn.edit.edit import Edit, twin
 from mech_unlearn.files import require_empty, write_json
 from mech_unlearn.run import open_run, provenance
 
+STUCK, DRIFT, LOSS = 0.8, 0.1, 0.1
+"""Share of the forget recall that is left, nats per token of unseen text, and recall of unseen neighbours lost, beyond
+which an edit is said to have failed or done harm."""
 CHECKPOINT, SAVED, RESULT = "checkpoint.safetensors", "edit.safetensors", "unlearn.json"
 
 
@@ -173,6 +176,7 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
         after = _outputs(model, edited, forget, kept_apart, options.seed)
     write_json(out / "provenance.json", provenance(about, options.seed, options.device))
     result = {"method": options.method, "recipe": dict(edit.recipe), "before": before, "after": after}
+    result["notes"] = notes(before, after)
     result |= _export(edit, model, out, {"data": about["facts"], "measurements": {"before": before, "after": after}})
     write_json(out / RESULT, result)
     return result
@@ -213,6 +217,22 @@ def _outputs(full: Any, model: Any, forget: ForgetSet, kept: Kept, seed: int) ->
 
     seen, unseen = said(kept.seen), said(kept.unseen)
     return unseen | {"seen": {name: seen[name] for name in ("neighbor_recall", "general_kl")}}
+
+
+def notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What an edit did that nobody wants: it moved nothing, or more than it was to. One line each."""
+    said = []
+    old, new = before["forget_recall"]["value"], after["forget_recall"]["value"]
+    if old > 0 and new > STUCK * old:
+        said.append(
+            f"forget recall hardly moved ({old:.2f} -> {new:.2f}): train longer or faster, or change --set layers="
+        )
+    if (drift := after["general_kl"]) and drift["value"] > DRIFT:
+        said.append(f"unseen text drifted by {drift['value']:.2f} nats: take smaller steps or a smaller scale")
+    kept, left = before["neighbor_recall"], after["neighbor_recall"]
+    if kept and left and kept["value"] - left["value"] > LOSS:
+        said.append(f"unseen neighbours lost {kept['value'] - left['value']:.2f} of their recall: keep more facts")
+    return said
 
 
 def _export(edit: Edit, model: Any, out: Path, card: Mapping[str, Any]) -> dict[str, Any]:

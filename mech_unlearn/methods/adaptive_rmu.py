@@ -13,19 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.core import ForgetSet, RetainSet, Site
+from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
-from mech_unlearn.methods.rmu import steer_to, steered, written_out
+from mech_unlearn.methods.rmu import mean_norm, steer_to, steered, written_out
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.capture import stream
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import BatchScores, TrainRow
+from mech_unlearn.training.rows import BatchScores
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held, random_direction, row_norms, state_mse, states_of
 from mech_unlearn.training.training import reported, require_positive, trained_edit
@@ -69,18 +67,13 @@ class AdaptiveRmu:
         u = random_direction(model.d_model, self.seed).to(model.device)
         per_sample = self.norm == "per_sample"
         with keys.count_forwards(model) as forwards:
-            length = 0.0 if per_sample else self.beta * self._first(model, rows, layer)
+            length = 0.0 if per_sample else self.beta * mean_norm(model, rows[: self.schedule.batch_size], layer)
         loss = steer_by_norm(u, self.beta) if per_sample else steer_to(length * u)
         objective = Objective(
             loss, self.alpha, retain=held, teacher=per_sample, layer=layer, logits=False, rows=rows
         )  # fmt: skip
         edit = trained_edit("adaptive_rmu", self, model, forget, retain, objective, trained, around)
         return reported(edit, forwards[0])
-
-    def _first(self, model: Model, rows: list[TrainRow], layer: int) -> float:
-        site = Site(layer, "resid_post")
-        parts = stream(model, [ids for ids, _ in rows[: self.schedule.batch_size]], [site], "ordinary")
-        return torch.cat([part.at[site].float().norm(dim=1) for part in parts]).mean().item()
 
 
 def steer_by_norm(
@@ -93,6 +86,7 @@ def steer_by_norm(
 
     def loss(now: BatchScores) -> Tensor:
         states, before = states_of(now)
-        return state_mse(states.now, beta * row_norms(before, states.at)[:, None] * u, states.at)
+        target, steered = beta * row_norms(before, states.at)[:, None] * u, states.answer
+        return state_mse(states.now[steered], target[steered], states.at[steered])
 
     return lambda _: loss

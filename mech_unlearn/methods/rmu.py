@@ -16,19 +16,22 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.capture import stream
+from mech_unlearn.model.tokens import make_queries
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import BatchScores, TrainRow, answer_rows, text_rows
+from mech_unlearn.training.rows import BatchScores, TrainRow, text_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.state_losses import held, random_direction, state_mse
-from mech_unlearn.training.training import require_positive, trained_edit
+from mech_unlearn.training.training import reported, require_positive, trained_edit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,12 @@ class Rmu:
     """Layer whose resid_post is steered; None is the last of `keys.default_layers`, a third of the depth or earlier."""
     layers: tuple[int, ...] | None = None
     """Layers whose MLP output matrices are trained; None is `layer` - 2 to `layer`."""
-    c: float = 6.5
-    """Length of the vector that states are steered to; 6.5 for Zephyr, 20 for other 7B models. Compare with the
-    norm of the states at the layer."""
+    c: float = 5.0
+    """Length of the vector that states are steered to, as a multiple of the mean norm of the untrained model's states
+    on the forget rows; 2408.06223 takes 3 to 10. With relative=False the length itself: the code's 6.5 for Zephyr and
+    20 for other 7B models, which are less than one norm on many a smaller one (SmolLM2, layer 6: 94)."""
+    relative: bool = True
+    """Whether `c` is a multiple of that norm."""
     alpha: float = 1200.0
     """Weight of the squared distance of retained states to where they were; 100 to 1200."""
     legacy_u: bool = False
@@ -62,20 +68,29 @@ class Rmu:
         """
         require_positive(self, "c", "alpha")
         layer, trained = steered(model, self.layer, self.layers)
-        target = self.c * random_direction(model.d_model, self.seed, self.legacy_u).to(model.device)
-        objective = Objective(
-            steer_to(target), self.alpha, retain=held, layer=layer, logits=False,
-            rows=written_out(model, forget, self.texts),
-        )  # fmt: skip
-        return trained_edit("rmu", self, model, forget, retain, objective, trained, around)
+        rows = written_out(model, forget, self.texts)
+        with keys.count_forwards(model) as forwards:
+            length = self.c * (mean_norm(model, rows, layer) if self.relative else 1.0)
+        target = length * random_direction(model.d_model, self.seed, self.legacy_u).to(model.device)
+        objective = Objective(steer_to(target), self.alpha, retain=held, layer=layer, logits=False, rows=rows)
+        edit = trained_edit("rmu", self, model, forget, retain, objective, trained, around)
+        return reported(edit, forwards[0], length=length)
+
+
+def mean_norm(model: Model, rows: Sequence[TrainRow], layer: int) -> float:
+    """Mean norm of resid_post after a layer over the ordinary tokens of some rows."""
+    site = Site(layer, "resid_post")
+    parts = stream(model, [ids for ids, _ in rows], [site], "ordinary")
+    return torch.cat([part.at[site].float().norm(dim=1) for part in parts]).mean().item()
 
 
 def steer_to(target: Float[Tensor, " d_model"]) -> Callable[[BatchScores], Callable[[BatchScores], Tensor]]:
-    """The forget loss of RMU: `state_mse` to one vector."""
+    """The forget loss of RMU: `state_mse` to one vector, on the steered tokens (see `written_out`)."""
 
     def loss(now: BatchScores) -> Tensor:
         assert now.states is not None
-        return state_mse(now.states.now, target, now.states.at)
+        steered = now.states.answer
+        return state_mse(now.states.now[steered], target, now.states.at[steered])
 
     return lambda _: loss
 
@@ -94,5 +109,10 @@ def steered(model: Model, layer: int | None, layers: Sequence[int] | None) -> tu
 
 
 def written_out(model: Model, forget: ForgetSet, texts: Sequence[str]) -> list[TrainRow]:
-    """The forget facts in each phrasing a method may see, prompt and answer, and further texts."""
-    return answer_rows(model.tokenizer, forget.facts) + text_rows(model, texts)
+    """The forget facts in each phrasing a method may see, prompt and answer, and further texts.
+
+    What is steered is marked as an answer is: from the name's last token on, and all of a text. In front of a name
+    forgotten and kept prompts are the same, and no state can be steered and held.
+    """
+    facts = make_queries(model.tokenizer, forget.facts, distractors=False)
+    return [(query.full, query.span[1] - 1) for query in facts] + text_rows(model, texts)

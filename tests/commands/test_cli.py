@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mech_unlearn.commands.unlearn import unlearn
+from mech_unlearn.commands.unlearn import notes, unlearn
 from mech_unlearn.core import RetainSet
 from mech_unlearn.data.jsonl import load_facts, save_facts
 from tests.checkpoints import byte_tokenizer
@@ -382,3 +382,17 @@ def test_kept_facts_written_out_are_not_called_general_text(call, files):
     status, told, _ = call(*unlearn_words(files))
     assert status == 0 and "general_kl       not measured: no --texts" in told
     assert "unseen, n = 2" in told and "seen by the method" in told
+
+
+def test_a_note_says_that_recall_did_not_move_or_that_more_moved_than_should():
+    def said(forget, neighbors, drift):
+        values = {"forget_recall": forget, "neighbor_recall": neighbors, "general_kl": drift}
+        return {key: None if value is None else {"value": value} for key, value in values.items()}
+
+    assert notes(said(1.0, 1.0, 0.0), said(0.1, 0.95, 0.05)) == []
+    assert notes(said(1.0, None, None), said(0.1, None, None)) == []
+    (stuck,) = notes(said(0.9, 1.0, 0.0), said(0.8, 1.0, 0.0))
+    assert stuck.startswith("forget recall hardly moved (0.90 -> 0.80)")
+    drift, lost = notes(said(1.0, 0.9, 0.0), said(0.0, 0.5, 0.85))
+    assert "drifted by 0.85 nats" in drift and "lost 0.40" in lost
+    assert notes(said(0.0, 1.0, 0.0), said(0.0, 1.0, 0.0)) == []

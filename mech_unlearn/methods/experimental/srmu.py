@@ -92,7 +92,8 @@ class Srmu:
     def _loss(self, gates: "Gates") -> Callable[[BatchScores], Tensor]:
         def loss(now: BatchScores) -> Tensor:
             states, before = states_of(now)
-            return state_mse(states.now, misdirected(before, gates.gate, gates.direction, self.c), states.at)
+            target, steered = misdirected(before, gates.gate, gates.direction, self.c), states.answer
+            return state_mse(states.now[steered], target[steered], states.at[steered])
 
         return loss
 
