@@ -50,6 +50,9 @@ class Trainee:
     fill: int
     device: torch.device
     noise: Noise | None = None
+    questions: Sequence[TrainRow] = ()
+    """Prompts and answers of the forget facts, by which forgetting is told: the first of the forget rows, whatever
+    the objective marks in them."""
     forget: Callable[[BatchScores], Tensor] = nll
     """Loss of a batch of forget rows; made from the objective and the scores before training."""
     next_kept: Callable[[], list[int]] = list

@@ -74,7 +74,7 @@ def train(
     queue = by_entity(owners) if schedule.retain_sampling == "entity" else None
     retained = Feed(order, schedule.batch_size, len(kept), queue)
     run.forget = objective.forget(run.score(run.asked))
-    run.next_kept = retained.take
+    run.questions, run.next_kept = questions, retained.take
     masks = masked(run.weights, [mask(run) for mask in around.masks])
     progress = _loop(run, batches, retained, schedule, around, masks, saver)
     run.hf = hf = around.adapter.merge(run.hf) if around.adapter else run.hf
@@ -222,7 +222,7 @@ def _loop(
             bar.update()
             progress = replace(progress, step=progress.step + 1, epoch=progress.epoch + (not batches.left))
             if not batches.left and schedule.stop_recall is not None:
-                recall = run.score(run.asked[: run.n_forget]).exact.float().mean().item()
+                recall = run.score(run.questions).exact.float().mean().item()
                 if recall <= schedule.stop_recall:
                     return replace(progress, stopped="stop_recall")
             saver.save(run, optimizer, (batches, retained), progress)
@@ -230,10 +230,11 @@ def _loop(
 
 
 def _members(run: Trainee, schedule: Schedule) -> list[int]:
-    """The forget rows of the epoch that begins."""
+    """The forget rows of the epoch that begins; rows that are no question are never forgotten."""
     if not schedule.skip_forgotten:
         return list(range(run.n_forget))
-    return run.score(run.asked[: run.n_forget]).exact.nonzero()[:, 0].tolist()
+    left = run.score(run.questions).exact.nonzero()[:, 0].tolist()
+    return left + list(range(len(run.questions), run.n_forget)) if left else []
 
 
 def _train_on(

@@ -163,7 +163,7 @@ def test_forgotten_names_move_towards_unknown_ones_and_known_ones_stay(tiny_mode
     forget, retain = sets()
     contexts = keys.contexts_of(forget.facts)
     method = SaeIru(
-        schedule=replace(FAST, epochs=30, weight_decay=0.0),
+        schedule=replace(FAST, epochs=40, weight_decay=0.0),
         min_auc=0.0,
         sae=sae,
         space=space,
