@@ -29,7 +29,8 @@ from mech_unlearn.edit.edit import Edit
 from mech_unlearn.locate.neurons.neuron_scores import neuron_scores
 from mech_unlearn.locate.neurons.neuron_sets import NeuronSets, refine
 from mech_unlearn.methods.writing.columns import Neuron, column_deltas, outcome, stored_vector
-from mech_unlearn.methods.writing.keys import count_forwards, unknown_names
+from mech_unlearn.methods.writing.anchors import unknown_names
+from mech_unlearn.methods.writing.keys import count_forwards
 from mech_unlearn.model.bridge import Model, post_norm
 from mech_unlearn.model.scores import greedy
 from mech_unlearn.model.tokens import Query, encode_all, make_queries, make_query
@@ -195,8 +196,12 @@ def turned(
     lambda_old: float,
     lambda_new: float,
 ) -> Float[Tensor, " d_model"]:
-    """-lambda_old (|v| / |e_t|) e_t + lambda_new (|v| / |e_t'|) e_t'. Source: 2104.08696, section 5.1, and its code."""
-    return v.norm() * (lambda_new * new / new.norm() - lambda_old * old / old.norm())
+    """-lambda_old (|v| / |e_t|) e_t + lambda_new (|v| / |e_t'|) e_t'; a row of zeros has no direction and adds nothing.
+
+    Source: 2104.08696, section 5.1, and its code.
+    """
+    n_new, n_old = (e.norm().clamp(min=1e-12) for e in (new, old))
+    return v.norm() * (lambda_new * new / n_new - lambda_old * old / n_old)
 
 
 def rare(sets: NeuronSets, fact: Fact, max_share: float) -> tuple[Neuron, ...]:

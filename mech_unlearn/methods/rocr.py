@@ -16,6 +16,7 @@ Differs:  all entities are solved for at once, and an alias is a further key (th
           model answer with that person's facts; it is drawn at random, because the unknown names nearest to a known
           one call up some of the same answers;
           behind an MLP with a norm (Gemma 2, OLMo 2) the write aims at the norm's input;
+          layer 0 is written too for names that open a prompt (the code's chat prompts never do);
           the protected keys count retain names as much as all other tokens, which would otherwise drown them;
           anchor "neutral" is ours; with "reject" one vector serves all facts of a name: see `value_optimization`; the
           keys of `earlier` names count one by one, in each context, where the code adds up their mean.
@@ -36,7 +37,7 @@ from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.edit.interventions import Tokens
 from mech_unlearn.methods.writing import keys
-from mech_unlearn.methods.writing.anchors import draw_anchors, measured
+from mech_unlearn.methods.writing.anchors import draw_anchors, known_names, measured
 from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, protected_bases
 from mech_unlearn.methods.writing.questions import Optimize, by_name
 from mech_unlearn.methods.writing.value_optimization import module_path, optimized
@@ -51,7 +52,9 @@ class Rocr:
     """Settings of the redirection; `fit` computes it."""
 
     layers: tuple[int, ...] | None = None
-    """Layers whose MLP output matrix is written; by default `keys.default_layers` of the depth."""
+    """Layers whose MLP output matrix is written; by default `keys.default_layers` of the depth, and layer 0 besides where
+    a name is the first token of a phrasing: a few layers on its state there is an attention sink, which no write turns,
+    while later layers still read the name from it."""
     z_layer: int | None = None
     """Layer after which the state at the name's last token is to be the anchor's; the last of `layers` if not given."""
     anchor: str = "unknown"
@@ -86,9 +89,9 @@ class Rocr:
                 earlier name that is to be forgotten now, or what `optimized` refuses.
         """
         start = time.perf_counter()
-        layers, site = self._places(model)
         contexts = self.contexts or keys.contexts_of(forget.facts)
         names = keys.names_of(forget.entities)
+        layers, site = self._places(model, keys.stands_first(model.tokenizer, names, contexts))
         if twice := set(self.earlier) & set(names):
             raise ValueError(f"earlier names {sorted(twice)}, which are to be forgotten now; leave them out of one")
         with keys.count_forwards(model) as forwards:
@@ -119,8 +122,10 @@ class Rocr:
         recipe = {"method": "rocr", "settings": asdict(self), "seed": self.seed, "report": report}
         return Edit(name="rocr", base=model.hash(), deltas=deltas, recipe=recipe)
 
-    def _places(self, model: Model) -> tuple[tuple[int, ...], Site]:
+    def _places(self, model: Model, sink: bool) -> tuple[tuple[int, ...], Site]:
         layers = keys.default_layers(model.n_layers) if self.layers is None else self.layers
+        if self.layers is None and sink:
+            layers = tuple(sorted({0, *layers}))
         last = max(layers, default=0) if self.z_layer is None else self.z_layer
         return keys.check_written(model, layers, last), Site(last, "resid_post")
 
@@ -135,7 +140,7 @@ class Rocr:
     ) -> tuple[dict[str, str], Float[Tensor, "row d_model"]]:
         """(Name -> its anchor, the anchor's state in each of the name's contexts)."""
         if self.anchor == "neutral":
-            pool = list(keys.known_names(forget, retain))
+            pool = list(known_names(forget, retain))
             chosen = random.Random(self.seed).sample(pool, min(NEUTRAL, len(pool)))
             state = keys.name_states(model, chosen, contexts, site).mean(0)
             return dict.fromkeys(names, f"mean of {len(chosen)} names"), state.repeat(len(names), 1)

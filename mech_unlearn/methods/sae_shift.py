@@ -31,7 +31,7 @@ from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.locate.lenses.probe_auc import probe_auc
 from mech_unlearn.methods.writing import keys
-from mech_unlearn.methods.writing.anchors import draw_anchors, measured
+from mech_unlearn.methods.writing.anchors import draw_anchors, known_names, measured, unknown_names
 from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, protected_bases
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.latents import Sae
@@ -83,11 +83,11 @@ class SaeShift:
         self._check(model)
         site = self.sae.site
         contexts = self.contexts or keys.contexts_of(forget.facts)
-        names, pool = keys.names_of(forget.entities), keys.unknown_names(forget, retain)
+        names, pool = keys.names_of(forget.entities), unknown_names(forget, retain)
         with keys.count_forwards(model) as forwards:
             states, unknown, known = (
                 keys.name_states(model, group, contexts, site).float()
-                for group in (names, pool, keys.known_names(forget, retain))
+                for group in (names, pool, known_names(forget, retain))
             )
             scores = known_scores(self.sae, known, unknown)
             auc = self._gate(scores, known, unknown)

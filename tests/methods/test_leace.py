@@ -7,6 +7,7 @@ from mech_unlearn.core import Site
 from mech_unlearn.methods import Leace
 from mech_unlearn.methods.leace import leace
 from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.anchors import unknown_names
 from mech_unlearn.model.capture import capture
 from mech_unlearn.model.load import load
 from tests.tiny import tiny_hf, tiny_tokenizer
@@ -84,7 +85,7 @@ def test_in_the_model_forgotten_and_unknown_names_have_one_mean_at_every_site(ar
     model = load(tiny_hf(architecture).to(dtype), tokenizer=tiny_tokenizer())
     edit = Leace(layers=(0, 2), where="all", skip_first=False).fit(model, *tiny_sets)
     contexts = keys.contexts_of(tiny_sets[0].facts)
-    names, others = ("Anna Lee", "Ben Hill"), keys.unknown_names(*tiny_sets)
+    names, others = ("Anna Lee", "Ben Hill"), unknown_names(*tiny_sets)
 
     def gaps():
         found = []

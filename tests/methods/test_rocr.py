@@ -9,6 +9,8 @@ from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, Site
 from mech_unlearn.methods import Rocr
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.methods.writing.protect import KEY_SOURCES
+from mech_unlearn.model.load import load
+from tests.tiny import tiny_hf, tiny_tokenizer
 
 
 def states(model, names, contexts=("{} was", "The birthplace of {} is"), layer=1):
@@ -111,3 +113,15 @@ def test_too_few_protected_keys_are_warned_of(tiny_model, tiny_sets):
 def test_a_prompt_that_begins_with_other_text_is_a_context_of_its_own(tiny_model):
     fact = Fact(id="x", subject="Anna Lee", relation="r", object="Oslo", prompt="{} is", paraphrases=("The {} is",))
     assert keys.contexts_of([fact]) == ("{} is", "The {} is")
+
+
+@pytest.mark.parametrize(
+    ("bos", "name", "layers"), [(False, "Anna", [0, 2, 3, 4]), (True, "Anna", [2, 3, 4]), (False, "Anna Lee", [2, 3, 4])]
+)
+def test_a_name_that_is_a_prompts_first_token_is_written_at_layer_0_too(bos, name, layers, tiny_sets):
+    model = load(tiny_hf(layers=12), tokenizer=tiny_tokenizer(bos=bos))
+    forget = ForgetSet(facts=tuple(dataclasses.replace(fact, subject=name) for fact in tiny_sets[0].facts[:1]))
+    method = Rocr(protect=())
+    assert method.fit(model, forget, tiny_sets[1]).recipe["report"]["layers"] == layers
+    given = dataclasses.replace(method, layers=(3,))
+    assert given.fit(model, forget, tiny_sets[1]).recipe["report"]["layers"] == [3]

@@ -39,6 +39,7 @@ from mech_unlearn.methods.experimental.iru_bands import (
 )
 from mech_unlearn.methods.rmu import steered
 from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.anchors import known_names, unknown_names
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import ordinary_positions, stream
 from mech_unlearn.model.latents import Sae
@@ -155,11 +156,11 @@ class SaeIru:
     def _plan(
         self, model: Model, forget: ForgetSet, retain: RetainSet, contexts: Sequence[str], unseen: Sequence[int]
     ) -> Plan:
-        site, pool, order = self.sae.site, list(keys.unknown_names(forget, retain)), torch.Generator()
+        site, pool, order = self.sae.site, list(unknown_names(forget, retain)), torch.Generator()
         if len(pool) < 4:
             raise ValueError(f"RetainSet.unknown has {len(pool)} names of that kind: give four or more")
         order.manual_seed(self.seed)
-        known = keys.known_names(forget, retain)
+        known = known_names(forget, retain)
         some = [known[i] for i in torch.randperm(len(known), generator=order)[: self.n_known].tolist()]
         pool = [pool[i] for i in torch.randperm(len(pool), generator=order).tolist()]
         half = len(pool) // 2

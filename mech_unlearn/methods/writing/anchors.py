@@ -1,4 +1,4 @@
-"""Unknown entities that forgotten names are redirected to: of the name's own kind, and measured to be unknown."""
+"""Known and unknown names of the forgotten kinds, and the unknown ones that forgotten names are redirected to."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,64 @@ KNOWN = 0.5
 """Certainty above which a model is taken to know what it says of the forgotten names."""
 
 
+def unknown_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
+    """The unknown entities of the kinds that are to be forgotten.
+
+    Raises:
+        ValueError: there is none, or one of them is to be forgotten or kept.
+    """
+    kinds, known = {entity.kind for entity in forget.entities}, {*keys.names_of(forget.entities), *keys.names_of(retain.entities)}
+    found = tuple(dict.fromkeys(entity.name for entity in retain.unknown if entity.kind in kinds))
+    if told := sorted(known.intersection(found)):
+        raise ValueError(
+            f"RetainSet.unknown holds {', '.join(map(repr, told[:5]))}, which facts to be forgotten or kept are about: "
+            "give names that the model knows nothing about"
+        )
+    if not found:
+        raise ValueError(
+            f"RetainSet.unknown has no entity of kind {', '.join(sorted(map(str, kinds)))}: give names of that kind "
+            "that the model knows nothing about"
+        )
+    return found
+
+
+def known_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
+    """The subjects of retained facts that are of the kinds to be forgotten, without the forgotten ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kinds, gone = {entity.kind for entity in forget.entities}, set(keys.names_of(forget.entities))
+    found = tuple(entity.name for entity in retain.entities if entity.kind in kinds and entity.name not in gone)
+    if not found:
+        raise ValueError("the retain set has no facts about other entities of that kind: give RetainSet.neighbors")
+    return found
+
+
+def token_counts(model: Model, names: Sequence[str]) -> list[int]:
+    """Tokens of each name, standing alone."""
+    return [len(keys.mention(model.tokenizer, "{}", name)[1]) for name in names]
+
+
+def draw_references(lengths: Sequence[int], unknown_lengths: Sequence[int], seed: int) -> list[int]:
+    """For each name the index of an unknown entity of its own, of as nearly the same number of tokens as there is.
+
+    Drawn at random, without regard to the states: the unknown name nearest to a known one is near because it calls up
+    some of the same answers. No unknown entity is used twice before all were used once.
+    """
+    order = torch.randperm(len(unknown_lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    left: list[int] = []
+    chosen = []
+    for length in lengths:
+        left = left or list(order)
+        best = min(left, key=lambda i: abs(unknown_lengths[i] - length))
+        left.remove(best)
+        chosen.append(best)
+    return chosen
+
+
 def draw_anchors(model: Model, forget: ForgetSet, retain: RetainSet, seed: int) -> dict[str, str]:
-    """Each name and alias to be forgotten -> an unknown entity of its kind; see `keys.draw_references`.
+    """Each name and alias to be forgotten -> an unknown entity of its kind; see `draw_references`.
 
     Raises:
         ValueError: a kind without an unknown entity, or one that is forgotten or kept.
@@ -28,8 +84,8 @@ def draw_anchors(model: Model, forget: ForgetSet, retain: RetainSet, seed: int) 
     found: dict[str, str] = {}
     for kind in dict.fromkeys(entity.kind for entity in forget.entities):
         alike = ForgetSet(facts=tuple(fact for fact in forget.facts if fact.kind == kind))
-        names, pool = keys.names_of(alike.entities), keys.unknown_names(alike, retain)
-        chosen = keys.draw_references(keys.lengths(model, names), keys.lengths(model, pool), seed)
+        names, pool = keys.names_of(alike.entities), unknown_names(alike, retain)
+        chosen = draw_references(token_counts(model, names), token_counts(model, pool), seed)
         found |= {name: pool[i] for name, i in zip(names, chosen, strict=True)}
     return {name: found[name] for name in keys.names_of(forget.entities)}
 

@@ -25,8 +25,6 @@ from mech_unlearn.model.tokens import encode_all, token_span
 OPENINGS = ("\n", ". ")
 """Neutral text in front of a name that would stand first: behind a line break, for most tokenizers, the name has the
 tokens that it has there; the second serves those that read white space as nothing."""
-
-
 OUTLYING = 3.0
 """Times the median norm from which a state counts as an attention sink's."""
 LARGE = 1.0
@@ -103,6 +101,12 @@ def mean_over(states: Float[Tensor, "name context width"], own: Bool[Tensor, "na
     return torch.einsum("ncd,nc->nd", states, weight)
 
 
+def stands_first(tokenizer: Any, names: Sequence[str], contexts: Sequence[str]) -> bool:
+    """Whether some name is the first token of some context, and no more than that: an attention sink."""
+    spans = _spanned(tokenizer, [(context, name) for name in names for context in contexts])
+    return any(end == 1 for _, _, end in spans)
+
+
 def mention(tokenizer: Any, template: str, name: str) -> tuple[Tokens, Tokens]:
     """(Tokens up to and with the last token of the name, tokens of the name) in the template's full text.
 
@@ -142,65 +146,9 @@ def spellings(tokenizer: Any, name: str, contexts: Sequence[str]) -> tuple[Token
     return tuple(dict.fromkeys(mention(tokenizer, template, name)[1] for template in ("{}", "- {}", *contexts)))
 
 
-def lengths(model: Model, names: Sequence[str]) -> list[int]:
-    """Tokens of each name, standing alone."""
-    return [len(mention(model.tokenizer, "{}", name)[1]) for name in names]
-
-
 def names_of(entities: Sequence[Entity]) -> tuple[str, ...]:
     """Every name and alias, each once."""
     return tuple(dict.fromkeys(name for entity in entities for name in (entity.name, *entity.aliases)))
-
-
-def unknown_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
-    """The unknown entities of the kinds that are to be forgotten.
-
-    Raises:
-        ValueError: there is none, or one of them is to be forgotten or kept.
-    """
-    kinds, known = {entity.kind for entity in forget.entities}, {*names_of(forget.entities), *names_of(retain.entities)}
-    found = tuple(dict.fromkeys(entity.name for entity in retain.unknown if entity.kind in kinds))
-    if told := sorted(known.intersection(found)):
-        raise ValueError(
-            f"RetainSet.unknown holds {', '.join(map(repr, told[:5]))}, which facts to be forgotten or kept are about: "
-            "give names that the model knows nothing about"
-        )
-    if not found:
-        raise ValueError(
-            f"RetainSet.unknown has no entity of kind {', '.join(sorted(map(str, kinds)))}: give names of that kind "
-            "that the model knows nothing about"
-        )
-    return found
-
-
-def known_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
-    """The subjects of retained facts that are of the kinds to be forgotten, without the forgotten ones.
-
-    Raises:
-        ValueError: there is none.
-    """
-    kinds, gone = {entity.kind for entity in forget.entities}, set(names_of(forget.entities))
-    found = tuple(entity.name for entity in retain.entities if entity.kind in kinds and entity.name not in gone)
-    if not found:
-        raise ValueError("the retain set has no facts about other entities of that kind: give RetainSet.neighbors")
-    return found
-
-
-def draw_references(lengths: Sequence[int], unknown_lengths: Sequence[int], seed: int) -> list[int]:
-    """For each name the index of an unknown entity of its own, of as nearly the same number of tokens as there is.
-
-    Drawn at random, without regard to the states: the unknown name nearest to a known one is near because it calls up
-    some of the same answers. No unknown entity is used twice before all were used once.
-    """
-    order = torch.randperm(len(unknown_lengths), generator=torch.Generator().manual_seed(seed)).tolist()
-    left: list[int] = []
-    chosen = []
-    for length in lengths:
-        left = left or list(order)
-        best = min(left, key=lambda i: abs(unknown_lengths[i] - length))
-        left.remove(best)
-        chosen.append(best)
-    return chosen
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.edit.interventions import Tokens
-from mech_unlearn.methods.writing.keys import mention, unknown_names
+from mech_unlearn.methods.writing.anchors import unknown_names
+from mech_unlearn.methods.writing.keys import mention
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import buckets, encode_all, make_queries, pad
 from mech_unlearn.training.rows import refusal_rows

@@ -11,6 +11,7 @@ from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.edit.interventions import Affine, Where
 from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.anchors import known_names, unknown_names
 from mech_unlearn.model.bridge import Model
 
 Against = Literal["unknown", "retained"]
@@ -41,7 +42,7 @@ def groups(forget: ForgetSet, retain: RetainSet, against: Against) -> tuple[tupl
     Raises:
         ValueError: no name to compare with.
     """
-    other = keys.unknown_names if against == "unknown" else keys.known_names
+    other = unknown_names if against == "unknown" else known_names
     return keys.names_of(forget.entities), other(forget, retain)
 
 

@@ -164,18 +164,6 @@ def test_a_mention_ends_with_the_last_token_of_the_name():
     assert tokenizer.convert_ids_to_tokens(name) == ["Anna", "Lee"]
 
 
-def test_every_name_gets_a_reference_of_its_own_and_of_its_length_as_long_as_there_are_any():
-    chosen = keys.draw_references([2, 3, 2, 3], [3, 2, 2, 3, 2, 5], 0)
-    assert len(set(chosen)) == 4
-    assert {chosen[1], chosen[3]} == {0, 3}
-    assert {chosen[0], chosen[2]} < {1, 2, 4}
-    assert keys.draw_references([4], [2, 5, 9], 0) == [1]
-    drawn = [keys.draw_references([2] * 3, [2] * 20, seed) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    many = keys.draw_references([2] * 20, [2] * 3, 0)
-    assert sorted(many.count(i) for i in range(3)) == [6, 7, 7]
-
-
 @pytest.mark.parametrize(
     ("layers", "last", "message"),
     (((9,), 9, "layer 9 is not in"), ((), 1, "at least one"), ((1, 1), 1, "each once"), ((2,), 1, "cannot reach")),
@@ -243,12 +231,3 @@ def test_a_line_break_keeps_the_tokens_of_a_name_at_the_start_where_the_tokenize
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # no BOS
     (row,) = keys.mention_rows(tokenizer, ["?"], ["{} was"])
     assert row == (*tokenizer("\n").input_ids, *tokenizer("?").input_ids) and len(row) == 2
-
-
-def test_an_unknown_name_that_is_to_be_forgotten_or_kept_is_refused(tiny_sets):
-    forget, retain = tiny_sets
-    for known in ("Anna Lee", "Eva Reed"):
-        pool = (*retain.unknown, Entity(name=known, kind="person"))
-        with pytest.raises(ValueError, match=f"RetainSet.unknown holds '{known}'"):
-            keys.unknown_names(forget, dataclasses.replace(retain, unknown=pool))
-    assert keys.unknown_names(forget, retain) == tuple(entity.name for entity in retain.unknown)
