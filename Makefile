@@ -1,4 +1,4 @@
-.PHONY: demo test test-slow check format
+.PHONY: demo test test-slow real check format
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,6 +16,9 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m slow
+
+real: $(VENV)/.installed
+	$(BIN)/python -m experiments.real_models .real
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

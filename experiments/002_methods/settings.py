@@ -47,7 +47,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "sae_clamp": grid(k=(20, 100), c=(5.0, 25.0)),
     "ssd": grid(alpha=(10.0, 2.0, 1.0), lambda_=(1.0, 0.3)),
     # states
-    "rmu": grid(layer=(2,), c=(20.0, 40.0), alpha=(2.0, 10.0)),
+    "rmu": grid(layer=(2,), c=(20.0, 40.0), relative=(False,), alpha=(2.0, 10.0)),
     "adaptive_rmu": grid(layer=(2, 4), beta=(1.5, 5.0)),
     "srmu": grid(layer=(2, 4), c=(2.0,), alpha=(2.0, 10.0)),
     "lat": grid(eps=(0.05, 0.1), retain_weight=(8.0,), lr=(2e-4, 4e-4)),

@@ -107,7 +107,7 @@ def methods(at: Size) -> Mapping[str, Any]:
         "npo": Npo(schedule=kept, beta=0.5, retain_weight=3.0),
         "idk_dpo": IdkDpo(schedule=kept, retain_weight=3.0, refusals=corpus.REFUSALS),
         "grad_diff": GradDiff(schedule=replace(kept, lr=1e-4), retain_weight=3.0),
-        "rmu": Rmu(schedule=once, layer=1, c=20.0, alpha=5.0),
+        "rmu": Rmu(schedule=once, layer=1, c=20.0, relative=False, alpha=5.0),
         "last_layer_ascent": LastLayerAscent(
             schedule=replace(once, lr=2e-3, weight_decay=0.0, stop_recall=0.0), max_nll=8.0, retain_weight=8.0
         ),

@@ -90,7 +90,7 @@ def methods(at: Size) -> Mapping[str, Any]:
         "npo": Npo(schedule=kept, retain_weight=5.0, beta=1.0),
         "idk_dpo": IdkDpo(schedule=kept, retain_weight=5.0, refusals=corpus.REFUSALS),
         "grad_diff": GradDiff(schedule=replace(kept, lr=3e-4), retain_weight=5.0),
-        "rmu": Rmu(schedule=replace(kept, lr=3e-3, stop_recall=None), layer=1, c=20.0, alpha=2.0),
+        "rmu": Rmu(schedule=replace(kept, lr=3e-3, stop_recall=None), layer=1, c=20.0, relative=False, alpha=2.0),
         "last_layer_ascent": LastLayerAscent(schedule=ascent, max_nll=12.0, retain_weight=2.0),
         "rocr": Rocr(layers=(0, 1), z_layer=1, energy=0.8),
     }

@@ -2,8 +2,13 @@
 
 transformers alone would merge an adapter in silence, dequantize where it can, and end in a traceback where a file is
 missing or cut off.
+
+A GGUF file (llama.cpp's format, weights rounded to blocks of a few bits) becomes a plain model of the numbers that it
+stands for. transformers reads it with the package gguf, but what it gives counts as quantized and cannot be saved, so the
+model is built anew around them.
 """
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,12 +45,14 @@ def read_checkpoint(source: str, device: torch.device, dtype: torch.dtype, trust
     """The unbooted model of a hub id or folder.
 
     Raises:
-        ValueError: not there, not a checkpoint of a causal language model (an adapter, a GGUF file, an encoder), or
-            broken, quantized or incomplete.
+        ValueError: not there, not a checkpoint of a causal language model (an adapter, an encoder), broken, quantized
+            or incomplete, or a GGUF file without the package that reads it.
     """
     from transformers import AutoModelForCausalLM
 
     local = Path(source).expanduser()
+    if file := _gguf(source, local):
+        return _read_gguf(source, file, dtype).to(device)
     if local.exists():
         _require_folder(source, local)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -76,7 +83,10 @@ def read_tokenizer(source: str, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoTokenizer
 
+    file = _gguf(source, Path(source).expanduser())
     with guarded(source, "has no tokenizer that can be read", "save one into the folder or pass tokenizer="):
+        if file:
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -117,15 +127,36 @@ def _read_config(source: str, local: bool, trust_remote_code: bool) -> Any:
     return config
 
 
+def _gguf(source: str, local: Path) -> Path | None:
+    """The GGUF file that a path is, or that the folder there holds in place of a config.json."""
+    if local.suffix == ".gguf" and local.is_file():
+        return local
+    found = [] if (local / "config.json").exists() else sorted(local.glob("*.gguf"))
+    if len(found) > 1:
+        raise ValueError(f"model {source!r} holds {len(found)} GGUF files; give one, {str(found[0])!r} for instance")
+    return found[0] if found else None
+
+
+def _read_gguf(source: str, file: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"model {source!r} is a GGUF file: pip install 'mech_unlearn[gguf]' for the package that reads it")
+    mend = "download the file again, or give the checkpoint that it was made from"
+    with guarded(source, "cannot be read as a GGUF file", mend), torch.random.fork_rng(devices=[]):
+        read = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype, attn_implementation="eager"
+        )
+        if hasattr(read.config, "quantization_config"):
+            del read.config.quantization_config
+        plain = type(read)(read.config).to(dtype)
+        plain.load_state_dict(read.state_dict())
+    plain.generation_config = read.generation_config
+    return plain
+
+
 def _require_folder(source: str, local: Path) -> None:
     """Check by the names of its files that a path is a folder of a whole model."""
-    gguf = local if local.suffix == ".gguf" else next(local.glob("*.gguf"), None)
-    if gguf is not None and not (local / "config.json").exists():
-        raise ValueError(
-            f"model {source!r}: {gguf.name} is a GGUF file, which is quantized; give the checkpoint that it was made "
-            f"from, or convert it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={gguf.name!r}), "
-            "save_pretrained, and the tokenizer likewise"
-        )
     if not local.is_dir():
         raise ValueError(f"model {source!r} is a file; give a folder made by save_pretrained")
     if (local / "adapter_config.json").exists():

@@ -32,6 +32,38 @@ def cut(folder, name):
     (folder / name).write_bytes(data[: len(data) // 2])
 
 
+def write_gguf(path, hf):
+    """A Llama of float32 weights as llama.cpp writes it: other names, and queries and keys rotated in pairs."""
+    from gguf import GGUFWriter
+
+    config, out = hf.config, GGUFWriter(path, "llama")
+    out.add_context_length(config.max_position_embeddings)
+    out.add_block_count(config.num_hidden_layers)
+    out.add_embedding_length(config.hidden_size)
+    out.add_feed_forward_length(config.intermediate_size)
+    out.add_head_count(config.num_attention_heads)
+    out.add_head_count_kv(config.num_key_value_heads)
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    out.add_rope_freq_base(10000.0)
+    out.add_vocab_size(config.vocab_size)
+    names = {"self_attn.": "attn_", "o_proj": "output", "mlp.": "ffn_", "_proj": "", "model.layers": "blk"}
+    names |= {"post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm", "model.norm": "output_norm"}
+    names |= {"model.embed_tokens": "token_embd", "lm_head": "output"}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for key, weight in hf.state_dict().items():
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        for part, n in heads.items():
+            if part in key:
+                weight = weight.unflatten(0, (n, 2, -1)).transpose(1, 2).flatten(0, 2)
+        out.add_tensor(key, weight.contiguous().numpy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
 def without_a_shard(folder):
     tiny_hf().save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
@@ -84,14 +116,33 @@ def test_a_broken_folder_is_refused_in_one_line_that_says_what_and_how_to_mend_i
     assert str(folder) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-def test_a_gguf_file_is_named_with_what_converts_it_alone_or_in_a_folder(tmp_path):
+def test_a_gguf_file_is_the_model_that_it_was_made_from_alone_or_in_a_folder(tmp_path):
+    hf, tokenizer = tiny_hf(), tiny_tokenizer()
+    file = write_gguf(tmp_path / "tiny.gguf", hf)
+    ids = torch.arange(4, 12)[None]
+    for source in (file, tmp_path):
+        model = load(source, tokenizer=tokenizer)
+        torch.testing.assert_close(model.logits(ids), hf(ids).logits, atol=1e-5, rtol=1e-5)
+    assert load(file, tokenizer=tokenizer, dtype=torch.bfloat16).held["lm_head.weight"].dtype == torch.bfloat16
+    model.plain_copy().save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "plain" / "model.safetensors").exists()
+
+
+def test_a_gguf_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
     file = tmp_path / "gemma-q4_k_m.gguf"
     file.write_bytes(b"GGUF")
     for source in (file, tmp_path):
-        with pytest.raises(ValueError, match=r"gemma-q4_k_m.gguf is a GGUF file.*gguf_file='gemma-q4_k_m.gguf'"):
+        with pytest.raises(ValueError, match=r"cannot be read as a GGUF file .*; download the file again"):
             load(source)
     with pytest.raises(ValueError, match="is a file; give a folder"):
         load(shutil.copy(file, tmp_path / "model.bin"))
+    shutil.copy(file, tmp_path / "another.gguf")
+    with pytest.raises(ValueError, match="holds 2 GGUF files; give one, .*another.gguf"):
+        load(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'mech_unlearn\[gguf\]'"):
+        load(file)
+
 
 
 def test_an_adapter_that_hangs_on_a_model_in_memory_is_refused_and_merged_it_loads():
