@@ -23,6 +23,7 @@ OF_SEVERAL = {
     "test_contract.py": "every method",
     "test_layout.py": "the tests themselves",
     "test_readme.py": "README.md",
+    "test_real.py": "a real pretrained model",
     "test_surface.py": "the verbs of the package",
     "test_walls.py": "what may import what",
     "benchmarks/test_forced_answers.py": "the benches that score given answers",

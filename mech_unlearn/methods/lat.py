@@ -1,7 +1,7 @@
 """Lat: training against the answer while an adversary shifts hidden states to bring the answer back.
 
 Paper:    Sheshadri et al. 2024, Latent Adversarial Training Improves Robustness to Persistent Harmful Behaviors,
-          arXiv 2407.15549 (targeted, its unlearning experiments); with other names Abbasi et al. 2024, 2408.10682.
+          arXiv 2407.15549 (targeted, its unlearning experiments); with other names Yuan et al. 2024, 2408.10682.
 Changes:  every weight (or those whose name matches `trainable`), full rank.
 Needs:    nothing beforehand; per batch `pgd_steps` forward and backward passes for the attack, and `repeats` steps.
 Differs:  the adversary only goes toward the forgotten answer: for facts there is no safe answer, so it has no term

@@ -37,7 +37,8 @@ class Memit:
     """Settings of the edit; `fit` computes it."""
 
     layers: tuple[int, ...] | None = None
-    """Layers whose MLP output matrix is written; by default `keys.default_layers` (3-8 in GPT-J, 13-17 in GPT-2 XL)."""
+    """Layers whose MLP output matrix is written; by default `keys.default_layers`: 3-5 of 28 in GPT-J and
+    7-9 of 48 in GPT-2 XL, where the paper takes 3-8 and 13-17."""
     z_layer: int | None = None
     """Layer after which the state is optimised; the last of `layers`, as in the paper, if not given."""
     optimize: Optimize = Optimize(clamp=0.75)
@@ -75,16 +76,16 @@ class Memit:
         layers, site = keys.check_written(model, wanted, last), Site(last, "resid_post")
         asked = by_name(forget)
         bare = keys.contexts_of(forget.facts)
-        before = prefixes(model, forget, retain, self.optimize.n_prefixes, self.seed)
-        contexts = (*bare, *(f"{prefix} {{}}" for prefix in before))
         with keys.count_forwards(model) as forwards:
+            before = prefixes(model, forget, self.optimize.n_prefixes, self.seed)
+            contexts = (*bare, *(f"{prefix} {{}}" for prefix in before))
             bases, moments = spaces(self, model, retain, bare, layers)
             own = keys.own_contexts(list(asked), forget.facts, bare)
             every = torch.cat([own, torch.ones(len(asked), len(before), dtype=torch.bool)], 1)
             states = keys.name_states(model, list(asked), contexts, site)
             initial = keys.mean_over(states[:, : len(bare)], own.to(states.device))
             path = module_path(model, last, "resid")
-            found = optimized(model, asked, initial, forget, retain, path, self.optimize, self.seed)
+            found = optimized(model, asked, initial, forget, retain, path, self.optimize, before, self.seed)
             deltas, written = keys.write_states(
                 model,
                 keys.mention_rows(model.tokenizer, list(asked), contexts),

@@ -39,7 +39,7 @@ from mech_unlearn.edit.interventions import Tokens
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.methods.writing.anchors import draw_anchors, known_names, measured
 from mech_unlearn.methods.writing.protect import KEY_SOURCES, KeySource, protected_bases
-from mech_unlearn.methods.writing.questions import Optimize, by_name
+from mech_unlearn.methods.writing.questions import Optimize, by_name, prefixes
 from mech_unlearn.methods.writing.value_optimization import module_path, optimized
 from mech_unlearn.model.bridge import Model
 
@@ -166,7 +166,8 @@ class Rocr:
         states = keys.end_states(model, rows, [site])[site].unflatten(0, own.shape)
         initial = keys.mean_over(states, own.to(states.device))
         path = module_path(model, site.layer, "resid")
-        found = optimized(model, asked, initial, forget, retain, path, self.optimize, self.seed)
+        before = prefixes(model, forget, self.optimize.n_prefixes, self.seed)
+        found = optimized(model, asked, initial, forget, retain, path, self.optimize, before, self.seed)
         report = {"loss_before": found.first_loss.mean().item(), "loss_after": found.loss.mean().item()}
         report |= {"n_forward": found.n_forward, "n_backward": found.n_backward}
         return (states + found.deltas[:, None]).flatten(0, 1), report

@@ -45,8 +45,8 @@ class Rome:
     """Settings of the edit; `fit` computes it."""
 
     layer: int | None = None
-    """Layer whose MLP output matrix is written; by default the last of `keys.default_layers`, a third of the depth (8
-    of 24 in GPT-2 medium, 17 of 48 in XL, 5 of 28 in GPT-J)."""
+    """Layer whose MLP output matrix is written; by default the last of `keys.default_layers`: 8 of 24 in GPT-2
+    medium and 5 of 28 in GPT-J, as in the paper, but 9 of 48 in GPT-2 XL, where it takes 17."""
     optimize: Optimize = Optimize()
     """How the values are found."""
     project: Projection = "none"
@@ -125,13 +125,13 @@ def rank_one_edit(
     wanted = keys.default_layers(model.n_layers)[-1] if settings.layer is None else settings.layer
     (layer,) = keys.check_layers(model, (wanted,), wanted)
     asked = by_name(forget)
-    before = prefixes(model, forget, retain, settings.optimize.n_prefixes, settings.seed)
     weight, stored_in_first = model.w_out(layer)
     path = module_path(model, layer, "mlp")
     lefts, rights, losses, first = [], [], [], []
     passes, overlaps = [0, 0], []
     deltas: dict[str, LowRank] = {}
     with keys.count_forwards(model) as forwards, tqdm(total=len(asked), desc=name, delay=2, disable=None) as bar:
+        before = prefixes(model, forget, settings.optimize.n_prefixes, settings.seed)
         bases, moments = spaces(settings, model, retain, keys.contexts_of(forget.facts), (layer,))
         size = settings.optimize.batch_size
         for chunk in (list(asked)[i : i + size] for i in range(0, len(asked), size)):
@@ -139,7 +139,7 @@ def rank_one_edit(
             with Edit(name="partial", base="", deltas=deltas).on(model):
                 averaged, bare = means(model, group, before, layer, path)
                 initial = bare[1]
-                found = optimized(model, group, initial, forget, retain, path, settings.optimize, settings.seed)
+                found = optimized(model, group, initial, forget, retain, path, settings.optimize, before, settings.seed)
             written = torch.zeros(averaged[0].shape[1], initial.shape[1]).to(initial)
             at, given = averaged if same_key else bare
             for i in range(len(chunk)):

@@ -131,20 +131,25 @@ def flat_loss(
 
 
 def catnip_loss(
-    logits: Float[Tensor, "token d_vocab"], wanted: Int[Tensor, " token"], beta: float, kappa: float
+    logits: Float[Tensor, "token d_vocab"],
+    wanted: Int[Tensor, " token"],
+    at: Int[Tensor, " token"],
+    beta: float,
+    kappa: float,
 ) -> Float[Tensor, ""]:
-    """(2 / beta) sum_t w_t log(1 + (p(x_t) / r_t)^beta) / sum_t w_t over the answer tokens of the batch.
+    """(2 / beta) sum_t p(x_t)^kappa log(1 + (p(x_t) / r_t)^beta): sum over the answer tokens of a row, mean over rows.
 
-    r_t is the probability of the strongest other token and w_t = p(x_t)^kappa; neither gets a gradient. The gradient
-    on log p(x_t) is 2 sigmoid(beta log(p / r)) times the token's share of the weight; towards beta = 0 weighted ascent.
+    r_t is the probability of the strongest other token; it and the weight get no gradient. The gradient on log p(x_t) is
+    2 sigmoid(beta log(p / r)) p^kappa: it fades as the answer does, a brake that a weight normalised over the batch
+    would not be. Towards beta = 0 weighted ascent.
 
     Source: after 2602.02824, whose abstract names the confidence weight and the tokens; the form is a working one.
     """
     logprob = token_logprobs(logits, wanted)
     frozen = logits.detach()
     rival = frozen.scatter(1, wanted[:, None], -math.inf).max(1).values - frozen.logsumexp(1)
-    weight = (kappa * logprob.detach()).softmax(0)  # p^kappa over its sum
-    return (2 / beta) * (weight * softplus(beta * (logprob - rival))).sum()
+    each = (kappa * logprob.detach()).exp() * softplus(beta * (logprob - rival))
+    return (2 / beta) * torch.zeros(int(at.max()) + 1, device=at.device).index_add(0, at, each).mean()
 
 
 def least_likely(logprob: Float[Tensor, " token"], at: Int[Tensor, " token"], share: float) -> Bool[Tensor, " token"]:

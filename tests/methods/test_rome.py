@@ -30,9 +30,9 @@ def inputs_of(model, sets, layer, settings):
     """Keys, outputs and values as the method has them; the equations are the test's own."""
     forget, retain = sets
     asked, path = by_name(forget), module_path(model, layer, "mlp")
-    before = prefixes(model, forget, retain, settings.n_prefixes, 0)
+    before = prefixes(model, forget, settings.n_prefixes, 0)
     averaged, bare = means(model, asked, before, layer, path)
-    found = optimized(model, asked, bare[1], forget, retain, path, settings, 0)
+    found = optimized(model, asked, bare[1], forget, retain, path, settings, before, 0)
     return averaged, bare, found.deltas
 
 

@@ -34,7 +34,7 @@ LOSSES = {
     "kl": lambda s, before: kl_loss(before.each.logits, s.each.logits, s.each.at),
     "undial": lambda s, before: undial_loss(before.each.logits, s.each.logits, s.each.wanted, s.each.at, 3.0),
     "flat": lambda s, before: flat_loss(*probs(s)[[0, 0]][:, None], "tv") + flat_loss(*probs(s)[:2, None], "js"),
-    "catnip": lambda s, before: catnip_loss(s.each.logits, s.each.wanted, 0.4, 1.5),
+    "catnip": lambda s, before: catnip_loss(s.each.logits, s.each.wanted, s.each.at, 0.4, 1.5),
     "shred": lambda s, before: shred_loss(before.each.logits, s.each.logits, s.each.wanted, s.each.at, **SHRED),
 }
 
@@ -163,14 +163,13 @@ def test_flat_takes_the_mean_probability_over_answer_tokens_only():
 
 
 def test_catnip_weighs_each_token_by_confidence_and_compares_it_with_its_strongest_rival():
-    total, weights = 0.0, 0.0
+    total = 0.0
     for i in range(3):
         for logp, x in slow(i):
             rival = max(v for token, v in enumerate(logp) if token != x)
             weight = math.exp(logp[x]) ** 1.5
             total += weight * math.log(1 + (math.exp(logp[x]) / math.exp(rival)) ** 0.4)
-            weights += weight
-    assert loss_of("catnip")[0].item() == pytest.approx(2 / 0.4 * total / weights, abs=1e-4)
+    assert loss_of("catnip")[0].item() == pytest.approx(2 / 0.4 * total / 3, abs=1e-4)
 
 
 def test_shred_is_the_top_k_kl_to_a_target_in_which_the_least_likely_tokens_are_demoted():
@@ -270,7 +269,7 @@ def test_catnip_hardly_notices_filler_tokens_without_confidence():
     def norm(fillers, kappa):
         logits = torch.cat([*sure, *[with_probability(1e-3, 0.5)] * fillers])
         wanted = torch.zeros(len(logits), dtype=torch.long)
-        return gradient(lambda x: catnip_loss(x, wanted, 0.1, kappa), logits).norm()
+        return gradient(lambda x: catnip_loss(x, wanted, torch.zeros_like(wanted), 0.1, kappa), logits).norm()
 
     assert abs(norm(40, 1.0) / norm(0, 1.0) - 1) < 0.05
     assert abs(norm(40, 0.0) / norm(0, 0.0) - 1) > 0.2
@@ -278,13 +277,13 @@ def test_catnip_hardly_notices_filler_tokens_without_confidence():
 
 def test_catnip_becomes_weighted_ascent_as_beta_vanishes_and_fades_with_confidence():
     logits = torch.cat([with_probability(0.9, 0.05), with_probability(0.3, 0.4)])
-    wanted = torch.zeros(2, dtype=torch.long)
-    got = gradient(lambda x: catnip_loss(x, wanted, 1e-5, 1.0), logits)
-    share = torch.tensor([0.75, 0.25])
-    ascent = gradient(lambda x: (share * x.log_softmax(1)[:, 0]).sum(), logits)
+    wanted, at = torch.zeros(2, dtype=torch.long), torch.arange(2)
+    got = gradient(lambda x: catnip_loss(x, wanted, at, 1e-5, 1.0), logits)
+    confidence = torch.tensor([0.9, 0.3])
+    ascent = gradient(lambda x: (confidence * x.log_softmax(1)[:, 0]).mean(), logits)
     torch.testing.assert_close(got, ascent, atol=1e-4, rtol=0)
-    faint = gradient(lambda x: catnip_loss(x, wanted[:1], 1.0, 1.0), with_probability(1e-4, 0.5))
-    assert faint.norm() < 1e-3
+    faint = torch.cat([with_probability(1e-4, 0.5)] * 2)  # all answers of a batch are gone: nothing pushes on
+    assert gradient(lambda x: catnip_loss(x, wanted, at, 1.0, 1.0), faint).norm() < 1e-3
 
 
 def test_shred_demotes_the_least_likely_tokens_and_only_anchors_the_others():

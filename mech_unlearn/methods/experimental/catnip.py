@@ -4,8 +4,7 @@ Paper:    Yang et al. 2026, CATNIP: Calibrated and Tokenized Negative Preference
 Changes:  every weight (or those whose name matches `trainable`), full rank.
 Needs:    nothing beforehand; the retain set is not read.
 Differs:  a working form after the abstract (token-wise, scaled by confidence, no retain data, no chosen reference), not
-          the paper's equations: the reference is the strongest other token, the weight p^kappa over its
-          sum in the batch;
+          the paper's equations: the reference is the strongest other token, the weight p^kappa;
           dropout is off, the learning rate constant without a warm-up epoch, the trained copy float32;
           training may stop by recall on the forget rows (off by default).
 Fails:    nothing holds the other facts but the weight that falls with confidence; kappa and beta are ours.
@@ -53,4 +52,4 @@ class Catnip:
         return trained_edit("catnip", self, model, forget, retain, objective, self.trainable, around)
 
     def _loss(self, now: BatchScores) -> Tensor:
-        return catnip_loss(now.each.logits, now.each.wanted, self.beta, self.kappa)
+        return catnip_loss(now.each.logits, now.each.wanted, now.each.at, self.beta, self.kappa)

@@ -14,12 +14,18 @@ from mech_unlearn.edit.interventions import Tokens
 from mech_unlearn.methods.writing.anchors import unknown_names
 from mech_unlearn.methods.writing.keys import mention
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.forward import last_logits
+from mech_unlearn.model.scores import end_tokens
 from mech_unlearn.model.tokens import buckets, encode_all, make_queries, pad
 from mech_unlearn.training.rows import refusal_rows
 
 Goal = Literal["unknown", "refusal", "entropy", "empty"]
 PREFIX_TOKENS = (5, 10)
 """Lengths of the prefixes. Source: ROME's code."""
+OPENERS = ("The", "Therefore", "Because", "I", "You")
+"""What prefixes begin with. Source: MEMIT's code."""
+TOP_K = 5
+"""Likeliest tokens that the next one of a prefix is drawn from. Source: both codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,7 @@ class Optimize:
     sadr_weight: float = 0.0
     """Weight of the attention drift (nats, summed over layers and heads); 0.01 in 2502.14838, 0 is off."""
     n_prefixes: int = 2
-    """Openings of retained texts that questions are asked behind; about as many questions go without one."""
+    """Openings, written by the model, that questions are asked behind; about as many questions go without one."""
     max_prompts: int = 24
     """Questions per name, the facts in turn; all of them where there are fewer."""
     n_unknown: int = 16
@@ -103,20 +109,35 @@ def by_name(forget: ForgetSet) -> dict[str, tuple[Fact, ...]]:
     return found
 
 
-def prefixes(model: Model, forget: ForgetSet, retain: RetainSet, n: int, seed: int) -> tuple[str, ...]:
-    """Openings of up to n retained texts, of 5 and 10 tokens in turn; texts that name a forgotten entity are left out.
+@torch.no_grad()
+def prefixes(model: Model, forget: ForgetSet, n: int, seed: int) -> tuple[str, ...]:
+    """Up to n openings that the model writes, of 5 and 10 tokens in turn, each token one of the five likeliest.
 
-    Drawn by the seed; none where there is no text.
+    Each begins with another of `OPENERS`, or with the BOS alone where the tokenizer cannot write that word. What names a
+    forgotten entity is left out; none where nothing can be written.
     """
     gone = [name for entity in forget.entities for name in (entity.name, *entity.aliases)]
-    texts = [t for t in dict.fromkeys(retain.texts) if not any(name in t for name in gone) and "{" not in t]
-    drawn = random.Random(seed).sample(texts, min(n, len(texts)))
-    known = encode_all(model.tokenizer, drawn)
-    out = []
-    for i, text in enumerate(drawn):
-        ends = [b for a, b in known[text].offsets if b > a]
-        out.append(text[: ends[min(PREFIX_TOKENS[i % 2], len(ends)) - 1]].strip() if ends else "")
-    return tuple(dict.fromkeys(filter(None, out)))
+    generator, out = torch.Generator().manual_seed(seed), dict[str, None]()
+    for i in range(4 * n):
+        row = _written(model, OPENERS[i % len(OPENERS)], PREFIX_TOKENS[i % 2], generator)
+        text = " ".join(model.tokenizer.decode(row, skip_special_tokens=True).split())
+        if text and len(out) < n and not any(name in text for name in gone) and not set("{}\ufffd") & set(text):
+            out[text] = None
+    return tuple(out)
+
+
+def _written(model: Model, opener: str, tokens: int, generator: torch.Generator) -> list[int]:
+    tokenizer, ends = model.tokenizer, set(end_tokens(model))
+    row = tokenizer(opener).input_ids
+    row = tokenizer("").input_ids if tokenizer.unk_token_id in row else row
+    start = len(row)
+    while row and len(row) < start + tokens:
+        best = last_logits(model, torch.tensor([row], device=model.device), 1)[0, -1].float().cpu().topk(TOP_K)
+        token = best.indices[torch.multinomial(best.values.softmax(0), 1, generator=generator)].item()
+        if token in ends:
+            break
+        row = [*row, int(token)]
+    return row
 
 
 def questions_of(facts: Sequence[Fact], before: Sequence[str], most: int) -> list[Fact]:

@@ -3,7 +3,7 @@
 The vector delta is added at the name's last token, to what one MLP's output matrix gives (ROME) or to the residual
 stream after a layer (MEMIT). Minimised per name, in nats:
 
-    fit + kl_weight * KL(p_0 || p_delta) + decay * ||delta|| / ||v_0||^2 + sadr_weight * drift
+    fit + kl_weight * KL(p_delta || p_0) + decay * ||delta|| / ||v_0||^2 + sadr_weight * drift
     with ||delta|| <= clamp ||v_0||
 
 `fit` is a mean over questions; the KL is of the next-token distribution at the last token of the bare name; v_0 is the
@@ -15,7 +15,9 @@ Differs: the decay has ||delta|| to the first power over ||v_0||^2, as in ROME's
     clamp work per name, and a name that reached `stop_loss` is left alone, so that none feels the others;
     one delta per name serves all its questions (the papers have one per fact), as unlearning asks for;
     the KL is taken after the bare name, where the codes have "{} is a": nothing behind a token reaches it;
-    prefixes are openings of retained texts (the codes sample them from the model), dealt out to the questions in turn;
+    the KL is that of ROME's code, F.kl_div(log p_0, log p_delta, log_target=True), which is KL(p_delta || p_0): the paper
+    writes it the other way round;
+    prefixes are dealt out to the questions in turn (the codes ask every question behind every prefix);
     Adam's step is relative to the root mean square of v_0, because an absolute one fits one model's scale.
 """
 
@@ -30,7 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
-from mech_unlearn.methods.writing.questions import Optimize, Questions, make_questions, prefixes, questions_of
+from mech_unlearn.methods.writing.questions import Optimize, Questions, make_questions, questions_of
 from mech_unlearn.model.bridge import Model
 
 EPS = 1e-8
@@ -50,9 +52,9 @@ class Values:
     n_backward: int
 
 
-def kl(before: Float[Tensor, "row d_vocab"], now: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
-    """KL(before || now) of two sets of log-probabilities, nats."""
-    return (before.exp() * (before - now).masked_fill(before == -math.inf, 0)).sum(-1)
+def kl(p: Float[Tensor, "row d_vocab"], q: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+    """KL(p || q) of two sets of log-probabilities, nats."""
+    return (p.exp() * (p - q).masked_fill(p == -math.inf, 0)).sum(-1)
 
 
 def entropy_gap(logprobs: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
@@ -99,6 +101,7 @@ def optimized(
     retain: RetainSet,
     path: str,
     settings: Optimize,
+    before: Sequence[str],
     seed: int,
 ) -> Values:
     """A delta for each name, `settings.batch_size` at a time, on a float32 copy of the model as it is now.
@@ -107,7 +110,8 @@ def optimized(
         names: name -> facts to be asked for; see `by_name`.
         initial: v_0 of each name, the vectors that delta is added to.
         path: HF path of the module whose output delta is added to; see `module_path`.
-        seed: draws prefixes and unknown entities.
+        before: prefixes that some of the questions stand behind; see `prefixes`.
+        seed: draws unknown entities.
 
     Raises:
         ValueError: an edit of activations in force, no unknown entities for target "unknown", no end token for target
@@ -121,7 +125,6 @@ def optimized(
         )
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         hf = model.plain_copy().float().requires_grad_(False)
-    before = prefixes(model, forget, retain, settings.n_prefixes, seed)
     chunks = [list(names)[i : i + settings.batch_size] for i in range(0, len(names), settings.batch_size)]
     passes, done = [0, 0], []
     with tqdm(total=len(names), desc="values", unit="name", delay=2, disable=None) as bar:
@@ -202,7 +205,7 @@ def loss_of(
         logprobs, bare, patterns = look(hf, path, delta, questions, sadr)
         per_row = _mean_of(fit(logprobs), questions.where[0], len(questions.last))
         owner = questions.owner[: len(questions.last)]
-        total = _mean_of(per_row, owner, n) + settings.kl_weight * kl(bare_before, bare)
+        total = _mean_of(per_row, owner, n) + settings.kl_weight * kl(bare, bare_before)
         for before, now in zip(patterns_before, patterns, strict=True):
             drift = attention_drift(before, now, questions.at[: len(questions.last)])
             total = total + settings.sadr_weight * _mean_of(drift, owner, n)

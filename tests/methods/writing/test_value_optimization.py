@@ -6,10 +6,17 @@ import math
 import pytest
 import torch
 
-from mech_unlearn.core import RetainSet, Site
+from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.methods.writing import keys
-from mech_unlearn.methods.writing.questions import Optimize, by_name, make_questions, prefixes, questions_of
+from mech_unlearn.methods.writing.questions import (
+    Optimize,
+    _written,
+    by_name,
+    make_questions,
+    prefixes,
+    questions_of,
+)
 from mech_unlearn.methods.writing.value_optimization import (
     attention_drift,
     clamped,
@@ -35,14 +42,15 @@ def run(model, sets, layer=1, names=None, **settings):
     asked = {name: asked[name] for name in names or asked}
     initial = state_of(model, asked, layer)
     chosen = Optimize(**settings)
-    return optimized(model, asked, initial, *sets, module_path(model, layer, "resid"), chosen, 0), initial
+    before = prefixes(model, sets[0], chosen.n_prefixes, 0)
+    return optimized(model, asked, initial, *sets, module_path(model, layer, "resid"), chosen, before, 0), initial
 
 
 def setup_loss(model, sets, settings):
     asked = by_name(sets[0])
     initial = state_of(model, asked).float()
     hf = model.plain_copy().float().requires_grad_(False)
-    before = prefixes(model, *sets, settings.n_prefixes, 0)
+    before = prefixes(model, sets[0], settings.n_prefixes, 0)
     few = {name: questions_of(facts, before, settings.max_prompts) for name, facts in asked.items()}
     questions = make_questions(model, hf, few, *sets, settings, 0, [0, 0])
     path = module_path(model, 1, "resid")
@@ -98,7 +106,8 @@ def slow_loss(model, hf, few, sets, initial, delta, settings, path):
             total = total + (fit + settings.sadr_weight * drift) / len(facts)
         bare, _, end, _ = forward(name, name, delta[i])
         bare_0, _, _, _ = forward(name, name, zero)
-        total = total + settings.kl_weight * (bare_0[end].exp() * (bare_0[end] - bare[end])).sum()
+        code = torch.nn.functional.kl_div(bare_0[end], bare[end], log_target=True, reduction="sum")  # as in ROME's
+        total = total + settings.kl_weight * code
         out.append(total + settings.decay * delta[i].norm() / initial[i].norm() ** 2)
     return torch.stack([torch.as_tensor(x) for x in out])
 
@@ -207,12 +216,23 @@ def test_questions_take_the_facts_in_turn_with_and_without_prefix_and_never_a_he
     assert not any(fact.heldout or fact.paraphrases for fact in every)
 
 
-def test_prefixes_are_openings_of_retained_texts_that_name_nobody_forgotten(tiny_model, tiny_sets):
-    forget, retain = tiny_sets
-    texts = ("Anna Lee is in Oslo .", "Rivers run to the sea and the rain falls on the hills .", "rain {} falls")
-    assert prefixes(tiny_model, forget, RetainSet(texts=texts), 3, 0) == ("Rivers run to the sea",)
-    assert prefixes(tiny_model, forget, RetainSet(), 2, 0) == ()
-    assert len(prefixes(tiny_model, forget, retain, 2, 0)) == 2
+def test_prefixes_are_openings_that_the_model_writes_and_that_name_nobody_forgotten(tiny_model, tiny_sets):
+    forget, _ = tiny_sets
+    drawn = [prefixes(tiny_model, forget, 4, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 4
+    assert drawn[0][0].startswith("The") and prefixes(tiny_model, forget, 0, 0) == ()
+    unknown = tiny_model.tokenizer.unk_token_id
+    for text in drawn[0]:
+        assert unknown not in tiny_model.tokenizer(text).input_ids
+        gone = ForgetSet(facts=(dataclasses.replace(forget.facts[0], subject=text, aliases=()),))
+        assert text not in prefixes(tiny_model, gone, 4, 0)
+
+
+def test_each_token_of_a_prefix_is_one_of_the_likeliest_five(tiny_model):
+    row = _written(tiny_model, "The", 8, torch.Generator().manual_seed(0))
+    best = tiny_model.logits(torch.tensor([row]))[0].topk(5).indices.tolist()
+    assert row[:2] == tiny_model.tokenizer("The").input_ids and len(row) == 10
+    assert all(token in best[i] for i, token in enumerate(row[2:], start=1))
 
 
 def test_an_alias_is_a_name_with_the_same_facts_in_the_order_of_names(tiny_sets):
