@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from mech_unlearn.core import Fact, ForgetSet, RetainSet
@@ -31,7 +31,8 @@ def fit_sequence(
 ) -> Edit:
     """Fit a `Method` to each request in turn, with the edits of the earlier ones in force; all of them as one edit.
 
-    A fact of any request is never retained. Weight changes add up, so that the edit does what applying its parts one
+    A fact of any request is never retained. A method with a setting `earlier` is told the names of the requests before,
+    whose keys then keep their output. Weight changes add up, so that the edit does what applying its parts one
     after another does, up to rounding. The model ends bit-identical.
 
     Args:
@@ -49,12 +50,20 @@ def fit_sequence(
     so_far, parts = Edit(name="nothing", base=base), []
     for i, forget in enumerate(tqdm(forgets, desc="requests", unit="request", delay=2, leave=False)):
         with so_far.on(model):
-            own = method.fit(model, forget, kept)
+            own = _after(method, forgets[:i]).fit(model, forget, kept)
         parts.append(dict(own.recipe))
         so_far = compose(so_far, replace(own, base=base)) if i else replace(own, base=base)
         if after:
             after(i, own, so_far)
     return replace(so_far, name=f"{parts[0]['method']} in sequence", recipe=_recipe(parts, start))
+
+
+def _after(method: Any, forgets: Sequence[ForgetSet]) -> Any:
+    """The method, told of the names that were forgotten before where it has a setting for them."""
+    if not forgets or not is_dataclass(method) or "earlier" not in {field.name for field in fields(method)}:
+        return method
+    names = [name for forget in forgets for entity in forget.entities for name in (entity.name, *entity.aliases)]
+    return replace(method, earlier=tuple(dict.fromkeys((*method.earlier, *names))))  # pyright: ignore
 
 
 def without(retain: RetainSet, facts: Sequence[Fact]) -> RetainSet:

@@ -43,6 +43,8 @@ class Memit:
     """Layer after which the state is optimised; the last of `layers`, as in the paper, if not given."""
     optimize: Optimize = Optimize(clamp=0.75)
     """How the states are found."""
+    earlier: tuple[str, ...] = ()
+    """Names that an earlier edit changed, which is in force now: their keys keep their output, as in `Rocr.earlier`."""
     project: Projection = "none"
     """"null_space": P in place of C^-1, as in AlphaEdit; `ridge` is then relative to ||P k||^2."""
     ridge: float = 0.05
@@ -64,11 +66,12 @@ class Memit:
         """The edit of the forget set's names.
 
         Raises:
-            ValueError: an unknown layer, nothing retained, a C without an inverse, an edit of activations in force, or
-                what `optimized` refuses.
+            ValueError: an unknown layer, nothing retained, a C without an inverse, an edit of activations in force, an
+                earlier name that is to be forgotten now, or what `optimized` refuses.
         """
         start = time.perf_counter()
         check_projection(self, model)
+        keys.require_new(self.earlier, forget)
         if self.ridge < 0 or (self.cov_weight is not None and self.cov_weight < 0):
             raise ValueError(f"ridge={self.ridge}, cov_weight={self.cov_weight}: lambda is 0 or more")
         wanted = keys.default_layers(model.n_layers) if self.layers is None else self.layers
@@ -97,6 +100,7 @@ class Memit:
                 ridge=self.ridge,
                 weight=self.cov_weight,
                 own=every,
+                earlier=keys.mention_rows(model.tokenizer, self.earlier, contexts),
             )
         report = {
             "names": list(asked),

@@ -41,10 +41,10 @@ class Needle:
     """Settings of the ablation; `fit` computes it."""
 
     vectors: tuple[Neuron, ...] | None = None
-    """(layer, index) of each vector, for example `columns.best_neurons` of an attribution; None searches for those that
-    promote the forget facts' objects most."""
+    """(layer, index) of each vector, for example `columns.best_neurons` of an attribution; None searches, for each entity
+    to be forgotten, for those that promote the objects of its facts most."""
     n: int = 1
-    """Vectors taken from the search; the paper's concepts have one each."""
+    """Vectors taken from the search for each entity; the paper's concepts have one each."""
     mode: Literal["noise", "zero", "mean"] = "noise"
     """Add Gaussian noise, set to zero, or set to the mean value vector of the layer."""
     ratio: float = 5.0
@@ -69,7 +69,8 @@ class Needle:
         if model.in_force.interventions:
             raise ValueError(f"{model.name!r} has an edit of activations in force; leave it before changing weights")
         with count_forwards(model) as forwards:
-            chosen = self._chosen(model, forget)
+            found = self._found(model, forget)
+            chosen = checked(model, self.vectors if self.vectors is not None else [neuron for own in found.values() for neuron in own])
             changes = self._ablated(model, chosen)
             edit = Edit(name="needle", base=model.hash(), deltas=column_deltas(model, changes))
             report: dict[str, Any] = {"n_backward": 0, "n_forward": 0}
@@ -79,6 +80,7 @@ class Needle:
             report |= outcome(model, edit, forget.facts)
         report |= {
             "vectors": [list(neuron) for neuron in chosen],
+            "found": {name: [list(neuron) for neuron in own] for name, own in found.items()},
             "change_over_norm": [_ratio(changes[neuron], stored_vector(model, neuron)) for neuron in chosen],
             "cosine": [_cosine(stored_vector(model, neuron).cpu(), changes[neuron]) for neuron in chosen],
             "n_forward": report["n_forward"] + forwards[0],
@@ -87,11 +89,14 @@ class Needle:
         recipe = {"method": "needle", "settings": asdict(self), "seed": self.seed, "report": report}
         return Edit(name="needle", base=edit.base, deltas=edit.deltas, recipe=recipe)
 
-    def _chosen(self, model: Model, forget: ForgetSet) -> tuple[Neuron, ...]:
+    def _found(self, model: Model, forget: ForgetSet) -> dict[str, tuple[Neuron, ...]]:
+        """Each entity to be forgotten -> its vectors; empty where they are given."""
         from mech_unlearn.locate.neurons.concept_vectors import concept_vectors
 
-        chosen = best_neurons(concept_vectors(model, forget.facts), self.n) if self.vectors is None else self.vectors
-        return checked(model, chosen)
+        if self.vectors is not None:
+            return {}
+        own = {entity.name: [f for f in forget.facts if f.subject == entity.name] for entity in forget.entities}
+        return {name: best_neurons(concept_vectors(model, facts), self.n) for name, facts in own.items()}
 
     def _ablated(self, model: Model, chosen: tuple[Neuron, ...]) -> dict[Neuron, Tensor]:
         """What is added to each vector, as it is after rounding to the model's dtype."""

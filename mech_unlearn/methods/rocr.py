@@ -92,8 +92,7 @@ class Rocr:
         contexts = self.contexts or keys.contexts_of(forget.facts)
         names = keys.names_of(forget.entities)
         layers, site = self._places(model, keys.stands_first(model.tokenizer, names, contexts))
-        if twice := set(self.earlier) & set(names):
-            raise ValueError(f"earlier names {sorted(twice)}, which are to be forgotten now; leave them out of one")
+        keys.require_new(self.earlier, forget)
         with keys.count_forwards(model) as forwards:
             rows = keys.mention_rows(model.tokenizer, names, contexts)
             own = keys.own_contexts(names, forget.facts, contexts)

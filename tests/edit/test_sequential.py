@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from mech_unlearn.core import ForgetSet, RetainSet
+from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.edit.sequential import fit_sequence, requests, without
-from mech_unlearn.methods import GradDiff, Npo, Rocr
+from mech_unlearn.methods import GradDiff, Memit, Npo, Rocr
+from mech_unlearn.methods.writing import keys
+from mech_unlearn.methods.writing.questions import Optimize
 from mech_unlearn.metrics import recall
 from mech_unlearn.model.load import load
 from mech_unlearn.training.schedule import Schedule
@@ -14,6 +16,9 @@ from tests.planted import FORGOTTEN, fresh_planted_model, planted_facts
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 FAST = Schedule(lr=1e-3, epochs=1, batch_size=4)
+FEW = Optimize(steps=5, max_prompts=4, n_prefixes=0)
+PEOPLE = ["Anna Lee", "Ben Hill", "Cara Moss", "Dan Park", "Eva Reed", "Finn Stone"]
+UNKNOWN = tuple(Entity(name=name, kind="person") for name in ("Gina Vale", "Hugo West", "Gina West", "Hugo Vale"))
 
 
 @pytest.mark.parametrize(("size", "counts"), ((1, [1] * 8), (3, [3, 3, 2]), (10, [8]), (50, [8])))
@@ -120,3 +125,26 @@ def test_planted_facts_forgotten_one_by_one_stay_forgotten():
 def test_no_request_is_refused(tiny_model, tiny_sets):
     with pytest.raises(ValueError, match="no request"):
         fit_sequence(Npo(schedule=FAST), tiny_model, (), tiny_sets[1])
+
+
+@pytest.mark.parametrize("method", (Rocr(layers=(0, 1), protect=()), Memit(layers=(0, 1), optimize=FEW)))
+def test_requests_before_are_named_to_a_method_that_can_keep_them_and_drift_less(method, tiny_model):
+    facts = tiny_facts(PEOPLE)
+    retain = RetainSet(neighbors=tiny_facts(["Cara West", "Dan Stone"]), unknown=UNKNOWN)
+    first, site = [PEOPLE[0]], Site(1, "resid_post")
+    contexts = keys.contexts_of(facts)
+
+    def drift(method):
+        states = []
+
+        def look(_, __, so_far):
+            with so_far.on(tiny_model):
+                states.append(keys.name_states(tiny_model, first, contexts, site))
+
+        whole = fit_sequence(method, tiny_model, requests(ForgetSet(facts=facts), 1), retain, look)
+        return (states[-1] - states[0]).norm(), whole.recipe
+
+    told, recipe = drift(method)
+    alone, _ = drift(Spy(method))  # whose settings nobody sees
+    assert told < 0.5 * alone
+    assert [part["settings"]["earlier"] for part in recipe["composed_of"]] == [tuple(PEOPLE[:i]) for i in range(6)]

@@ -151,6 +151,16 @@ def names_of(entities: Sequence[Entity]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for entity in entities for name in (entity.name, *entity.aliases)))
 
 
+def require_new(earlier: Sequence[str], forget: ForgetSet) -> None:
+    """Check that no name of an earlier request is to be forgotten now.
+
+    Raises:
+        ValueError: one that is.
+    """
+    if twice := set(earlier) & set(names_of(forget.entities)):
+        raise ValueError(f"earlier names {sorted(twice)}, which are to be forgotten now; leave them out of one")
+
+
 @contextmanager
 def count_forwards(model: Model) -> Iterator[list[int]]:
     """A one-element list that counts the batched forward passes of the model begun inside the block."""
