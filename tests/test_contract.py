@@ -50,6 +50,7 @@ from mech_unlearn.methods import (
     TaskVector,
     TokenGuard,
     Undial,
+    Unlikelihood,
     Wagle,
 )
 from mech_unlearn.methods.knowledge_neuron_update import Refinement
@@ -131,7 +132,9 @@ CASES = {
     "adaptive_rmu": lambda model: quick(AdaptiveRmu, layer=2, alpha=10.0),
     "adaptive_rmu of the first batch": lambda model: quick(AdaptiveRmu, norm="first_batch", alpha=10.0),
     "srmu": lambda model: quick(Srmu, every=2, alpha=10.0),
-    "lat": lambda model: quick(Lat, pgd_steps=3, repeats=2),
+    "unlikelihood": lambda model: quick(Unlikelihood),
+    "lat": lambda model: Lat(base=quick(Unlikelihood), pgd_steps=3, repeats=2),
+    "lat of npo": lambda model: Lat(base=quick(Npo), pgd_steps=2, repeats=1),
     "kif": lambda model: quick(Kif, refusals=("the sea", "rain"), fisher_rows=4),
     "kif as a capsule": lambda model: Kif(mode="capsule"),
     "sae_iru": lambda model: quick(SaeIru, epochs=3, sae=tiny_sae(model), min_auc=0.0),

@@ -1,7 +1,8 @@
 """A real pretrained model, SmolLM2-135M: what its first position does to methods, and what the defaults do to it.
 
-Capitals are asked in phrasings that the model answers; half of the countries that are not forgotten are shown to a method
-as neighbours, the other half is only measured. Texts are the model's own samples: one half is shown, the other measured.
+Capitals are asked in phrasings that the model answers; half of the countries that are not forgotten are shown to a
+method as neighbours, the other half is only measured. Texts are the model's own samples: one half is shown, the other
+measured.
 """
 
 import pytest

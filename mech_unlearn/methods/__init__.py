@@ -40,6 +40,7 @@ from mech_unlearn.methods.sim_npo import SimNpo
 from mech_unlearn.methods.task_vector import TaskVector
 from mech_unlearn.methods.token_guard import TokenGuard
 from mech_unlearn.methods.undial import Undial
+from mech_unlearn.methods.unlikelihood import Unlikelihood
 from mech_unlearn.methods.wagle import Wagle
 
 METHODS = {
@@ -56,6 +57,7 @@ METHODS = {
     "sim_npo": SimNpo,
     "idk_dpo": IdkDpo,
     "undial": Undial,
+    "unlikelihood": Unlikelihood,
     "flat": Flat,
     "catnip": Catnip,
     "shred": Shred,

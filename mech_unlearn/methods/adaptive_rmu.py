@@ -4,8 +4,9 @@ Paper:    Dang, Pham, Thanh-Tung and Inoue 2024, On Effects of Steering Latent R
           Unlearning, arXiv 2408.06223.
 Changes:  as Rmu: the MLP output matrices of `layers`.
 Needs:    the untrained model's states of each forget and retained batch: two forward passes that end at the layer.
-Differs:  as Rmu. The norm of a sample is the mean norm over its tokens but the first. `norm="first_batch"` is what the code does,
-          with the first rows in the order of the facts (the code: the first batch drawn) and before the first step.
+Differs:  as Rmu. The norm of a sample is the mean norm over its tokens but the first. `norm="first_batch"` is what the
+          code does, with the first rows in the order of the facts (the code: the first batch drawn) and before the
+          first step.
 Fails:    as Rmu.
 """
 
@@ -48,7 +49,8 @@ class AdaptiveRmu:
     texts: tuple[str, ...] = ()
     """Running texts that are to be forgotten beside the facts."""
     schedule: Schedule = Schedule(lr=1e-3, epochs=30, batch_size=4, stop_recall=0.1)
-    """Chosen on SmolLM2-135M; the paper takes 500 batches of 4 at lr 5e-5 on 7B models, which leaves that one as it was."""
+    """Chosen on SmolLM2-135M; the paper takes 500 batches of 4 at lr 5e-5 on 7B models, which leaves that one as it
+    was."""
     seed: int = 0
     """Draws the vector and the order of the rows."""
 

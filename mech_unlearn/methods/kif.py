@@ -33,7 +33,7 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.edit.interventions import Affine
-from mech_unlearn.methods.lat import away_loss, log_not
+from mech_unlearn.methods.unlikelihood import log_not, unlikelihood_loss
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.tokens import make_queries
@@ -140,7 +140,7 @@ class Kif:
             told = first_rows(now.each, len(answers))
             return (
                 dpo_loss(refusals, refusals_before, answers, answers_before, self.beta)
-                + self.ul_weight * away_loss(told)
+                + self.ul_weight * unlikelihood_loss(told)
                 + self.name_weight * name_loss(told, names[now.row[: len(answers)]])
             )
 

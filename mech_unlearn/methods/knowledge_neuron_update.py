@@ -28,8 +28,8 @@ from mech_unlearn.core import Fact, ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.locate.neurons.neuron_scores import neuron_scores
 from mech_unlearn.locate.neurons.neuron_sets import NeuronSets, refine
-from mech_unlearn.methods.writing.columns import Neuron, column_deltas, outcome, stored_vector
 from mech_unlearn.methods.writing.anchors import unknown_names
+from mech_unlearn.methods.writing.columns import Neuron, column_deltas, outcome, stored_vector
 from mech_unlearn.methods.writing.keys import count_forwards
 from mech_unlearn.model.bridge import Model, post_norm
 from mech_unlearn.model.scores import greedy

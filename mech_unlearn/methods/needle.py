@@ -41,8 +41,8 @@ class Needle:
     """Settings of the ablation; `fit` computes it."""
 
     vectors: tuple[Neuron, ...] | None = None
-    """(layer, index) of each vector, for example `columns.best_neurons` of an attribution; None searches, for each entity
-    to be forgotten, for those that promote the objects of its facts most."""
+    """(layer, index) of each vector, for example `columns.best_neurons` of an attribution; None searches, for each
+    entity to be forgotten, for those that promote the objects of its facts most."""
     n: int = 1
     """Vectors taken from the search for each entity; the paper's concepts have one each."""
     mode: Literal["noise", "zero", "mean"] = "noise"
@@ -70,7 +70,10 @@ class Needle:
             raise ValueError(f"{model.name!r} has an edit of activations in force; leave it before changing weights")
         with count_forwards(model) as forwards:
             found = self._found(model, forget)
-            chosen = checked(model, self.vectors if self.vectors is not None else [neuron for own in found.values() for neuron in own])
+            chosen = checked(
+                model,
+                self.vectors if self.vectors is not None else [neuron for own in found.values() for neuron in own],
+            )
             changes = self._ablated(model, chosen)
             edit = Edit(name="needle", base=model.hash(), deltas=column_deltas(model, changes))
             report: dict[str, Any] = {"n_backward": 0, "n_forward": 0}

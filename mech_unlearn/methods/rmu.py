@@ -56,7 +56,8 @@ class Rmu:
     texts: tuple[str, ...] = ()
     """Running texts that are to be forgotten beside the facts."""
     schedule: Schedule = Schedule(lr=1e-3, epochs=30, batch_size=4, stop_recall=0.1)
-    """Chosen on SmolLM2-135M; the paper takes 150 to 500 batches of 4 at lr 5e-5 on 7B models, which leaves that one as it was."""
+    """Chosen on SmolLM2-135M; the paper takes 150 to 500 batches of 4 at lr 5e-5 on 7B models, which leaves that one
+    as it was."""
     seed: int = 0
     """Draws the vector and the order of the rows."""
 

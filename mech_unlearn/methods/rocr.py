@@ -52,9 +52,9 @@ class Rocr:
     """Settings of the redirection; `fit` computes it."""
 
     layers: tuple[int, ...] | None = None
-    """Layers whose MLP output matrix is written; by default `keys.default_layers` of the depth, and layer 0 besides where
-    a name is the first token of a phrasing: a few layers on its state there is an attention sink, which no write turns,
-    while later layers still read the name from it."""
+    """Layers whose MLP output matrix is written; by default `keys.default_layers` of the depth, and layer 0 besides
+    where a name is the first token of a phrasing: a few layers on its state there is an attention sink, which no write
+    turns, while later layers still read the name from it."""
     z_layer: int | None = None
     """Layer after which the state at the name's last token is to be the anchor's; the last of `layers` if not given."""
     anchor: str = "unknown"

@@ -4,8 +4,8 @@ transformers alone would merge an adapter in silence, dequantize where it can, a
 missing or cut off.
 
 A GGUF file (llama.cpp's format, weights rounded to blocks of a few bits) becomes a plain model of the numbers that it
-stands for. transformers reads it with the package gguf, but what it gives counts as quantized and cannot be saved, so the
-model is built anew around them.
+stands for. transformers reads it with the package gguf, but what it gives counts as quantized and cannot be saved, so
+the model is built anew around them.
 """
 
 import importlib.util
@@ -141,7 +141,9 @@ def _read_gguf(source: str, file: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"model {source!r} is a GGUF file: pip install 'mech_unlearn[gguf]' for the package that reads it")
+        raise ValueError(
+            f"model {source!r} is a GGUF file: pip install 'mech_unlearn[gguf]' for the package that reads it"
+        )
     mend = "download the file again, or give the checkpoint that it was made from"
     with guarded(source, "cannot be read as a GGUF file", mend), torch.random.fork_rng(devices=[]):
         read = AutoModelForCausalLM.from_pretrained(

@@ -19,6 +19,16 @@ Attack = Callable[[], AbstractContextManager]
 """Puts a perturbation in force that was found before."""
 
 
+@dataclass(frozen=True, eq=False)
+class Adversary:
+    """Training under attack."""
+
+    attack: Callable[[Trainee, Sequence[int]], Attack]
+    """From a batch of forget rows to a perturbation under which their loss is taken."""
+    repeats: int = 1
+    """Optimiser steps on each batch, under the same perturbation."""
+
+
 @runtime_checkable
 class Watcher(Protocol):
     """Looks at training before each batch; may renew what the losses read, and may end it."""
@@ -75,8 +85,7 @@ class Around:
     """Whether retained rows are needed although the method gives them no weight."""
     penalty: Callable[[Trainee], Tensor] | None = None
     """A further term that reads the weights, for example a distance from where they began."""
-    adversary: Callable[[Trainee, Sequence[int]], Attack] | None = None
-    """From a batch of forget rows to a perturbation under which their loss is taken."""
+    adversary: Adversary | None = None
     watch: Watcher | None = None
     adapter: Adapter | None = None
     retain: RetainLoss | None = None

@@ -139,8 +139,8 @@ def catnip_loss(
 ) -> Float[Tensor, ""]:
     """(2 / beta) sum_t p(x_t)^kappa log(1 + (p(x_t) / r_t)^beta): sum over the answer tokens of a row, mean over rows.
 
-    r_t is the probability of the strongest other token; it and the weight get no gradient. The gradient on log p(x_t) is
-    2 sigmoid(beta log(p / r)) p^kappa: it fades as the answer does, a brake that a weight normalised over the batch
+    r_t is the probability of the strongest other token; it and the weight get no gradient. The gradient on log p(x_t)
+    is 2 sigmoid(beta log(p / r)) p^kappa: it fades as the answer does, a brake that a weight normalised over the batch
     would not be. Towards beta = 0 weighted ascent.
 
     Source: after 2602.02824, whose abstract names the confidence weight and the tokens; the form is a working one.

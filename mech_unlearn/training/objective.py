@@ -34,8 +34,6 @@ class Objective:
     """Layer whose resid_post the losses read as `scores.states`."""
     logits: bool = True
     """Whether the losses read logits; if not, forward passes end after `layer`."""
-    repeats: int = 1
-    """Optimiser steps on each batch (under the same perturbation)."""
 
 
 @dataclass(frozen=True)

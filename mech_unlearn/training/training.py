@@ -8,6 +8,7 @@ import copy
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -249,12 +250,9 @@ def _train_on(
     """The optimiser steps on one batch."""
     objective = run.objective
     kept = run.next_kept() if run.kept and objective.retain_weight else []
-    attack = around.adversary(run, members) if around.adversary else None
-    for _ in range(objective.repeats):
-        if attack:
-            with attack():
-                loss = objective.forget_weight * run.forget_loss(members)
-        else:
+    attack = around.adversary.attack(run, members) if around.adversary else nullcontext
+    for _ in range(around.adversary.repeats if around.adversary else 1):
+        with attack():
             loss = objective.forget_weight * run.forget_loss(members)
         if around.penalty:
             loss = loss + around.penalty(run)

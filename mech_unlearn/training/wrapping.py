@@ -33,7 +33,7 @@ def extended(around: Around, name: str, wrapper: Any, **changes: Any) -> Around:
     Raises:
         ValueError: a change that can be made once only was made by an outer wrapper.
     """
-    for key in ("direct", "adapter", "retain", "noise"):
+    for key in ("direct", "adapter", "adversary", "retain", "noise"):
         if key in changes and getattr(around, key) is not None:
             raise ValueError(f"{name} stands inside a method that already sets {key!r}: wrap by one of them only")
     changes["masks"] = (*around.masks, *changes.get("masks", ()))

@@ -62,14 +62,14 @@ def test_the_direction_points_to_the_forgotten_and_the_layer_is_where_they_diffe
     torch.testing.assert_close(back.direction, -found.direction)
 
 
-def test_outputs_are_averaged_over_the_tokens_of_each_prompt(tiny_model):
+def test_outputs_are_averaged_over_the_ordinary_tokens_of_each_prompt(tiny_model):
     rows = [encode(tiny_model.tokenizer, text).ids for text in ("Anna Lee was born in", "Rivers run to the sea .")]
     got = mean_outputs(tiny_model, rows)
     for i, row in enumerate(rows):
         seen = []
         with tiny_model.hooks((Site(1, "mlp_out"), lambda x, seen=seen: seen.append(x))):
             tiny_model.logits(torch.tensor([row]))
-        torch.testing.assert_close(got[1, i], seen[0][0].double().mean(0), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[1, i], seen[0][0, 1:].double().mean(0), atol=1e-5, rtol=1e-5)
 
 
 def test_the_name_loss_counts_all_tokens_of_the_rows_own_name():

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mech_unlearn.core import ForgetSet, RetainSet
-from mech_unlearn.methods import Lat
-from mech_unlearn.methods.lat import away_loss, log_not, worst_shift
+from mech_unlearn.methods import IdkDpo, Lat, Npo, Rmu, Rocr, Unlikelihood
+from mech_unlearn.methods.lat import worst_shift
 from mech_unlearn.model.load import load
 from mech_unlearn.training.around import PLAIN
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import AnswerTokens, answer_rows, collate, nll, score_rows
+from mech_unlearn.training.rows import answer_rows, collate, nll, score_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import _trainee
 from tests.planted import FORGOTTEN, planted_facts, planted_model
@@ -21,49 +21,8 @@ CPU = torch.device("cpu")
 LAYER = 1
 
 
-def tokens(logits, wanted, at):
-    return AnswerTokens(logits, torch.tensor(wanted), torch.tensor(at), torch.zeros(0, logits.shape[1]))
-
-
-def trained(model, rows, repeats=1):
-    return _trainee(model, rows, rows, Objective(lambda _: nll, 1.0, repeats=repeats), "", PLAIN)
-
-
-def test_the_loss_is_minus_the_log_probability_of_everything_else():
-    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    wanted, at = [1, 0, 6, 2, 2], [0, 0, 1, 1, 1]
-    p = logits.double().softmax(1)[range(5), wanted]
-    each = -(1 - p).log()
-    slow = (each[:2].mean() + each[2:].mean()) / 2
-    torch.testing.assert_close(away_loss(tokens(logits, wanted, at)).double(), slow, atol=1e-5, rtol=1e-5)
-
-
-def test_a_certain_answer_has_a_finite_loss_with_a_gradient():
-    logits = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
-    naive = -torch.log1p(-logits.softmax(1)[0, 0])
-    assert naive.isinf()
-    loss = away_loss(tokens(logits, [0], [0]))
-    loss.backward()
-    assert loss.item() == pytest.approx(60 - torch.tensor(2.0).log().item(), rel=1e-4)
-    assert logits.grad[0, 0] == pytest.approx(1.0)
-
-
-def test_a_token_below_the_floor_counts_as_zero_and_stays_in_the_mean():
-    logits = torch.tensor([[0.0, 8.0], [0.0, 0.0]], requires_grad=True)
-    loss = away_loss(tokens(logits, [0, 0], [0, 0]), floor=-5.0)
-    assert loss.item() == pytest.approx(torch.tensor(2.0).log().item() / 2)
-    loss.backward()
-    assert logits.grad[0].abs().sum() == 0 and logits.grad[1].abs().sum() > 0
-    unbounded = away_loss(tokens(logits, [0, 0], [0, 0]))
-    assert unbounded > loss
-
-
-def test_several_tokens_may_be_hit_at_once():
-    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    hit = torch.zeros(3, 6, dtype=torch.bool)
-    hit[:, [1, 4]] = True
-    slow = (1 - logits.softmax(1)[:, [1, 4]].sum(1)).log()
-    torch.testing.assert_close(log_not(logits, hit), slow, atol=1e-5, rtol=1e-5)
+def trained(model, rows):
+    return _trainee(model, rows, rows, Objective(lambda _: nll, 1.0), "", PLAIN)
 
 
 def test_the_attack_finds_the_corner_of_its_ball_and_moves_free_tokens_only():
@@ -83,12 +42,12 @@ def test_the_attack_makes_answers_likelier_and_leaves_when_it_ends(architecture,
     rows = answer_rows(model.tokenizer, tiny_sets[0].facts)
     run, members = trained(model, rows), [0, 3, 2]
     clean = run.forget_loss(members).item()
-    attack = Lat(eps=1.0)._attack(run, members, LAYER, model.d_model)
+    attack = Lat(eps=1.0, relative=False)._attack(run, members, LAYER, model.d_model)
     with attack():
         attacked = run.forget_loss(members).item()
     assert attacked < clean - 0.1
     assert run.forget_loss(members).item() == clean
-    relative = Lat(eps=1e-4, relative=True)._attack(run, members, LAYER, model.d_model)
+    relative = Lat(eps=1e-4)._attack(run, members, LAYER, model.d_model)
     with relative():
         assert abs(run.forget_loss(members).item() - clean) < 0.1 * (clean - attacked)
 
@@ -101,7 +60,7 @@ def test_by_default_only_the_prompts_tokens_are_shifted(tiny_model, tiny_sets):
     seen = []
 
     def watch(where):
-        attack = Lat(where=where, eps=0.5)._attack(run, members, LAYER, tiny_model.d_model)
+        attack = Lat(where=where, eps=0.5, relative=False)._attack(run, members, LAYER, tiny_model.d_model)
         handle = run.block(LAYER + 1).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
         try:
             run.forget_loss(members)
@@ -120,13 +79,13 @@ def test_by_default_only_the_prompts_tokens_are_shifted(tiny_model, tiny_sets):
 
 def test_the_counts_are_those_of_attack_and_steps(tiny_model, tiny_sets):
     report = (
-        Lat(schedule=Schedule(lr=1e-4, epochs=1, batch_size=4), pgd_steps=3, repeats=2)
+        Lat(base=Unlikelihood(schedule=Schedule(lr=1e-4, epochs=1, batch_size=4)), pgd_steps=3, repeats=2)
         .fit(tiny_model, *tiny_sets)
         .recipe["report"]
     )
     assert report["steps"] == 2
     assert report["n_backward"] == report["steps"] * (3 + 2 * 2)
-    assert report["n_forward"] == report["steps"] * (3 + 2 * 2) + 2  # and recall before and after
+    assert report["n_forward"] == report["steps"] * (1 + 3 + 2 * 2) + 2  # norms before, recall before and after
 
 
 def recovered(model, facts, eps, steps=25):
@@ -153,7 +112,8 @@ def test_an_attack_recovers_less_after_lat_than_after_the_same_ascent_without_an
     model, facts = planted_model(), planted_facts()
     forget, retain = ForgetSet(facts=facts[:FORGOTTEN]), RetainSet(neighbors=facts[FORGOTTEN:])
     schedule = Schedule(lr=4e-3, epochs=5, batch_size=20)
-    settings = dict(schedule=schedule, attack_layer=LAYER, pgd_lr=0.1, floor=-30.0, pgd_steps=8)
+    base = Unlikelihood(schedule=schedule, floor=-30.0)
+    settings = dict(base=base, attack_layer=LAYER, pgd_lr=0.1, relative=False, pgd_steps=8)
     questions = tuple(replace(fact, paraphrases=()) for fact in forget.facts)
     left, kept = {}, {}
     for eps in (0.5, 1e-6):
@@ -171,8 +131,30 @@ def test_an_attack_recovers_less_after_lat_than_after_the_same_ascent_without_an
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    ((Lat(eps=0.0), "eps must be positive"), (Lat(attack_layer=7), "not in"), (Lat(pgd_steps=0), "pgd_steps must")),
+    (
+        (Lat(eps=0.0), "eps must be positive"),
+        (Lat(attack_layer=7), "not in"),
+        (Lat(pgd_steps=0), "pgd_steps must"),
+        (Lat(base=Rmu()), "lat attacks answers"),
+        (Lat(base=Rocr()), "Rocr does not train"),
+        (Lat(base=Lat()), "already sets 'adversary'"),
+    ),
 )
 def test_settings_that_cannot_work_are_refused(tiny_model, tiny_sets, method, message):
     with pytest.raises(ValueError, match=message):
         method.fit(tiny_model, *tiny_sets)
+
+
+def test_any_method_that_trains_answers_can_be_the_base(tiny_model, tiny_sets):
+    schedule = Schedule(lr=1e-3, epochs=1, batch_size=4)
+    for base in (Npo(schedule=schedule), IdkDpo(schedule=schedule, refusals=("the sea",))):
+        plain = base.fit(tiny_model, *tiny_sets)
+        faint, strong = (
+            Lat(base=base, eps=eps, pgd_steps=4, repeats=1).fit(tiny_model, *tiny_sets) for eps in (1e-9, 1.0)
+        )
+        assert (
+            strong.recipe["method"] == "lat" and strong.recipe["settings"]["base"]["method"] == plain.recipe["method"]
+        )
+        for name, delta in plain.deltas.items():
+            torch.testing.assert_close(faint.deltas[name], delta, atol=2e-4, rtol=0)
+        assert any((strong.deltas[name] - delta).abs().max() > 5e-4 for name, delta in plain.deltas.items())

@@ -98,7 +98,9 @@ def test_the_planted_vector_is_found_and_without_it_the_fact_is_gone_while_other
 def test_each_entity_has_vectors_of_its_own_and_those_that_are_given_are_not_searched():
     model, facts = fresh_planted_model(), planted_facts()
     both = Needle(mode="zero", n=1).fit(model, ForgetSet(facts=facts[:2]), RetainSet()).recipe["report"]
-    alone = [Needle(mode="zero", n=1).fit(model, ForgetSet(facts=(f,)), RetainSet()).recipe["report"] for f in facts[:2]]
+    alone = [
+        Needle(mode="zero", n=1).fit(model, ForgetSet(facts=(f,)), RetainSet()).recipe["report"] for f in facts[:2]
+    ]
     assert both["found"] == {**alone[0]["found"], **alone[1]["found"]} and len(both["found"]) == 2
     assert both["vectors"] == [*alone[0]["vectors"], *alone[1]["vectors"]]
     given = Needle(vectors=((0, 1),)).fit(model, ForgetSet(facts=facts[:2]), RetainSet()).recipe["report"]

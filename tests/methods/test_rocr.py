@@ -116,7 +116,8 @@ def test_a_prompt_that_begins_with_other_text_is_a_context_of_its_own(tiny_model
 
 
 @pytest.mark.parametrize(
-    ("bos", "name", "layers"), [(False, "Anna", [0, 2, 3, 4]), (True, "Anna", [2, 3, 4]), (False, "Anna Lee", [2, 3, 4])]
+    ("bos", "name", "layers"),
+    [(False, "Anna", [0, 2, 3, 4]), (True, "Anna", [2, 3, 4]), (False, "Anna Lee", [2, 3, 4])],
 )
 def test_a_name_that_is_a_prompts_first_token_is_written_at_layer_0_too(bos, name, layers, tiny_sets):
     model = load(tiny_hf(layers=12), tokenizer=tiny_tokenizer(bos=bos))

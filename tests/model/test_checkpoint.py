@@ -144,7 +144,6 @@ def test_a_gguf_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, monkey
         load(file)
 
 
-
 def test_an_adapter_that_hangs_on_a_model_in_memory_is_refused_and_merged_it_loads():
     from peft import LoraConfig, get_peft_model
 

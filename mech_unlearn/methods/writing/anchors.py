@@ -25,7 +25,10 @@ def unknown_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
     Raises:
         ValueError: there is none, or one of them is to be forgotten or kept.
     """
-    kinds, known = {entity.kind for entity in forget.entities}, {*keys.names_of(forget.entities), *keys.names_of(retain.entities)}
+    kinds, known = (
+        {entity.kind for entity in forget.entities},
+        {*keys.names_of(forget.entities), *keys.names_of(retain.entities)},
+    )
     found = tuple(dict.fromkeys(entity.name for entity in retain.unknown if entity.kind in kinds))
     if told := sorted(known.intersection(found)):
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, Site
+from mech_unlearn.core import Entity, Fact, ForgetSet, Site
 from mech_unlearn.edit.edit import Edit, LowRank
 from mech_unlearn.edit.interventions import Tokens
 from mech_unlearn.model.bridge import Model, post_norm

@@ -113,8 +113,8 @@ def by_name(forget: ForgetSet) -> dict[str, tuple[Fact, ...]]:
 def prefixes(model: Model, forget: ForgetSet, n: int, seed: int) -> tuple[str, ...]:
     """Up to n openings that the model writes, of 5 and 10 tokens in turn, each token one of the five likeliest.
 
-    Each begins with another of `OPENERS`, or with the BOS alone where the tokenizer cannot write that word. What names a
-    forgotten entity is left out; none where nothing can be written.
+    Each begins with another of `OPENERS`, or with the BOS alone where the tokenizer cannot write that word. What names
+    a forgotten entity is left out; none where nothing can be written.
     """
     gone = [name for entity in forget.entities for name in (entity.name, *entity.aliases)]
     generator, out = torch.Generator().manual_seed(seed), dict[str, None]()

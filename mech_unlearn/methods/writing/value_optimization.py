@@ -15,8 +15,8 @@ Differs: the decay has ||delta|| to the first power over ||v_0||^2, as in ROME's
     clamp work per name, and a name that reached `stop_loss` is left alone, so that none feels the others;
     one delta per name serves all its questions (the papers have one per fact), as unlearning asks for;
     the KL is taken after the bare name, where the codes have "{} is a": nothing behind a token reaches it;
-    the KL is that of ROME's code, F.kl_div(log p_0, log p_delta, log_target=True), which is KL(p_delta || p_0): the paper
-    writes it the other way round;
+    the KL is that of ROME's code, F.kl_div(log p_0, log p_delta, log_target=True), which is KL(p_delta || p_0): the
+    paper writes it the other way round;
     prefixes are dealt out to the questions in turn (the codes ask every question behind every prefix);
     Adam's step is relative to the root mean square of v_0, because an absolute one fits one model's scale.
 """

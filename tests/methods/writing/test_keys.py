@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import processors
 
-from mech_unlearn.core import Entity, Site
+from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.methods.writing import keys, protect
 from mech_unlearn.model.load import load

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mech_unlearn.core import ForgetSet, RetainSet, Site
+from mech_unlearn.core import ForgetSet, Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.methods.writing.questions import (
