@@ -125,7 +125,7 @@ def fixed(name: str, at: Any) -> dict[str, Any]:
         "sae_shift": {"sae": at.sae, "mode": "weights"},
         "sae_shift as a hook": {"sae": at.sae},
         "sae_clamp": {"sae": at.sae},
-        "memit": {"z_layer": 3, "optimize": Optimize(clamp=0.75)},
+        "memit": {"z_layer": 3, "ridge": 0.05, "optimize": Optimize(clamp=0.75)},
         "memit, null space": {"z_layer": 3, "optimize": Optimize(clamp=0.75), "project": "null_space"},
         "needle": {"lr": 0.02},
         "directional_ablation": {"layers": (0, 1, 2, 3), "where": "from", "center": "reference"},

@@ -5,7 +5,8 @@ Paper:    Zhang, Lin, Bai and Mei 2024, Negative Preference Optimization, arXiv 
 Changes:  every weight (or those whose name matches `trainable`), full rank.
 Needs:    answer log-probabilities of the forget rows before training: one forward pass over them.
 Differs:  dropout is off; texts of the retain set join the retained answers in the retain term; training stops early
-          where `stop_recall` says so (off by default); the copy that is trained is float32.
+          where `stop_recall` says so (off by default); the copy that is trained is float32; the step size is constant,
+          where the code warms up over the first epoch (`schedule.warmup`) and then falls linearly to 0.
 Fails:    output-level: on one phrasing only it forgets that phrasing; relearning a few facts brings back others.
 """
 

@@ -7,9 +7,11 @@ term, clipping, stopping, checkpoints and undoing are the same for all.
 import copy
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import reduce
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.edit.edit import Delta, Edit
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.training.around import PLAIN, Around, masked_gradients
+from mech_unlearn.training.around import PLAIN, Around, Attack, masked_gradients
 from mech_unlearn.training.checkpoint import Progress, Saver, fingerprint
 from mech_unlearn.training.feed import Feed, by_entity
 from mech_unlearn.training.objective import Objective
@@ -219,7 +221,9 @@ def _loop(
                 batches.fill(members)
             if around.watch and around.watch(run):
                 return replace(progress, stopped=around.watch.reason)
-            _train_on(run, batches.take(), optimizer, schedule.clip, around, masks, before)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr * schedule.ramp(progress.step, steps)
+            _train_on(run, batches.take(), optimizer, schedule, around, masks, before)
             bar.update()
             progress = replace(progress, step=progress.step + 1, epoch=progress.epoch + (not batches.left))
             if not batches.left and schedule.stop_recall is not None:
@@ -242,42 +246,64 @@ def _train_on(
     run: Trainee,
     members: Sequence[int],
     optimizer: torch.optim.Optimizer,
-    clip: float,
+    schedule: Schedule,
     around: Around,
     masks: Mapping[str, Tensor],
     before: dict[str, Tensor],
 ) -> None:
     """The optimiser steps on one batch."""
-    objective = run.objective
-    kept = run.next_kept() if run.kept and objective.retain_weight else []
-    attack = around.adversary.attack(run, members) if around.adversary else nullcontext
+    kept = run.next_kept() if run.kept and run.objective.retain_weight else []
+    forgotten, retained = (_parts(rows, schedule.micro_batch) for rows in (members, kept))
+    attacks = [around.adversary.attack(run, part) if around.adversary else nullcontext for part, _ in forgotten]
     for _ in range(around.adversary.repeats if around.adversary else 1):
-        with attack():
-            loss = objective.forget_weight * run.forget_loss(members)
-        if around.penalty:
-            loss = loss + around.penalty(run)
+        ours, theirs = _forget_terms(run, forgotten, attacks, around), _retain_terms(run, retained)
         optimizer.zero_grad(set_to_none=True)
         if around.direct:
-            found = masked_gradients(run.weights, run.gradients(_finite(run, loss)), masks)
-            found = around.direct(run, found, optimizer, masks)
+            found = around.direct(run, masked_gradients(run.weights, _added(run, ours), masks), optimizer, masks)
             if kept:
-                theirs = run.gradients(_finite(run, objective.retain_weight * run.retain_loss(kept)))
-                found = [ours + more for ours, more in zip(found, theirs, strict=True)]
+                found = [one + more for one, more in zip(found, _added(run, theirs), strict=True)]
             for weight, gradient in zip(run.weights.values(), found, strict=True):
                 weight.grad = gradient
         else:
-            if kept:
-                loss = loss + objective.retain_weight * run.retain_loss(kept)
-            _finite(run, loss).backward()
-            run.n_backward += 1 + bool(kept)
+            for pair in zip_longest(ours, theirs):
+                terms = [term for term in pair if term is not None]
+                _finite(run, sum(terms[1:], terms[0])).backward()
+                run.n_backward += len(terms)
         for name, mask in masks.items():
             if (gradient := run.weights[name].grad) is not None:
                 gradient.mul_(mask)
-        torch.nn.utils.clip_grad_norm_(list(run.weights.values()), clip)
+        torch.nn.utils.clip_grad_norm_(list(run.weights.values()), schedule.clip)
         optimizer.step()
         with torch.no_grad():
             for name, mask in masks.items():
                 run.weights[name].copy_(torch.where(mask, run.weights[name], before[name]))
+
+
+def _parts(rows: Sequence[int], size: int | None) -> list[tuple[Sequence[int], float]]:
+    """The rows in micro-batches, each with its share of the batch: losses are means over rows."""
+    size = size or max(1, len(rows))
+    return [(part, len(part) / len(rows)) for part in (rows[i : i + size] for i in range(0, len(rows), size))]
+
+
+def _forget_terms(
+    run: Trainee, parts: Sequence[tuple[Sequence[int], float]], attacks: Sequence[Attack], around: Around
+) -> Iterator[Tensor]:
+    """The weighted forget loss of each micro-batch under its attack, the first with the penalty."""
+    for i, ((part, share), attack) in enumerate(zip(parts, attacks, strict=True)):
+        with attack():
+            loss = share * run.objective.forget_weight * run.forget_loss(part)
+        yield loss + around.penalty(run) if around.penalty and i == 0 else loss
+
+
+def _retain_terms(run: Trainee, parts: Sequence[tuple[Sequence[int], float]]) -> Iterator[Tensor]:
+    for part, share in parts:
+        yield share * run.objective.retain_weight * run.retain_loss(part)
+
+
+def _added(run: Trainee, terms: Iterable[Tensor]) -> list[Tensor]:
+    """The gradient of a sum of losses, one backward pass each."""
+    each = (run.gradients(_finite(run, term)) for term in terms)
+    return reduce(lambda total, more: [a.add_(b) for a, b in zip(total, more, strict=True)], each)
 
 
 def _finite(run: Trainee, loss: Tensor) -> Tensor:

@@ -71,10 +71,12 @@ def test_one_name_in_one_context_reaches_its_target_whatever_the_number_of_layer
 
 def test_lambda_can_be_that_of_the_paper_and_a_large_one_writes_little(tiny_model, tiny_sets):
     gains = {}
-    for weight in (None, 1.0, 15_000.0):
-        report = Memit(layers=(1,), optimize=FEW, cov_weight=weight).fit(tiny_model, *tiny_sets).recipe["report"]
+    for weight in (None, 0.05, 1.0, 15_000.0):
+        lam = dict(ridge=weight) if weight == 0.05 else dict(cov_weight=weight)
+        report = Memit(layers=(1,), optimize=FEW, **lam).fit(tiny_model, *tiny_sets).recipe["report"]
         gains[weight] = report["gain"][0], sum(report["delta_norm"].values())
-    assert gains[None][0] == pytest.approx(1 / 1.05, abs=0.02)
+    assert gains[0.05][0] == pytest.approx(1 / 1.05, abs=0.02)
+    assert gains[None][0] == pytest.approx(1 / 1.9, abs=0.05)
     assert gains[15_000.0][0] < gains[1.0][0] and gains[15_000.0][1] < gains[1.0][1]
 
 
@@ -83,7 +85,7 @@ def test_planted_facts_go_and_others_stay(project):
     model, (forget, retain) = fresh_planted_model(), planted_sets()
     settings = dict(target="refusal", refusal="Bern", kl_weight=0.0)  # the answer is read at the name itself
     optimize = Optimize(**settings, steps=40, clamp=2.0)
-    method = Memit(layers=(2,), optimize=optimize, project=project, energy=0.01)
+    method = Memit(layers=(2,), optimize=optimize, project=project, energy=0.01, ridge=0.05)
     assert recall(model, forget.facts).value == recall(model, retain.neighbors).value == 1
     with method.fit(model, forget, retain).on(model):
         assert recall(model, forget.facts).value == 0

@@ -9,7 +9,20 @@ import pytest
 import torch
 
 from mech_unlearn.core import RetainSet
-from mech_unlearn.methods import METHODS, LastLayerAscent, Npo
+from mech_unlearn.methods import (
+    METHODS,
+    Catnip,
+    Flat,
+    Gu,
+    IdkDpo,
+    KlMin,
+    LastLayerAscent,
+    Npo,
+    Rmu,
+    SimNpo,
+    Undial,
+    Unlikelihood,
+)
 from mech_unlearn.methods.last_layer_ascent import ascent_loss
 from mech_unlearn.methods.npo import npo_loss
 from mech_unlearn.model.load import load
@@ -283,3 +296,68 @@ def test_a_model_whose_blocks_hold_no_module_named_mlp_is_trained(tiny_sets):
     before = nll_of(model, tiny_sets[0].facts)
     with Npo(schedule=FAST).fit(model, *tiny_sets).on(model):
         assert nll_of(model, tiny_sets[0].facts) > before + 0.1
+
+
+def descend(optimizer):
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.data.sub_(group["lr"] * weight.grad)
+
+
+ROWS = dict(lr=0.1, epochs=1, batch_size=8)
+MEANS_OVER_ROWS = {
+    "npo": Npo(),
+    "kl_min": KlMin(),
+    "idk_dpo": IdkDpo(refusals=("the sea",)),
+    "sim_npo": SimNpo(),
+    "undial": Undial(),
+    "flat": Flat(refusals=("the sea",)),
+    "catnip": Catnip(),
+    "rmu": Rmu(alpha=1.0),
+    "unlikelihood": Unlikelihood(),
+    "gu": Gu(base=Npo(), k=2),
+}
+
+
+@pytest.mark.parametrize("name", MEANS_OVER_ROWS)
+def test_micro_batches_add_up_to_the_batch(name, tiny_model, tiny_sets, monkeypatch):
+    """Of plain gradient descent, because AdamW's first step is a sign, which rounding turns where a gradient is 0."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", descend)
+    method = MEANS_OVER_ROWS[name]
+
+    def fitted(**settings):
+        schedule = Schedule(**ROWS, **settings)
+        own = replace(method, base=replace(method.base, schedule=schedule)) if hasattr(method, "base") else None
+        return (own or replace(method, schedule=schedule)).fit(tiny_model, *tiny_sets)
+
+    whole, parts = fitted(), fitted(micro_batch=3)
+    assert parts.recipe["report"]["n_backward"] > whole.recipe["report"]["n_backward"]
+    for key, delta in whole.deltas.items():
+        torch.testing.assert_close(parts.deltas[key], delta, atol=1e-6, rtol=1e-4)
+    assert max(delta.abs().max() for delta in whole.deltas.values()) > 1e-4
+
+
+def test_one_micro_batch_of_the_whole_and_no_warm_up_change_no_bit(tiny_model, tiny_sets):
+    plain = Npo(schedule=FAST).fit(tiny_model, *tiny_sets)
+    same = Npo(schedule=replace(FAST, micro_batch=FAST.batch_size, warmup=0.0)).fit(tiny_model, *tiny_sets)
+    assert all(torch.equal(same.deltas[key], delta) for key, delta in plain.deltas.items())
+
+
+def test_the_step_size_rises_linearly_and_stays(tiny_model, tiny_sets, monkeypatch):
+    schedule, seen = Schedule(lr=1e-3, epochs=5, batch_size=4, warmup=0.4), []
+    assert [schedule.ramp(i, 10) for i in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert Schedule(lr=1e-3, epochs=1).ramp(0, 10) == 1.0
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (seen.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    Npo(schedule=schedule).fit(tiny_model, *tiny_sets)
+    assert seen == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, *[1e-3] * 6])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), (({"warmup": 1.5}, "warmup=1.5"), ({"micro_batch": 0}, "micro_batch=0"))
+)
+def test_settings_of_the_schedule_that_cannot_work_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(lr=1e-3, epochs=1, **setting)
