@@ -8,7 +8,9 @@ Changes:  mode "hook": states at the chosen sites; mode "weights": token and pos
 Needs:    states of the forgotten and of unknown (or retained) names in every context.
 Differs:  the direction is that of names to be forgotten, read at their last token; by default only their states are
           changed and not every token's. Further directions (`rank`) are the leading ones in which the forgotten names
-          differ among each other. center="reference" moves the component to the reference's mean, not to zero. In the
+          differ among each other. In the weights, where every token is changed, the parts along the mean state and
+          along first tokens (attention sinks) are taken out of the direction: with them SmolLM2 drifts by 2.75 nats per
+          token, without by .03. center="reference" moves the component to the reference's mean, not to zero. In the
           weights only what writes at or below the site is changed, the paper changes all layers. Behind a norm
           (Gemma 2, OLMo 2) matrices are made orthogonal to gain * r, so that what the norm lets through is orthogonal.
 Fails:    one direction says that a name is known, not what is known about it. The direction is also used by other
@@ -17,7 +19,9 @@ Fails:    one direction says that a name is known, not what is known about it. T
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,9 +33,11 @@ from mech_unlearn.edit.edit import Edit, LowRank
 from mech_unlearn.edit.interventions import Where
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.methods.writing.columns import outcome
+from mech_unlearn.methods.writing.protect import KEY_SOURCES, protected_rows
 from mech_unlearn.methods.writing.state_maps import Against, Map, fitted, groups, mean_distance, orthonormal, sites_of
 from mech_unlearn.model import bridge
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.capture import stream
 
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|embed_in|word_embeddings|embed_positions)\.weight$")
 ATTENTION = r"(^|\.){layer}\.(self_attn|attn|attention|self_attention)\.(o_proj|c_proj|dense|out_proj)\.(weight|bias)$"
@@ -75,7 +81,9 @@ class DirectionalAblation:
         contexts = keys.contexts_of(forget.facts)
         sites = sites if self.mode == "hook" else sites[-1:]
         with keys.count_forwards(model) as forwards:
-            maps = fitted(model, names, others, contexts, sites, self._map, where, self.skip_first)
+            aside = bystanders(model, retain, contexts, sites[-1]) if self.mode == "weights" else None
+            fit = partial(self._map, aside=aside)
+            maps = fitted(model, names, others, contexts, sites, fit, where, self.skip_first)
             change: dict[str, Any] = {"interventions": maps}
             if self.mode == "weights":
                 change = {"deltas": orthogonal_writers(model, maps[0].right, sites[0])}
@@ -98,10 +106,25 @@ class DirectionalAblation:
             raise ValueError(f"{model.name!r} has an edit of activations in force; leave it before changing weights")
         return "all"
 
-    def _map(self, own: Tensor, other: Tensor) -> Map:
+    def _map(self, own: Tensor, other: Tensor, aside: Tensor | None) -> Map:
+        if aside is not None:
+            own, other = (x - x @ aside.T @ aside for x in (own, other))
         directions = difference_directions(own, other, self.rank)
         center = other.mean((0, 1)) if self.center == "reference" else torch.zeros_like(other[0, 0])
         return directions.T, directions, center
+
+
+def bystanders(
+    model: Model, retain: RetainSet, contexts: Sequence[str], site: Site
+) -> Float[Tensor, "direction d_model"]:
+    """Orthonormal directions of the mean state of what must stay: of its ordinary tokens, and of first tokens.
+
+    A first token is an attention sink and longer than all others; what every token has in common is no name's own.
+    """
+    rows = [ids for group, _ in protected_rows(model, retain, contexts, KEY_SOURCES) for ids in group]
+    places = ("ordinary", [[0]] * len(rows))
+    means = [torch.cat([part.at[site].double() for part in stream(model, rows, [site], at)]).mean(0) for at in places]
+    return orthonormal(torch.stack(means))
 
 
 def difference_directions(

@@ -21,7 +21,7 @@ from mech_unlearn.edit.edit import Edit
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.around import PLAIN, Around
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import EVAL_BATCH, answer_rows, nll, score_rows
+from mech_unlearn.training.rows import answer_rows, eval_chunks, nll, score_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import reported, require_positive, trained_edit
 
@@ -55,7 +55,7 @@ class TaskVector:
             left = score_rows(model.hf, rows, model.tokenizer.pad_token_id or 0, model.device)
         return reported(
             edit,
-            -(-len(rows) // EVAL_BATCH),
+            len(eval_chunks(rows, model.hf)),
             memorised_recall=learned.recipe["report"]["forget_recall"],
             forget_recall=left.exact.float().mean().item(),
         )

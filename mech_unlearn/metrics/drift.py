@@ -9,6 +9,7 @@ from torch import Tensor
 from mech_unlearn.core import Measurement
 from mech_unlearn.metrics.intervals import mean_ci
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.forward import logit_tokens
 from mech_unlearn.model.tokens import buckets
 
 
@@ -32,7 +33,7 @@ def general_kl(full: Model, model: Model, texts: Sequence[str], seed: int = 0) -
         raise ValueError("the drift of a model needs texts to be measured on")
     rows = [full.tokenizer(text)["input_ids"] for text in texts]
     values, clusters = [], []
-    for members in buckets(rows):
+    for members in buckets(rows, min(8192, logit_tokens(full.hf.config.vocab_size))):
         ids = torch.tensor([rows[i] for i in members], device=full.device)
         kl = token_kl(full.logits(ids), model.logits(ids.to(model.device)).to(full.device)).cpu()
         values.append(kl.flatten())

@@ -11,6 +11,14 @@ from torch import Tensor
 
 from mech_unlearn.model.bridge import Model
 
+LOGIT_BYTES = 2**28
+"""Float32 logits held at once, at the most, where one row has no more."""
+
+
+def logit_tokens(d_vocab: int) -> int:
+    """Tokens whose float32 logits fit into `LOGIT_BYTES`; one at the least."""
+    return max(1, LOGIT_BYTES // (4 * d_vocab))
+
 
 def _keep(model: Model, positions: int) -> dict[str, int]:
     """The argument by which a Hugging Face model unembeds its last positions only; none where it has no such."""

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.forward import logit_tokens
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.model.tokens import encode_all, make_queries, pad
 
 TrainRow = tuple[tuple[int, ...], int]
 """Token ids and the position where the answer begins."""
 EVAL_BATCH = 256
+"""Rows scored at once, at the most."""
 REFUSALS = (
     "I do not know.",
     "I am not sure.",
@@ -142,15 +144,16 @@ def collate(rows: Sequence[TrainRow], members: Sequence[int], fill: int, device:
     return TrainBatch(ids.to(device), mask.to(device), answer.to(device), torch.tensor(list(members), device=device))
 
 
-def answer_tokens(logits: Float[Tensor, "batch pos d_vocab"], batch: TrainBatch) -> AnswerTokens:
-    """The logits (float32) at the positions before the answer tokens of a batch; never those of a prompt or a pad."""
+def predicting(batch: TrainBatch) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
+    """Row and position before each answer token of a batch; never those of a prompt or a pad."""
     at, before = batch.answer[:, 1:].nonzero(as_tuple=True)
-    return AnswerTokens(logits[at, before].float(), batch.ids[at, before + 1], at, logits.new_empty(0, logits.shape[2]))
+    return at, before
 
 
-def batch_scores(logits: Float[Tensor, "batch pos d_vocab"], batch: TrainBatch) -> BatchScores:
-    """Sums of answer log-probabilities (float32, nats) and greedy hits from the logits of a batch."""
-    each = answer_tokens(logits, batch)
+def batch_scores(logits: Float[Tensor, "token d_vocab"], batch: TrainBatch) -> BatchScores:
+    """Sums of answer log-probabilities (float32, nats) and greedy hits, from the logits where a batch is `predicting`."""
+    at, before = predicting(batch)
+    each = AnswerTokens(logits.float(), batch.ids[at, before + 1], at, logits.new_empty(0, logits.shape[1]))
     logprob = each.logits.gather(1, each.wanted[:, None])[:, 0] - each.logits.logsumexp(1)
     sums = torch.zeros(len(batch.ids), device=logits.device).index_add(0, each.at, logprob)
     misses = torch.zeros_like(sums).index_add(0, each.at, (each.logits.detach().argmax(1) != each.wanted).float())
@@ -158,14 +161,40 @@ def batch_scores(logits: Float[Tensor, "batch pos d_vocab"], batch: TrainBatch) 
 
 
 def forward(hf: Any, batch: TrainBatch) -> BatchScores:
-    """Scores of one batch under an HF model."""
-    return batch_scores(hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits, batch)
+    """Scores of one batch under an HF model; only where it is `predicting` are states unembedded."""
+    places = predicting(batch)
+    head = hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][places][None], *args[1:]))
+    try:
+        logits = hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits[0]
+    finally:
+        head.remove()
+    return batch_scores(logits, batch)
+
+
+def chunks(members: Sequence[int], tokens: Sequence[int], d_vocab: int, most: int) -> list[list[int]]:
+    """The members in order, in chunks of at most `most` whose logits fit into `LOGIT_BYTES`.
+
+    Args:
+        tokens: answer tokens of each member.
+    """
+    room, out, held = logit_tokens(d_vocab), [], 0
+    for member, n in zip(members, tokens, strict=True):
+        if not out or len(out[-1]) == most or held + n > room:
+            out, held = [*out, []], 0
+        out[-1].append(member)
+        held += n
+    return out
+
+
+def eval_chunks(rows: Sequence[TrainRow], hf: Any) -> list[list[int]]:
+    """How `score_rows` splits its rows."""
+    return chunks(range(len(rows)), [len(ids) - start for ids, start in rows], hf.config.vocab_size, EVAL_BATCH)
 
 
 @torch.no_grad()
 def score_rows(hf: Any, rows: Sequence[TrainRow], fill: int, device: torch.device) -> BatchScores:
     """Scores of every row, in order, without gradients."""
-    spans = [range(i, min(i + EVAL_BATCH, len(rows))) for i in range(0, len(rows), EVAL_BATCH)]
+    spans = eval_chunks(rows, hf)
     parts = [replace(forward(hf, collate(rows, span, fill, device)), each=NO_TOKENS) for span in spans]
     sums, tokens, exact, row = (
         torch.cat([getattr(part, key) for part in parts]) for key in ("logprob", "tokens", "exact", "row")

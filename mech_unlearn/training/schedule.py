@@ -23,8 +23,8 @@ class Schedule:
     batch_size: int = 32
     """Forget rows per step; as many retain rows go with them where a method has any."""
     micro_batch: int | None = None
-    """Rows per forward and backward pass, whose gradients are added up: less memory for the same steps, up
-    to rounding. None takes a step's rows at once."""
+    """Rows per forward and backward pass, whose gradients are added up: less memory for the same steps, up to rounding.
+    None takes as many as `LOGIT_BYTES` of logits allow, all of a step's as a rule."""
     warmup: float = 0.0
     """Share of the planned steps over which the step size rises linearly from 0."""
     weight_decay: float = 0.01

@@ -13,13 +13,13 @@ from mech_unlearn.model.bridge import Model
 from mech_unlearn.training.losses import kl_loss
 from mech_unlearn.training.objective import Noise, Objective
 from mech_unlearn.training.rows import (
-    EVAL_BATCH,
     NO_TOKENS,
     BatchScores,
     States,
     TrainBatch,
     TrainRow,
     collate,
+    eval_chunks,
     forward,
     nll,
     score_rows,
@@ -144,6 +144,11 @@ class Trainee:
         self.last["forget_loss"] = loss.item()
         return loss
 
+    def answer_count(self, members: Sequence[int]) -> list[int]:
+        """Answer tokens of each forget row, with those of the other that belongs to it."""
+        rows = [[self.asked[j] for j in self.beside([i])] for i in members]
+        return [sum(len(ids) - start for ids, start in group) for group in rows]
+
     def retain_loss(self, members: Sequence[int]) -> Tensor:
         """The loss of some retained rows."""
         kind = self.objective.retain
@@ -162,7 +167,7 @@ class Trainee:
 
     def score(self, rows: Sequence[TrainRow]) -> BatchScores:
         """Scores of every row, in order, without gradients."""
-        self.n_forward += -(-len(rows) // EVAL_BATCH)
+        self.n_forward += len(eval_chunks(rows, self.hf))
         return score_rows(self.hf, rows, self.fill, self.device)
 
     @contextmanager

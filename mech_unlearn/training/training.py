@@ -24,7 +24,7 @@ from mech_unlearn.training.around import PLAIN, Around, Attack, masked_gradients
 from mech_unlearn.training.checkpoint import Progress, Saver, fingerprint
 from mech_unlearn.training.feed import Feed, by_entity
 from mech_unlearn.training.objective import Objective
-from mech_unlearn.training.rows import TrainRow, answer_rows, text_rows
+from mech_unlearn.training.rows import TrainRow, answer_rows, chunks, text_rows
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.trainee import Trainee, changes, masked, trained_copy
 
@@ -253,7 +253,8 @@ def _train_on(
 ) -> None:
     """The optimiser steps on one batch."""
     kept = run.next_kept() if run.kept and run.objective.retain_weight else []
-    forgotten, retained = (_parts(rows, schedule.micro_batch) for rows in (members, kept))
+    forgotten = _parts(run, members, run.answer_count(members), schedule.micro_batch)
+    retained = _parts(run, kept, [len(run.kept[i][0]) - run.kept[i][1] for i in kept], schedule.micro_batch)
     attacks = [around.adversary.attack(run, part) if around.adversary else nullcontext for part, _ in forgotten]
     for _ in range(around.adversary.repeats if around.adversary else 1):
         ours, theirs = _forget_terms(run, forgotten, attacks, around), _retain_terms(run, retained)
@@ -279,10 +280,12 @@ def _train_on(
                 run.weights[name].copy_(torch.where(mask, run.weights[name], before[name]))
 
 
-def _parts(rows: Sequence[int], size: int | None) -> list[tuple[Sequence[int], float]]:
+def _parts(
+    run: Trainee, rows: Sequence[int], tokens: Sequence[int], size: int | None
+) -> list[tuple[Sequence[int], float]]:
     """The rows in micro-batches, each with its share of the batch: losses are means over rows."""
-    size = size or max(1, len(rows))
-    return [(part, len(part) / len(rows)) for part in (rows[i : i + size] for i in range(0, len(rows), size))]
+    d_vocab = run.hf.config.vocab_size if run.objective.logits else 1
+    return [(part, len(part) / len(rows)) for part in chunks(rows, tokens, d_vocab, size or len(rows))]
 
 
 def _forget_terms(

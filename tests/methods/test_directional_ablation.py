@@ -9,9 +9,10 @@ from mech_unlearn.core import Entity, ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import Edit
 from mech_unlearn.edit.interventions import Affine
 from mech_unlearn.methods import DirectionalAblation
-from mech_unlearn.methods.directional_ablation import difference_directions
+from mech_unlearn.methods.directional_ablation import bystanders, difference_directions
 from mech_unlearn.methods.writing import keys
 from mech_unlearn.metrics.recall import recall
+from mech_unlearn.model.capture import stream
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
 from mech_unlearn.model.tokens import make_queries
@@ -63,6 +64,25 @@ def test_a_hook_takes_the_component_at_the_name_and_nowhere_else(tiny_model, tin
     torch.testing.assert_close((moved @ r)[0, 5], center @ r, atol=1e-4, rtol=1e-4)
 
 
+def written_off(model, edit):
+    """The directions that the token embeddings lost."""
+    table = model.hf.get_input_embeddings().weight
+    return next(edit.deltas[name].right for name, weight in model.held.items() if weight is table)
+
+
+def test_in_the_weights_the_direction_leaves_the_mean_state_and_first_tokens_alone(tiny_model, tiny_sets):
+    site = Site(1, "resid_post")
+    edit = DirectionalAblation(mode="weights", layers=(1,)).fit(tiny_model, *tiny_sets)
+    r = written_off(tiny_model, edit)
+    (plain,) = DirectionalAblation(layers=(1,)).fit(tiny_model, *tiny_sets).interventions
+    aside = bystanders(tiny_model, tiny_sets[1], keys.contexts_of(tiny_sets[0].facts), site)
+    assert aside.shape[0] == 2 and (r.double() @ aside.T).abs().max() < 1e-6
+    assert (plain.right.double() @ aside.T).abs().max() > 0.05
+    texts = [tiny_model.tokenizer(text).input_ids for text in tiny_sets[1].texts]
+    first = next(iter(stream(tiny_model, texts, [site], [[0]] * len(texts)))).at[site][0].double()
+    assert (first @ aside.T).norm() > 0.999 * first.norm()  # the BOS, the same in every row
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_in_the_weights_no_state_up_to_the_site_has_the_component(architecture, dtype, tiny_sets):
@@ -72,8 +92,8 @@ def test_in_the_weights_no_state_up_to_the_site_has_the_component(architecture, 
             if weight.ndim == 1:
                 weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
     sites = [Site(layer, "resid_post") for layer in range(3)]
-    r = directions(model, tiny_sets, 1, rank=2)
     edit = DirectionalAblation(mode="weights", layers=(1,), rank=2).fit(model, *tiny_sets)
+    r = written_off(model, edit)
     clean = seen(model, sites)
     with edit.on(model):
         after = seen(model, sites)
@@ -88,7 +108,7 @@ def test_in_the_weights_no_state_up_to_the_site_has_the_component(architecture, 
 def test_weights_do_what_hooks_at_every_place_below_do(kind, tiny_sets):
     model = load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
     edit = DirectionalAblation(mode="weights", layers=(1,), kind=kind).fit(model, *tiny_sets)
-    r = DirectionalAblation(layers=(1,), kind=kind).fit(model, *tiny_sets).interventions[0].right
+    r = written_off(model, edit)
     order = [
         Site(layer, k) for layer in (0, 1) for k in ("resid_pre", "resid_mid", "resid_post")
     ]  # resid_mid: the MLP's input

@@ -21,7 +21,7 @@ from mech_unlearn.training.losses import (
     simnpo_loss,
     undial_loss,
 )
-from mech_unlearn.training.rows import TrainBatch, batch_scores
+from mech_unlearn.training.rows import TrainBatch, batch_scores, predicting
 
 VOCAB = 9
 ROWS = [((5, 6, 7, 8), 2), ((5, 6, 7), 2), ((3, 4, 1, 2, 8, 6), 1)]
@@ -70,7 +70,7 @@ def loss_of(name, **layout):
     """(loss, logits with gradients, batch)"""
     logits, batch = lay_out(tables(0), **layout)
     before, _ = lay_out(tables(50), **layout)
-    scores, old = batch_scores(logits, batch), batch_scores(before.detach(), batch)
+    scores, old = (batch_scores(x[predicting(batch)], batch) for x in (logits, before.detach()))
     loss = LOSSES[name](scores, old)
     loss.backward()
     return loss.detach(), logits.grad, batch
@@ -159,7 +159,9 @@ def test_flat_is_built_from_g_and_the_conjugate_of_each_divergence(divergence):
 def test_flat_takes_the_mean_probability_over_answer_tokens_only():
     logits, batch = lay_out(tables(0), extra=7)
     wanted = [sum(math.exp(logp[x]) for logp, x in slow(i)) / len(slow(i)) for i in range(3)]
-    torch.testing.assert_close(probs(batch_scores(logits, batch)), torch.tensor(wanted), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        probs(batch_scores(logits[predicting(batch)], batch)), torch.tensor(wanted), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_catnip_weighs_each_token_by_confidence_and_compares_it_with_its_strongest_rival():

@@ -33,16 +33,19 @@ from mech_unlearn.training.rows import (
     BatchScores,
     answer_rows,
     batch_scores,
+    chunks,
     collate,
+    eval_chunks,
     forward,
     nll,
+    predicting,
     score_rows,
     text_rows,
 )
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.trainee import trained_copy
 from mech_unlearn.training.wrapping import trains
-from tests.tiny import tiny_hf, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
 CPU = torch.device("cpu")
 FAST = Schedule(lr=3e-3, epochs=1, batch_size=4)
@@ -80,16 +83,46 @@ def test_only_answer_tokens_get_gradient():
     rows = [((5, 6, 7, 8), 2), ((5, 6, 7), 2)]
     batch = collate(rows, [0, 1], 0, CPU)
     logits = torch.randn(2, 4, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    nll(batch_scores(logits, batch)).backward()
+    nll(batch_scores(logits[predicting(batch)], batch)).backward()
     touched = logits.grad.any(-1).tolist()
     assert touched == [[False, True, True, False], [False, True, False, False]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_states_that_predict_an_answer_are_unembedded_and_scores_are_those_of_whole_logits(
+    architecture, tiny_sets
+):
+    hf = tiny_hf(architecture)
+    batch = collate(answer_rows(tiny_tokenizer(), tiny_sets[0].facts), range(6), 0, CPU)
+    whole = hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits[predicting(batch)]
+    shapes = []
+    handle = hf.get_output_embeddings().register_forward_hook(lambda _, args, out: shapes.append(out.shape[:-1]))
+    few = forward(hf, batch)
+    handle.remove()
+    assert shapes == [(1, int(batch.answer.sum()))]
+    torch.testing.assert_close(few.each.logits, whole, atol=1e-5, rtol=1e-5)
+    assert not hf.get_output_embeddings()._forward_pre_hooks
+
+
+def test_rows_are_scored_in_chunks_whose_logits_fit(tiny_model, tiny_sets, monkeypatch):
+    rows = answer_rows(tiny_model.tokenizer, tiny_sets[0].facts)
+    whole = score_rows(tiny_model.hf, rows, 0, CPU)
+    assert chunks([5, 6, 7, 8], [2, 2, 9, 1], 10, 3) == [[5, 6, 7], [8]]
+    monkeypatch.setattr("mech_unlearn.model.forward.LOGIT_BYTES", 4 * 10 * 4)
+    assert chunks([5, 6, 7, 8], [2, 2, 9, 1], 10, 3) == [[5, 6], [7], [8]]
+    parts = score_rows(tiny_model.hf, rows, 0, CPU)
+    assert len(eval_chunks(rows, tiny_model.hf)) == len(rows)
+    torch.testing.assert_close(parts.logprob, whole.logprob, atol=1e-5, rtol=1e-5)
+    report = Npo(schedule=FAST).fit(tiny_model, *tiny_sets).recipe["report"]
+    assert report["n_backward"] > 2 * report["steps"]  # a step's rows are split by themselves
 
 
 def test_an_answer_of_several_tokens_is_a_sum_and_the_nll_a_mean():
     rows = [((5, 6, 7, 8), 2)]
     logits = torch.randn(1, 4, 11, generator=torch.Generator().manual_seed(0))
     logp = logits.log_softmax(-1)
-    got = batch_scores(logits, collate(rows, [0], 0, CPU))
+    batch = collate(rows, [0], 0, CPU)
+    got = batch_scores(logits[predicting(batch)], batch)
     wanted = logp[0, 1, 7] + logp[0, 2, 8]
     torch.testing.assert_close(got.logprob[0], wanted)
     torch.testing.assert_close(nll(got), -wanted / 2)
