@@ -151,7 +151,7 @@ def predicting(batch: TrainBatch) -> tuple[Int[Tensor, " token"], Int[Tensor, " 
 
 
 def batch_scores(logits: Float[Tensor, "token d_vocab"], batch: TrainBatch) -> BatchScores:
-    """Sums of answer log-probabilities (float32, nats) and greedy hits, from the logits where a batch is `predicting`."""
+    """Sums of answer log-probabilities (float32, nats) and greedy hits; logits where the batch is `predicting`."""
     at, before = predicting(batch)
     each = AnswerTokens(logits.float(), batch.ids[at, before + 1], at, logits.new_empty(0, logits.shape[1]))
     logprob = each.logits.gather(1, each.wanted[:, None])[:, 0] - each.logits.logsumexp(1)
