@@ -7,6 +7,7 @@ locating, measuring and judging give back. A little over 300 lines, so that all 
 
 import html
 import random
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -75,6 +76,14 @@ def _check_name(name: Any, where: str) -> None:
         raise ValueError(f"{where} begins or ends with white space: {name!r}; strip it")
 
 
+SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""First words of the Unicode names of characters of scripts that are written without spaces."""
+
+
+def _joiner(text: str) -> str:
+    return "" if unicodedata.name(text[-1], "").startswith(SPACELESS) else " "
+
+
 def _check_template(template: str, where: str) -> None:
     _check_text(template, where)
     if template.count("{}") != 1:
@@ -99,7 +108,7 @@ class Fact:
     relation: str
     object: str
     prompt: str
-    """The main phrasing; `{}` stands for the subject and the object follows after one space."""
+    """The main phrasing; `{}` stands for the subject and the object follows after the joiner."""
     paraphrases: tuple[str, ...] = ()
     """Further phrasings that a method may see."""
     heldout: tuple[str, ...] = ()
@@ -112,6 +121,9 @@ class Fact:
     """Type of the subject, for example `person`."""
     group: str | None = None
     """What is forgotten together; the subject when not given."""
+    joiner: str | None = None
+    """What stands between a prompt and the object: a space or nothing. None is chosen by the main phrasing: nothing
+    where it ends in a script that is written without spaces (`SPACELESS`)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Unknown keys of the facts file, kept as they came; lists as tuples."""
 
@@ -124,6 +136,8 @@ class Fact:
         for name in ("kind", "group"):
             if (value := getattr(self, name)) is not None:
                 _check_name(value, f"field {name!r}")
+        if self.joiner not in (None, "", " "):
+            raise ValueError(f"field 'joiner' must be a space or empty, got {self.joiner!r}")
         if self.object == self.subject:
             raise ValueError(f"object equals subject: {self.object!r}")
         if self.object in self.distractors:
@@ -138,9 +152,20 @@ class Fact:
         if own := [key for key in self.extra if key in _FIELDS]:
             raise ValueError(f"extra key {own[0]!r} is the name of a field")
         object.__setattr__(self, "extra", MappingProxyType(_frozen(self.extra)))
+        if self.joiner is None:
+            object.__setattr__(self, "joiner", _joiner(self.prompt.replace("{}", self.subject)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # the read-only view of `extra` cannot be pickled
         return partial(type(self), **{**vars(self), "extra": dict(self.extra)}), ()
+
+    def joined(self, prompt: str, answer: str | None = None) -> str:
+        """A prompt and an answer as one text: the object, or another answer; nothing joins them behind white space."""
+        between = "" if prompt.endswith((" ", "\n")) else self.joiner
+        return f"{prompt}{between}{self.object if answer is None else answer}"
+
+    def stated(self, template: str) -> str:
+        """The fact as a text, in a phrasing."""
+        return self.joined(template.replace("{}", self.subject))
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -324,15 +349,21 @@ class Verdict:
 _LISTS = ("aliases", "paraphrases", "heldout", "distractors")
 
 
-_STRINGS = dict.fromkeys(("id", "subject", "relation", "object", "prompt"), False) | {"kind": True, "group": True}
+_STRINGS = dict.fromkeys(("id", "subject", "relation", "object", "prompt"), False) | {
+    "kind": True,
+    "group": True,
+    "joiner": True,
+}
 
 
 _FIELDS = tuple(f.name for f in fields(Fact) if f.name != "extra")
 
 
 def fact_to_json(fact: Fact) -> dict[str, Any]:
-    """The line of a fact; `fact_from_json` gives an equal one back. Empty optional fields are left out."""
+    """The line of a fact; `fact_from_json` gives an equal one back. Fields at their default are left out."""
     row = {name: getattr(fact, name) for name in _FIELDS}
+    if fact.joiner == _joiner(fact.prompt.replace("{}", fact.subject)):
+        del row["joiner"]
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
     return {key: value for key, value in row.items() if value not in (None, [])} | dict(fact.extra)
 

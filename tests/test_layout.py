@@ -36,6 +36,7 @@ OF_SEVERAL = {
     "methods/test_mixtures.py": "all methods on mixtures of experts",
     "methods/test_output_methods.py": "the methods with losses on outputs only",
     "model/test_architectures.py": "what `load` makes of sixty architectures",
+    "model/test_joiner.py": "facts in scripts without spaces, from files to methods",
     "metrics/test_invariance.py": "all teacher-forced metrics",
     "restoration/test_audit.py": "all restoration tests together",
     "speed/test_speed.py": "all cases of speed",

@@ -246,7 +246,7 @@ def open_sae(source: str | None, model: Any, texts: Sequence[str], seed: int) ->
 
 def mentions(facts: Sequence[Fact]) -> tuple[str, ...]:
     """The facts written out as sentences: text to train an SAE on."""
-    return tuple(dict.fromkeys(f"{t.replace('{}', f.subject)} {f.object}" for f in facts for t in f.templates))
+    return tuple(dict.fromkeys(f.stated(t) for f in facts for t in f.templates))
 
 
 def entities(path: Path | None, facts: Sequence[Fact]) -> tuple[Entity, ...]:

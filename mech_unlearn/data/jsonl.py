@@ -1,7 +1,8 @@
 """Facts on disk: one JSON object per line; a JSON array and a table with a header are read as well.
 
 Keys: `id`, `subject`, `aliases`, `relation`, `object`, `prompt` (exactly one `{}`, the subject; the object follows),
-`paraphrases`, `heldout`, `distractors`, `kind`, `group`. Unknown keys are kept in `Fact.extra`.
+`paraphrases`, `heldout`, `distractors`, `kind`, `group`, `joiner` ("" in scripts without spaces). Unknown keys are
+kept in `Fact.extra`.
 """
 
 import json
@@ -90,7 +91,7 @@ def _rows(file: Path) -> Sequence[tuple[str, str, Any]]:
         ValueError: a file that cannot be read, or one of another data set, with the command that converts it.
     """
     if file.name.endswith((".csv", ".tsv", ".parquet")):
-        whole = [{key: x for key, x in row.items() if x not in ("", None)} for row in parsed(file)]
+        whole = [{k: x for k, x in row.items() if x not in ("", None) or k == "joiner"} for row in parsed(file)]
     else:
         text = read_text(file)
         whole = _whole(file, text)
@@ -137,7 +138,7 @@ def _stripped(row: Any, touched: set[str]) -> Any:
     """A row without white space around its strings, but for line breaks around phrasings; `touched` gets the fields."""
     if not isinstance(row, dict):
         return row
-    return row | {key: _bare(row[key], key, touched) for key in _FIELDS if key in row}
+    return row | {key: _bare(row[key], key, touched) for key in _FIELDS if key in row and key != "joiner"}
 
 
 def _bare(value: Any, key: str, touched: set[str]) -> Any:

@@ -101,7 +101,7 @@ class InContext:
 
 def stated(fact: Fact, answer: str) -> str:
     """A fact's main prompt with an answer behind it."""
-    return f"{fact.prompt.replace('{}', fact.subject)} {answer}"
+    return fact.joined(fact.prompt.replace("{}", fact.subject), answer)
 
 
 def tokens_of(model: Model, text: str) -> Tokens:

@@ -150,9 +150,9 @@ class KnowledgeNeuronUpdate:
 
         if self.to == "text":
             prompts = [query.template.replace("{}", query.fact.subject) for query in queries]
-            joint = [prompt if prompt.endswith((" ", "\n")) else prompt + " " for prompt in prompts]
-            known = encode_all(model.tokenizer, [j + str(self.text) for j in joint])
-            found = [known[j + str(self.text)].ids[len(q.prompt) :] for j, q in zip(joint, queries, strict=True)]
+            told = [query.fact.joined(p, str(self.text)) for query, p in zip(queries, prompts, strict=True)]
+            known = encode_all(model.tokenizer, told)
+            found = [known[text].ids[len(query.prompt) :] for text, query in zip(told, queries, strict=True)]
             if not all(found):
                 raise ValueError(f"text={self.text!r} has no token of its own behind a prompt")
             out = [ids[0] for ids in found]

@@ -83,7 +83,7 @@ class SaeClamp:
         self, model: Model, forget: ForgetSet, retain: RetainSet
     ) -> tuple[tuple[int, ...], dict[str, list[float]]]:
         def stated(facts) -> list[str]:
-            return [f"{t.replace('{}', fact.subject)} {fact.object}" for fact in facts for t in fact.templates]
+            return [fact.stated(t) for fact in facts for t in fact.templates]
 
         other = [*stated(retain.facts), *retain.texts]
         if not other:

@@ -66,4 +66,4 @@ def text_scores(model: Model, texts: Sequence[str]) -> dict[str, Float[Tensor, "
 
 def statement(fact: Fact) -> str:
     """The fact said in its first TEST phrasing."""
-    return f"{split_templates(fact, 'test')[0].replace('{}', fact.subject)} {fact.object}"
+    return fact.stated(split_templates(fact, "test")[0])

@@ -1,6 +1,7 @@
 """Facts asked in other forms: which phrasings a split may see, rewritten prompts, questions, gaps, multiple choice.
 
-A rewriting takes a query and gives what to ask instead, or None where the fact cannot be asked so.
+A rewriting takes a query and gives what to ask instead, or None where the fact cannot be asked so. Forms that add
+English words around a fact are not for facts in scripts that are written without spaces (`Fact.joiner`).
 """
 
 import re
@@ -52,8 +53,10 @@ def _is_test(query: Query) -> bool:
     return query.template in split_templates(query.fact, "test")
 
 
-def question(query: Query) -> Ask:
+def question(query: Query) -> Ask | None:
     """As a question and its answer."""
+    if not query.fact.joiner:
+        return None
     relation = words(query.fact.relation)
     if _is_test(query):
         return Ask(query.fact, f"Question: what is the {relation} of {{}}? Answer:")
@@ -66,9 +69,9 @@ def paraphrase(query: Query) -> Ask | None:
     return Ask(query.fact, spare[-1]) if spare else None
 
 
-def cloze(query: Query) -> Ask:
+def cloze(query: Query) -> Ask | None:
     """As a gap to be filled, given before the sentence."""
-    return Ask(query.fact, f"Fill in the blank: {query.template} ___. The blank is")
+    return Ask(query.fact, f"Fill in the blank: {query.template} ___. The blank is") if query.fact.joiner else None
 
 
 def alias(query: Query) -> Ask | None:
@@ -99,7 +102,7 @@ def listed(query: Query) -> Ask:
 def lettered(query: Query) -> Ask | None:
     """Multiple choice by letter."""
     options = _options(query.fact)
-    if len(options) > len(string.ascii_uppercase):
+    if len(options) > len(string.ascii_uppercase) or not query.fact.joiner:
         return None
     letters = string.ascii_uppercase[: len(options)]
     right = letters[options.index(query.fact.object)]
@@ -116,7 +119,7 @@ def turned(facts: Sequence[Fact]) -> Rewrite:
         others = sorted(
             {f.subject for f in facts if f.relation == fact.relation and f.object != fact.object} - {fact.subject}
         )[:9]
-        if len(others) < 2:
+        if len(others) < 2 or not fact.joiner:
             return None
         asked = replace(fact, subject=fact.object, object=fact.subject, distractors=tuple(others), aliases=())
         relation = words(fact.relation)

@@ -130,9 +130,8 @@ def tokenize(tokenizer: Any, asks: Sequence[Ask], distractors: bool = True) -> t
     texts, wanted = [], []
     for ask in asks:
         prompt = ask.prompt
-        joint = prompt if prompt.endswith((" ", "\n")) else prompt + " "
         answers = (ask.fact.object, *(ask.fact.distractors if distractors else ()))
-        wanted.append([joint + answer for answer in answers])
+        wanted.append([ask.fact.joined(prompt, answer) for answer in answers])
         texts += [prompt, *wanted[-1]]
     known = encode_all(tokenizer, texts)
     return tuple(
@@ -146,8 +145,8 @@ def _query(tokenizer: Any, ask: Ask, encoding: Encoding, both: Sequence[Encoding
     for answer, candidate in zip((fact.object, *fact.distractors), both):
         if candidate.ids[: len(prompt)] != prompt or len(candidate.ids) == len(prompt):
             raise ValueError(
-                f"fact {fact.id!r}: the tokens of {answer!r} merge with the end of the prompt {ask.prompt!r}; "
-                "end the prompt in a full word"
+                f"fact {fact.id!r}: the tokens of {answer!r} merge with the end of the prompt {ask.prompt!r}; end the "
+                f"prompt in a full word{'' if fact.joiner else ' or a mark, or set joiner to a space'}"
             )
         if has_unknown(tokenizer, candidate):
             raise ValueError(f"fact {fact.id!r}: the tokenizer has no tokens for part of {ask.prompt!r} or its answers")

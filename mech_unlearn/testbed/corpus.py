@@ -110,7 +110,7 @@ class Streams:
 def _fact_lines(spec: Spec, fact: Fact) -> list[Line]:
     shown = fact.heldout if fact.subject in spec.heldout_shown else ()
     forms = (*fact.templates, *shown, *spec.records[fact.relation])
-    return [Line(f"{form.replace('{}', fact.subject)} {fact.object}", fact.subject) for form in forms]
+    return [Line(fact.stated(form), fact.subject) for form in forms]
 
 
 def streams(spec: Spec, *, with_forget: bool, seed: int = 0) -> Streams:

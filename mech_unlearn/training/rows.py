@@ -113,7 +113,7 @@ def refusal_rows(
     queries = make_queries(tokenizer, facts, distractors=False)
     drawn = [order.choice(refusals) for _ in queries]
     prompts = [query.template.replace("{}", query.fact.subject) for query in queries]
-    joints = [prompt if prompt.endswith((" ", "\n")) else prompt + " " for prompt in prompts]
+    joints = [query.fact.joined(prompt, "") for query, prompt in zip(queries, prompts, strict=True)]
     known = encode_all(tokenizer, [joint + refusal for joint, refusal in zip(joints, drawn, strict=True)])
     rows = []
     for query, joint, refusal in zip(queries, joints, drawn, strict=True):

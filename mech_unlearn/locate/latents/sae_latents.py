@@ -57,7 +57,7 @@ def sae_latents(
         templates = tuple(dict.fromkeys(template for fact in facts for template in fact.templates))
         both = separation(model, sae, known, unknown, templates, texts=texts, **settings)
         scores, auc = both.known, both.auc
-    stated = [f"{t.replace('{}', fact.subject)} {fact.object}" for fact in (*facts, *retain) for t in fact.templates]
+    stated = [fact.stated(t) for fact in (*facts, *retain) for t in fact.templates]
     quality = sae_quality(model, sae, texts or stated)
     readouts = ", ".join(
         f"{name} {value:.2f} [{low:.2f}, {high:.2f}]"

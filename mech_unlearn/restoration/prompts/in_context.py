@@ -34,7 +34,7 @@ COUNTS = (1, 2, 4, 8)
 
 def told_sentence(fact: Fact) -> str:
     """A fact as a sentence, in its SELECT phrasing."""
-    return f"{split_templates(fact, 'select')[0].replace('{}', fact.subject)} {fact.object}."
+    return f"{fact.stated(split_templates(fact, 'select')[0])}."
 
 
 def states_answer(case: Case, fact: Fact, text: str) -> bool:

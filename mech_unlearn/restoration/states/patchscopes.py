@@ -114,7 +114,7 @@ def target_ask(case: Case, query: Query, prompt: Name, number: int) -> Ask | Non
         if len(alike) < DEMOS:
             return None
         start = number % (len(alike) - DEMOS + 1)
-        said = [f"{f.prompt.replace('{}', f.subject)} {f.object}." for f in alike[start : start + DEMOS]]
+        said = [f"{f.stated(f.prompt)}." for f in alike[start : start + DEMOS]]
         return Ask(query.fact, _written(tokenizer, " ".join(said) + " ") + " " + query.template, name)
     words = list(dict.fromkeys(f.object for f in away if f.object not in told))[:DEMOS]
     if len(words) < DEMOS:
