@@ -10,7 +10,7 @@ import torch
 
 from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import twin
-from mech_unlearn.methods import AdaptiveRmu, Rmu, Rocr
+from mech_unlearn.methods import AdaptiveRmu, Lat, Rmu, Rocr
 from mech_unlearn.metrics.drift import general_kl
 from mech_unlearn.metrics.recall import recall
 from mech_unlearn.model.capture import stream
@@ -96,8 +96,8 @@ def test_capitals_asked_by_their_first_token_are_removed_and_unseen_neighbours_s
         assert general_kl(smollm2, edited, unseen_texts).value <= 0.05
 
 
-@pytest.mark.parametrize("method", (Rmu(), AdaptiveRmu()))
-def test_the_defaults_of_steering_move_the_forgotten_and_leave_unseen_neighbours(smollm2, texts, method):
+@pytest.mark.parametrize("method", (Rmu(), AdaptiveRmu(), Lat()), ids=("rmu", "adaptive_rmu", "lat"))
+def test_the_defaults_move_the_forgotten_and_leave_unseen_neighbours(smollm2, texts, method):
     names = ("Italy", "Spain", "Egypt", "Poland", "Greece")
     forget, kept, neighbors, unseen_texts = parted(answered(smollm2, PLAIN), names, texts)
     assert len(forget.facts) == 5 and len(neighbors) >= 15

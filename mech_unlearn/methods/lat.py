@@ -38,7 +38,7 @@ Where = Literal["prompt", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class Lat:
-    """Settings of the attack; `fit` trains the base under it. Defaults: 2407.15549's code for WMDP, but for `eps`."""
+    """Settings of the attack; `fit` trains the base under it. Where nothing is said, as 2407.15549's code for WMDP."""
 
     base: Trains = Unlikelihood()
     """The method that trains, with its settings; by default with the paper's outer loss."""
@@ -51,12 +51,12 @@ class Lat:
     """Whether `eps` and `pgd_lr` are such shares."""
     where: Where = "prompt"
     """Tokens that may be shifted: those of the prompt, or those of the answer, too."""
-    pgd_steps: int = 16
-    """Steps of the attack."""
+    pgd_steps: int = 8
+    """Steps of the attack; 16 in the code."""
     pgd_lr: float = 5e-2
     """Step size of the attack's AdamW, per coordinate."""
-    repeats: int = 4
-    """Optimiser steps on each batch, under the same shift."""
+    repeats: int = 2
+    """Optimiser steps on each batch, under the same shift; 4 in the code."""
 
     def fit(self, model: Model, forget: ForgetSet, retain: RetainSet, around: Around = PLAIN) -> Edit:
         """The change that the base's training makes under attack.

@@ -110,7 +110,7 @@ def test_all_bad_facts_are_listed_at_once_and_many_are_counted(tmp_path):
         ("array over lines.json", json.dumps([GOOD], indent=1).encode()),
         ("object over lines.json", json.dumps(GOOD, indent=1).encode()),
         ("windows.jsonl", json.dumps(GOOD).encode() + b"\r\n\r\n"),
-        ("packed.jsonl.gz", gzip.compress(json.dumps(GOOD).encode())),
+        ("packed.jsonl.gz", gzip.compress(json.dumps(GOOD).encode(), mtime=0)),
         ("table.csv", b"id,subject,relation,object,prompt,kind\na,Anna Lee,born,Paris,{} was born in,\n"),
         ("table.tsv", b"id\tsubject\trelation\tobject\tprompt\na\tAnna Lee\tborn\tParis\t{} was born in\n"),
     ],
