@@ -92,6 +92,21 @@ def require_empty(path: str | os.PathLike) -> Path:
     return folder
 
 
+def read_tensors(path: str | os.PathLike, what: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """(Header, tensors by name) of a safetensors file.
+
+    Raises:
+        ValueError: it cannot be read; `what` is the file called.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{what} {os.fspath(path)!r} cannot be read: {error}") from error
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A new file to write, which takes the place of `path` when the block ends and is gone when it fails.

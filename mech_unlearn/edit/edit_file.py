@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mech_unlearn.edit.delta import Delta, LowRank
 from mech_unlearn.edit.interventions import KINDS, Intervention
-from mech_unlearn.files import first_error
+from mech_unlearn.files import first_error, read_tensors
 
 FORMAT = "mech_unlearn.edit/3"
 FORMAT_2 = "mech_unlearn.edit/2"
@@ -37,14 +37,7 @@ def read_edit(path: str | os.PathLike) -> tuple[Header, dict[str, Tensor]]:
     Raises:
         ValueError: no safetensors file, or one that is no edit.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"edit {os.fspath(path)!r} cannot be read: {error}") from error
+    header, tensors = read_tensors(path, "edit")
     if header.get("format") not in (FORMAT, FORMAT_2):
         raise ValueError(f"{os.fspath(path)!r} is a safetensors file but not an edit")
     try:

@@ -28,6 +28,10 @@ from mech_unlearn.training.around import PLAIN, Around, Trains
 from mech_unlearn.training.wrapping import extended, require_trains, wrapped
 
 BlockPart = Literal["mlp", "attention", "block"]
+PART_NAMES = {
+    "mlp": {"mlp", "feed_forward", "ffn", "block_sparse_moe"},
+    "attention": {"attn", "self_attn", "attention", "self_attention"},
+}
 Masks = Mapping[str, Bool[Tensor, "..."]]
 
 
@@ -195,10 +199,11 @@ def _prefix(model: Model, layer: int, part: BlockPart) -> str:
     block = model.block(layer)
     if part == "block":
         return f"{block}."
-    if part == "mlp":
-        return f"{block}.mlp."
     found = {name[len(block) :].split(".")[1] for name in model.held if name.startswith(f"{block}.")}
-    names = sorted(found & {"attn", "self_attn", "attention"})
+    names = sorted(found & PART_NAMES[part])
     if len(names) != 1:
-        raise ValueError(f"model {model.name!r}: found no attention by name in {block!r}; name another part")
+        known = ", ".join(sorted(found))
+        raise ValueError(
+            f"model {model.name!r}: no {part} by name in {block!r}, which holds {known}; give neurons= or heads="
+        )
     return f"{block}.{names[0]}."

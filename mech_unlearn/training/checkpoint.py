@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-import os
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 
+from mech_unlearn.files import first_error, read_tensors, replacing
 from mech_unlearn.training.around import Around
 from mech_unlearn.training.feed import Feed
 from mech_unlearn.training.rows import TrainRow
@@ -66,38 +69,31 @@ class Saver:
             "watch": self.watch.state if self.watch else None,
         }
         header = {"format": FORMAT, "marks": json.dumps(self.marks), "state": json.dumps(state)}
-        partial = f"{self.path}.partial"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
-        os.replace(partial, self.path)
+        with replacing(self.path) as part:
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata=header)
         self.last = time.perf_counter()
 
     def restore(self, run: Trainee, optimizer: torch.optim.Optimizer, feeds: Sequence[Feed]) -> Progress | None:
         """Put a saved state in place; None where there is none.
 
         Raises:
-            ValueError: the file is of another training run, or is no checkpoint.
+            ValueError: the file is of another training run, damaged, or no checkpoint.
         """
-        from safetensors import SafetensorError, safe_open
-
         if self.path is None or not self.path.exists():
             return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} cannot be read ({error}); delete it to begin anew"
-            ) from error
+        header, tensors = read_tensors(self.path, "checkpoint")
         if header.get("format") != FORMAT:
             raise ValueError(f"{str(self.path)!r} is a safetensors file but not a checkpoint; name another")
-        theirs = json.loads(header["marks"])
-        if differ := [part for part, digest in self.marks.items() if theirs.get(part) != digest]:
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} is of another training: {' and '.join(differ)} differ; "
-                "delete it or name another"
-            )
+        try:
+            marks = TypeAdapter(dict[str, str]).validate_json(header.get("marks", ""))
+            state = _State.model_validate_json(header.get("state", ""))
+        except ValidationError as error:
+            raise self._damaged(first_error(error)) from None
+        self._require_mine(marks)
+        try:
+            state.require_fit(run, tensors, feeds)
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
         with torch.no_grad():
             for name, weight in run.weights.items():
                 weight.copy_(tensors[f"weight/{name}"])
@@ -105,17 +101,64 @@ class Saver:
                     if (kept := tensors.get(f"{key}/{name}")) is None:
                         continue  # a weight that has had no gradient
                     optimizer.state[weight][key] = kept if key == "step" else kept.to(weight.device)
-        state = json.loads(header["state"])
-        for feed, kept in zip(feeds, state["feeds"], strict=True):
-            feed.restore(kept)
-        run.last = state["last"]
-        run.n_forward, run.n_backward = state["passes"]
-        run.noise_state = state["noise"]
+        for feed, kept in zip(feeds, state.feeds, strict=True):
+            feed.restore(kept.model_dump())
+        run.last = state.last
+        run.n_forward, run.n_backward = state.passes
+        run.noise_state = state.noise
         if self.watch:
-            self.watch.restore(state["watch"])
-        return Progress(**state["progress"])
+            self.watch.restore(state.watch)
+        return state.progress
+
+    def _damaged(self, why: str) -> ValueError:
+        return ValueError(f"checkpoint {str(self.path)!r} is damaged: {why}; delete it to begin anew")
+
+    def _require_mine(self, theirs: Mapping[str, str]) -> None:
+        if differ := [part for part, digest in self.marks.items() if theirs.get(part) != digest]:
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} is of another training: {' and '.join(differ)} differ; "
+                "delete it or name another"
+            )
 
     def done(self) -> None:
         """Remove the file: the run is over."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+class _FeedState(BaseModel):
+    left: list[int]
+    order: tuple[int, list[int], float | None]
+
+
+class _State(BaseModel):
+    """What a checkpoint's header tells of the run."""
+
+    model_config = ConfigDict(extra="forbid")
+    progress: Progress
+    feeds: list[_FeedState]
+    last: dict[str, float]
+    passes: tuple[int, int]
+    noise: list[int] | None
+    watch: Any
+
+    def require_fit(self, run: Trainee, tensors: Mapping[str, Tensor], feeds: Sequence[Feed]) -> None:
+        """Check that a state belongs to the weights and rows of a run.
+
+        Raises:
+            ValueError: weights or moments of other names or shapes, or rows that the run does not have.
+        """
+        for name, weight in run.weights.items():
+            kept = [tensors.get(f"{key}/{name}") for key in ("weight", "exp_avg", "exp_avg_sq")]
+            if kept[0] is None or any(x is not None and x.shape != weight.shape for x in kept):
+                raise ValueError(f"no weight {name!r} of this shape")
+        counts = (run.n_forget, len(run.kept))
+        if len(self.feeds) != len(feeds) or any(
+            not 0 <= i < n for feed, n in zip(self.feeds, counts, strict=True) for i in feed.left
+        ):
+            raise ValueError("rows that the training does not have")
+        for feed in self.feeds:
+            try:
+                Feed(random.Random(), 1).restore(feed.model_dump())
+            except (ValueError, TypeError, OverflowError):
+                raise ValueError("a random state that is none") from None

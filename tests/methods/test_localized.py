@@ -160,3 +160,9 @@ def test_located_neurons_suffice_to_forget_the_planted_facts_and_others_do_not()
 def test_sites_that_do_not_exist_are_refused(tiny_model, tiny_sets, settings, message):
     with pytest.raises(ValueError, match=message):
         Localized(**settings).fit(tiny_model, *tiny_sets)
+
+
+def test_a_block_without_the_part_says_what_it_holds(tiny_sets):
+    model = load(tiny_hf("opt"), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="no mlp by name in .*, which holds .*fc1.*; give neurons= or heads="):
+        Localized(base=Npo(), layers=(1,)).fit(model, *tiny_sets)

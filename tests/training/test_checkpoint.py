@@ -1,17 +1,22 @@
 """Checkpoints: an interrupted run that goes on gives the same bits, and a checkpoint of another run is refused."""
 
+import json
 from dataclasses import dataclass, field, replace
+from random import Random
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mech_unlearn.core import ForgetSet
+from mech_unlearn.files import read_tensors
 from mech_unlearn.methods import Gu, Klue, Lora, Npo, Srmu, Wagle
 from mech_unlearn.training import checkpoint as files
 from mech_unlearn.training.around import Around
 from mech_unlearn.training.objective import Noise, Objective
 from mech_unlearn.training.schedule import Schedule
 from mech_unlearn.training.training import trained_edit
+from tests.damage import altered
 from tests.tiny import tiny_facts
 
 FAST = Schedule(lr=3e-3, epochs=3, batch_size=3)
@@ -175,6 +180,37 @@ def test_a_checkpoint_of_something_else_is_refused_by_name_and_says_what_differs
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read"):
         Npo(schedule=FAST).fit(model, *sets, around=around)
+
+
+def test_a_damaged_checkpoint_is_gone_on_from_or_refused_by_name_in_one_line(learned, tmp_path, monkeypatch):
+    model, sets = learned
+    path, random = tmp_path / "c.safetensors", Random(0)
+    around = Around(checkpoint=path, checkpoint_seconds=0.0)
+    method = Npo(schedule=FAST, trainable=r"layers\.0\.mlp\.down")
+    interrupted(monkeypatch, lambda: method.fit(model, *sets, around=around), 2)
+    header, tensors = read_tensors(path, "checkpoint")
+    state, refused = json.loads(header["state"]), 0
+    for _ in range(60):
+        save_file(tensors, path, metadata=header | {"state": json.dumps(altered(state, random))})
+        try:
+            method.fit(model, *sets, around=around)
+        except ValueError as error:
+            refused += 1
+            assert "checkpoint" in str(error) and "\n" not in str(error), error
+    assert refused > 20
+    save_file({}, path, metadata=header)
+    with pytest.raises(ValueError, match="no weight 'model.layers.0.mlp.down_proj.weight'"):
+        method.fit(model, *sets, around=around)
+
+
+def test_a_planted_link_is_not_followed(learned, tmp_path, monkeypatch):
+    model, sets = learned
+    target, path = tmp_path / "precious", tmp_path / "c.safetensors"
+    target.write_text("mine")
+    (tmp_path / "c.safetensors.partial").symlink_to(target)
+    around = Around(checkpoint=path, checkpoint_seconds=0.0)
+    interrupted(monkeypatch, lambda: Npo(schedule=FAST).fit(model, *sets, around=around), 2)
+    assert target.read_text() == "mine" and path.exists()
 
 
 def test_nothing_is_written_before_its_time(learned, tmp_path):

@@ -14,7 +14,7 @@ Fails:    a lens knows the text it was trained on; on few texts it stays close t
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mech_unlearn.attribution import Attribution
 from mech_unlearn.core import Fact, Site
-from mech_unlearn.files import replacing
+from mech_unlearn.files import parse_json, read_tensors, replacing
 from mech_unlearn.locate.lenses.logit_lens import lens_values
 from mech_unlearn.locate.signature import takes_settings_of
 from mech_unlearn.metrics.intervals import mean_ci
@@ -65,23 +65,33 @@ class TunedLens:
         """Read a lens; with a model, refuse one that was trained on other weights.
 
         Raises:
-            ValueError: not a tuned lens, or one of another model.
+            ValueError: not a tuned lens, a damaged one, or one of another model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"tuned lens {os.fspath(path)!r} cannot be read: {error}") from error
+        header, tensors = read_tensors(path, "tuned lens")
         if header.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)!r} is a safetensors file but not a tuned lens")
-        heldout = Attribution.from_json(json.loads(header["heldout"]))
-        lens = cls(base=header["base"], heldout=heldout, **tensors)
+        try:
+            heldout = Attribution.from_json(parse_json(header.get("heldout", "")))
+            lens = cls(base=header.get("base", ""), heldout=heldout, **_parts(tensors))
+        except ValueError as error:
+            raise ValueError(f"tuned lens {os.fspath(path)!r} is damaged: {error}; train it anew") from error
         if model is not None:
             _check_base(lens, model)
         return lens
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    weight = shapes.get("weight", ())
+    if shapes.keys() != {"weight", "bias"} or len(weight) != 3 or weight[1:] != 2 * shapes["bias"][1:]:
+        raise ValueError(
+            f"its tensors are {shapes}, not a weight [layer, d_model, d_model] and a bias [layer, d_model]"
+        )
+    if weight[0] != shapes["bias"][0] or not all(
+        x.is_floating_point() and x.isfinite().all() for x in tensors.values()
+    ):
+        raise ValueError("its tensors have other numbers of layers, or hold NaN or infinite values")
+    return dict(tensors)
 
 
 def _check_base(lens: TunedLens, model: Model) -> None:

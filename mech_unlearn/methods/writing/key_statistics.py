@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mech_unlearn.core import Site
 from mech_unlearn.edit.interventions import Tokens
+from mech_unlearn.files import replacing
 from mech_unlearn.model.bridge import Model
 from mech_unlearn.model.capture import At, stream
 
@@ -145,9 +146,8 @@ def _write(path: Path, header: Mapping[str, str], tensor: Tensor) -> None:
     from safetensors.torch import save_file
 
     held = tensor.detach().double().cpu().contiguous()
-    part = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"values": held}, part, metadata={**header, "sha256": _digest(held)})
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file({"values": held}, part, metadata={**header, "sha256": _digest(held)})
 
 
 def _read(path: Path, header: Mapping[str, str]) -> Tensor | None:

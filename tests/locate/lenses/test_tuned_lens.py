@@ -1,5 +1,7 @@
 """The tuned lens starts as the logit lens, comes closer to the output on held-out text, and stays tied to its model."""
 
+from random import Random
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from mech_unlearn.locate.lenses.tuned_lens import TunedLens, train_tuned_lens, t
 from mech_unlearn.model.load import load
 from mech_unlearn.model.readout import read_out
 from mech_unlearn.testbed import open_world
+from tests.damage import assert_result_or_one_line, damaged
 from tests.tiny import ARCHITECTURES, tiny_facts, tiny_hf, tiny_tokenizer
 
 FACTS = tiny_facts(["Anna Lee", "Ben Hill"])
@@ -108,6 +111,16 @@ def test_a_saved_lens_is_the_same_and_is_refused_for_other_weights(tiny_model, t
         TunedLens.load(tmp_path / "edit.safetensors")
     with pytest.raises(ValueError, match="cannot be read"):
         TunedLens.load(tmp_path / "none.safetensors")
+
+
+def test_a_damaged_lens_is_read_or_refused_by_name_in_one_line(tiny_model, tmp_path):
+    path, random = tmp_path / "lens.safetensors", Random(0)
+    train_tuned_lens(tiny_model, TEXTS, steps=1).save(path)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(200):
+        path.write_bytes(damaged(whole, random))
+        refused += assert_result_or_one_line(lambda: TunedLens.load(path), path) is None
+    assert refused > 50
 
 
 def test_bad_input_is_refused(tiny_model):
