@@ -41,7 +41,7 @@ def read_edit(path: str | os.PathLike) -> tuple[Header, dict[str, Tensor]]:
     if header.get("format") not in (FORMAT, FORMAT_2):
         raise ValueError(f"{os.fspath(path)!r} is a safetensors file but not an edit")
     try:
-        return Header(**header), tensors
+        return Header.model_validate(header), tensors
     except ValidationError as error:
         raise ValueError(f"edit {os.fspath(path)!r} cannot be read: header, {first_error(error)}") from error
 

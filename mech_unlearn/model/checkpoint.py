@@ -150,8 +150,9 @@ def _read_gguf(source: str, file: Path, dtype: torch.dtype) -> Any:
             file.parent, gguf_file=file.name, dtype=dtype, attn_implementation="eager"
         )
         if hasattr(read.config, "quantization_config"):
-            del read.config.quantization_config
-        plain = type(read)(read.config).to(dtype)
+            delattr(read.config, "quantization_config")
+        made: Any = type(read)
+        plain = made(read.config).to(dtype)
         plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
     return plain

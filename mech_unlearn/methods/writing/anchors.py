@@ -38,7 +38,7 @@ def unknown_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
     if not found:
         raise ValueError(
             f"RetainSet.unknown has no entity of kind {', '.join(sorted(map(str, kinds)))}: give names of that kind "
-            "that the model knows nothing about"
+            "that the model knows nothing about (on the command line --unknown FILE)"
         )
     return found
 

@@ -114,7 +114,7 @@ def protected_rows(
     if "texts" in parts:
         running += token_rows(model, retain.texts)
     both: tuple[tuple[list[Tokens], At], ...] = ((names, "last"), (running, "ordinary"))
-    groups = [(rows, at) for rows, at in both if rows]
+    groups: list[tuple[list[Tokens], At]] = [(rows, at) for rows, at in both if rows]
     if not groups:
         raise ValueError(f"the retain set has none of {', '.join(parts)}: give some, or protect=() to protect nothing")
     return groups
