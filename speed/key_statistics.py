@@ -1,8 +1,9 @@
 """Second moments of the MLP keys of three layers that end at the fifth of twelve, over 32 x 128 tokens; no disk.
 
 Reference: bare forward passes of the whole Hugging Face model over the same texts, with the attention that transformers
-picks, keys kept. Ours ends at the fifth layer and forms the d_mlp x d_mlp products. `key_statistics_limit` is against
-the limit: the five layers alone, bare, where the products are, even by halves, another 0.45 of the arithmetic.
+picks, keys kept but for each text's first. Ours ends at the fifth layer and forms the d_mlp x d_mlp products.
+`key_statistics_limit` is against the limit: the five layers alone, bare, where the products are, even by halves,
+another 0.45 of the arithmetic.
 """
 
 from typing import Any
@@ -42,7 +43,7 @@ def _kept(shape: Shape, hf: Any, layers: tuple[int, ...]) -> dict[int, Tensor]:
 
     def keep(layer: int):
         def hook(_: Any, given: tuple) -> None:
-            kept[layer] = given[0].flatten(0, 1)
+            kept[layer] = given[0][:, 1:].flatten(0, 1)
 
         return hook
 

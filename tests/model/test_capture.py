@@ -159,7 +159,7 @@ def test_bad_requests_are_refused_before_anything_runs(tiny_model):
         (lambda: capture(tiny_model, [*ROWS, ()], SITES), ValueError, "prompt 5 is empty"),
         (lambda: capture(tiny_model, ROWS, SITES, [0, 0, 0, 2, 0]), ValueError, "prompt 3 has positions 0..1"),
         (lambda: capture(tiny_model, ROWS, SITES, [0]), ValueError, "5"),
-        (lambda: capture(tiny_model, ROWS, SITES, "first"), ValueError, "'all', 'last'"),
+        (lambda: capture(tiny_model, ROWS, SITES, "first"), ValueError, "choose 'all', 'ordinary', 'last'"),
         (lambda: capture(tiny_model, ROWS, SITES, [[]] * 5), ValueError, "no position"),
         (lambda: capture(tiny_model, ROWS, ["blocks.0.attn.hook_pattern"]), ValueError, "one state per position"),
     ]:

@@ -56,7 +56,7 @@ def test_what_reads_running_text_takes_texts_longer_than_the_models_positions(mo
     assert background(model, sae, [LONG]).tokens == body
     assert background(model, sae, [LONG], ["Anna Lee"]).tokens == body - 2 * LONG.count("Anna Lee")
     ((protected, at),) = protected_rows(model, RetainSet(texts=(LONG,)), (), ("texts",))
-    assert (protected, at) == (rows, "all")
+    assert (protected, at) == (rows, "ordinary")
     about, other = ([f"{LONG} {word} {extra}" for extra in "abcd"] for word in ("Rome", "Oslo"))
     assert concept_other(model, about, other, sae).first.n == 4  # half of the items only test
     assert all(torch.isfinite(norm).all() for norm in input_norms(model, rows).values())
