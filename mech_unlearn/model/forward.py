@@ -1,8 +1,10 @@
-"""Forward passes that leave out what nobody reads: logits of the last positions only, and one new token at a time.
+"""Forward passes that leave out what nobody reads: logits of chosen positions only, and one new token at a time.
 
-Both give what the plain forward pass gives; where that cannot be said, all is computed.
+Each gives what the plain forward pass gives; where that cannot be said, all is computed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -31,6 +33,41 @@ def _require_room(model: Model, tokens: int) -> None:
         raise ValueError(f"a prompt of {tokens} tokens; {model.name!r} has {limit} positions")
 
 
+def _whole(model: Model) -> bool:
+    """Whether something reads or changes logits by position, so that all positions have to be unembedded."""
+    acts, ends = model.in_force, (model.hf, *model.hf.get_output_embeddings().modules())
+    return bool(acts.interventions or acts.forward_replaced or acts.hooked("unembed") or not acts.as_loaded(*ends))
+
+
+@contextmanager
+def unembedded(hf: Any, places: tuple[Int[Tensor, " place"], Int[Tensor, " place"]]) -> Iterator[None]:
+    """Within the block a Hugging Face model unembeds its states at these (row, position) only: its logits are those
+    of one row, [1, place, d_vocab]."""
+    head = hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][places][None], *args[1:]))
+    try:
+        yield
+    finally:
+        head.remove()
+
+
+def logits_at(
+    model: Model,
+    ids: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"] | None,
+    places: tuple[Int[Tensor, " place"], Int[Tensor, " place"]],
+) -> Float[Tensor, "place d_vocab"]:
+    """The logits at these (row, position), differentiable; other states are not unembedded, unless something acts by
+    position, as in `last_logits`.
+
+    Raises:
+        ValueError: more tokens than the model has positions.
+    """
+    if _whole(model):
+        return model.logits(ids, mask)[places]
+    with unembedded(model.hf, places):
+        return model.logits(ids, mask)[0]
+
+
 def last_logits(
     model: Model, ids: Int[Tensor, "batch pos"], positions: int
 ) -> Float[Tensor, "batch positions d_vocab"]:
@@ -43,8 +80,7 @@ def last_logits(
     Raises:
         ValueError: more tokens than the model has positions.
     """
-    acts, ends = model.in_force, (model.hf, *model.hf.get_output_embeddings().modules())
-    if acts.interventions or acts.forward_replaced or acts.hooked("unembed") or not acts.as_loaded(*ends):
+    if _whole(model):
         return model.logits(ids)[:, -positions:]
     _require_room(model, ids.shape[1])
     return model.hf(input_ids=ids, use_cache=False, **_keep(model, positions)).logits[:, -positions:]

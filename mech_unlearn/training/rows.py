@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.forward import logit_tokens
+from mech_unlearn.model.forward import logit_tokens, unembedded
 from mech_unlearn.model.pieces import token_rows
 from mech_unlearn.model.tokens import encode_all, make_queries, pad
 
@@ -162,12 +162,8 @@ def batch_scores(logits: Float[Tensor, "token d_vocab"], batch: TrainBatch) -> B
 
 def forward(hf: Any, batch: TrainBatch) -> BatchScores:
     """Scores of one batch under an HF model; only where it is `predicting` are states unembedded."""
-    places = predicting(batch)
-    head = hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][places][None], *args[1:]))
-    try:
+    with unembedded(hf, predicting(batch)):
         logits = hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits[0]
-    finally:
-        head.remove()
     return batch_scores(logits, batch)
 
 

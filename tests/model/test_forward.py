@@ -7,7 +7,7 @@ from experiments.ensemble import join
 from mech_unlearn.core import Site
 from mech_unlearn.edit.edit import Edit, Shift
 from mech_unlearn.edit.interventions import Ban
-from mech_unlearn.model.forward import last_logits, next_logits
+from mech_unlearn.model.forward import last_logits, logits_at, next_logits
 from mech_unlearn.model.load import load
 from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 
@@ -25,6 +25,22 @@ def test_last_and_next_logits_are_those_of_the_whole_pass(architecture):
         found, cache = next_logits(model, IDS[:, :length], cache)
         torch.testing.assert_close(found, whole[:, length - 1], rtol=1e-5, atol=1e-5)
         assert cache.get_seq_length() == length
+
+
+@pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
+def test_chosen_logits_and_their_gradients_are_those_of_the_whole_pass(architecture):
+    model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
+    mask = torch.ones_like(IDS)
+    mask[1, 12:] = 0
+    places, grads = (torch.tensor([0, 1, 1, 2]), torch.tensor([0, 3, 11, 19])), []
+    for read in (lambda: model.logits(IDS, mask)[places], lambda: logits_at(model, IDS, mask, places)):
+        weight = next(iter(model.held.values())).requires_grad_()
+        found = read()
+        grads.append((found, *torch.autograd.grad(found.square().sum(), weight)))
+        weight.requires_grad_(False)
+    for whole, part in zip(*grads, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
+    assert not model.hf.get_output_embeddings()._forward_pre_hooks
 
 
 @torch.no_grad()

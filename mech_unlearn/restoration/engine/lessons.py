@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mech_unlearn.core import Fact
 from mech_unlearn.model.asking import split_templates
+from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.forward import logits_at
 from mech_unlearn.model.tokens import Ask, tokenize
 from mech_unlearn.restoration.engine.case import Case, Relearn
 from mech_unlearn.restoration.engine.levels import QuerySet
@@ -93,10 +95,15 @@ def lesson_batches(rows: Sequence[Lesson], size: int, steps: int, generator: tor
 
 
 def lesson_loss(
-    logits: Float[Tensor, "batch pos d_vocab"], ids: Int[Tensor, "batch pos"], start: Sequence[int], end: Sequence[int]
+    model: Model,
+    ids: Int[Tensor, "batch pos"],
+    start: Sequence[int],
+    end: Sequence[int],
+    mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats over the answer tokens [start, end) of all rows."""
-    at = torch.arange(ids.shape[1], device=ids.device)[None]
+    """Mean cross-entropy in nats over the answer tokens [start, end) of all rows; only they are unembedded."""
+    at = torch.arange(1, ids.shape[1], device=ids.device)[None]
     low, high = (torch.tensor(x, device=ids.device)[:, None] for x in (start, end))
-    chosen = ((at >= low) & (at < high))[:, 1:]
-    return torch.nn.functional.cross_entropy(logits[:, :-1][chosen].float(), ids[:, 1:][chosen])
+    rows, before = ((at >= low) & (at < high)).nonzero(as_tuple=True)
+    logits = logits_at(model, ids, mask, (rows, before))
+    return torch.nn.functional.cross_entropy(logits.float(), ids[rows, before + 1])

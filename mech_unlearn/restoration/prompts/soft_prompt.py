@@ -86,9 +86,8 @@ def train(
         ids, mask, _ = pad([insert(row, [0] * length, at) for row, _ in batch], model.tokenizer.pad_token_id or 0)
         ids, mask = ids.to(model.device), mask.to(model.device)
         with torch.enable_grad(), model.hooks(("hook_embed", lambda x: written(x, prompt, at))):
-            logits = model.logits(ids, mask)
             starts, ends = [start + length for _, start in batch], [len(row) + length for row, _ in batch]
-            (gradient,) = torch.autograd.grad(lesson_loss(logits, ids, starts, ends), prompt)
+            (gradient,) = torch.autograd.grad(lesson_loss(model, ids, starts, ends, mask), prompt)
         prompt.grad = gradient
         optimiser.step()
         if step in steps:

@@ -98,7 +98,7 @@ def gradient(
             return seen[-1]
 
         with torch.enable_grad(), model.hooks(("hook_embed", write)):
-            loss = lesson_loss(model.logits(ids), ids, [s for _, s in made], [len(row) for row, _ in made])
+            loss = lesson_loss(model, ids, [s for _, s in made], [len(row) for row, _ in made])
             (found,) = torch.autograd.grad(loss, seen[0])
         place = found[:, first : first + len(suffix)].sum(0).float()
         total += (place @ vocabulary.T).cpu() * (len(part) / len(rows))

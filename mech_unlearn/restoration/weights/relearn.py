@@ -126,7 +126,7 @@ def relearn_curve(
 def _batch_loss(model: Model, batch: Sequence[Lesson]) -> Float[Tensor, ""]:
     ids, mask, _ = pad([row for row, _ in batch], model.tokenizer.pad_token_id or 0)
     ids, mask = ids.to(model.device), mask.to(model.device)
-    return lesson_loss(model.logits(ids, mask), ids, [start for _, start in batch], [len(row) for row, _ in batch])
+    return lesson_loss(model, ids, [start for _, start in batch], [len(row) for row, _ in batch], mask)
 
 
 @dataclass(frozen=True, eq=False)

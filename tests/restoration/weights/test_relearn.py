@@ -36,12 +36,21 @@ def test_lessons_use_no_phrasing_that_is_scored():
     assert taught and not taught & scored
 
 
-def test_lesson_loss_is_the_mean_cross_entropy_of_answer_tokens_only():
-    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 3, 4, 5]])
-    table = logits.log_softmax(-1)
-    want = -(table[0, 2, 4] + table[1, 1, 3] + table[1, 2, 4] + table[1, 3, 5]) / 4
-    torch.testing.assert_close(lesson_loss(logits, ids, [3, 2], [4, 5]), want)
+def test_lesson_loss_is_the_mean_cross_entropy_of_answer_tokens_which_alone_are_unembedded(tiny_model, monkeypatch):
+    ids = torch.tensor([[1, 5, 6, 7, 0], [1, 5, 6, 7, 8]])
+    table, shapes, plain = tiny_model.logits(ids).log_softmax(-1), [], type(tiny_model).logits
+    want = -(table[0, 2, 7] + table[1, 1, 6] + table[1, 2, 7] + table[1, 3, 8]) / 4
+
+    def watched(model, *given):
+        logits = plain(model, *given)
+        shapes.append(tuple(logits.shape[:-1]))
+        return logits
+
+    monkeypatch.setattr(type(tiny_model), "logits", watched)
+    torch.testing.assert_close(lesson_loss(tiny_model, ids, [3, 2], [4, 5]), want)
+    with tiny_model.hooks(("unembed.hook_out", lambda x: x * 2)):  # whole rows where something acts on the logits
+        assert lesson_loss(tiny_model, ids, [3, 2], [4, 5]) != want
+    assert shapes == [(1, 4), (2, 5)]
 
 
 def test_area_over_log_steps_of_a_line():
@@ -102,7 +111,7 @@ def test_a_model_with_a_joint_qkv_matrix_is_taught_as_the_plain_model_is_attenti
     ids, start = torch.tensor([rows[0][0]]), rows[0][1]
     for _ in range(3):
         optimiser.zero_grad()
-        lesson_loss(plain(ids).logits, ids, [start], [ids.shape[1]]).backward()
+        torch.nn.functional.cross_entropy(plain(ids).logits[0, start - 1 : -1], ids[0, start:]).backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimiser.step()
     found = relearn.relearn_curve(case, query_set, model, rows, 0)
