@@ -1,6 +1,6 @@
 """Locate, remove and prove: a mechanistic interpretability workbench for machine unlearning in language models.
 
-    from mech_unlearn import load, load_facts, locate, unlearn, audit, judge, open_world, report
+    from mech_unlearn import load, load_facts, check, locate, unlearn, audit, judge, open_world, report
 
 Importing this package imports nothing else; each verb comes with its room when it is first asked for. `locate` and
 `report` are rooms as well as verbs: calling the room `mech_unlearn.locate` runs the verb, whatever was imported first.
@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mech_unlearn.commands.audit import audit
+    from mech_unlearn.commands.check import check
     from mech_unlearn.commands.locate import locate
     from mech_unlearn.commands.report import report
     from mech_unlearn.commands.row import judge
+    from mech_unlearn.commands.unknown import find_unknown
     from mech_unlearn.commands.unlearn import unlearn
     from mech_unlearn.data.jsonl import load_facts
     from mech_unlearn.model.load import load
     from mech_unlearn.testbed import open_world
 
-__all__ = ["audit", "judge", "load", "load_facts", "locate", "open_world", "report", "unlearn"]
+__all__ = ["audit", "check", "find_unknown", "judge", "load", "load_facts", "locate", "open_world", "report", "unlearn"]
 
 _HOME = {
     "audit": "mech_unlearn.commands.audit",
+    "check": "mech_unlearn.commands.check",
+    "find_unknown": "mech_unlearn.commands.unknown",
     "judge": "mech_unlearn.commands.row",
     "load": "mech_unlearn.model.load",
     "load_facts": "mech_unlearn.data.jsonl",

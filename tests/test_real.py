@@ -5,14 +5,19 @@ method as neighbours, the other half is only measured. Texts are the model's own
 measured.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from mech_unlearn.commands.check import check
+from mech_unlearn.commands.unknown import find_unknown
 from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, Site
 from mech_unlearn.edit.edit import twin
 from mech_unlearn.methods import AdaptiveRmu, Lat, Rmu, Rocr
 from mech_unlearn.metrics.drift import general_kl
 from mech_unlearn.metrics.recall import recall
+from mech_unlearn.model.answers import next_token
 from mech_unlearn.model.capture import stream
 from mech_unlearn.model.load import load
 from mech_unlearn.model.scores import score
@@ -105,3 +110,20 @@ def test_the_defaults_move_the_forgotten_and_leave_unseen_neighbours(smollm2, te
         assert recall(edited, forget.facts).value < 0.5
         assert recall(edited, neighbors).value >= 0.9
         assert general_kl(smollm2, edited, unseen_texts).value <= 0.05
+
+
+def test_names_are_made_up_that_the_model_demonstrably_does_not_know(smollm2):
+    facts = answered(smollm2, PLAIN)
+    (found,) = find_unknown(smollm2, facts[:5], facts[5:])
+    assert len(found.entities) == 32 and found.auc > 0.95 and not found.in_sample
+    assert found.entropy.ci[0] > found.known.ci[1]
+    sure = next_token(smollm2, [entity.name for entity in found.entities], PLAIN).likeliest.mean()
+    assert sure < 0.3 < next_token(smollm2, [fact.subject for fact in facts], PLAIN).likeliest.mean()
+
+
+def test_what_it_knows_is_told_from_what_nobody_told_it(smollm2):
+    facts = answered(smollm2, PLAIN)[:6]
+    made_up = tuple(replace(fact, id=name, subject=name) for fact, name in zip(facts, UNKNOWN))
+    found = check(smollm2, (*facts, *made_up))
+    assert found.known == tuple(facts) and {one.oddity for one in found.findings} == {"distractors"}
+    assert [row.says for row in found.rows[:6]] == [fact.object for fact in facts]

@@ -29,11 +29,11 @@ def test_importing_the_package_is_free():
 
 
 def test_every_verb_is_there_and_callable_whatever_was_imported_before():
-    names = "from mech_unlearn import load, load_facts, locate, unlearn, audit, judge, open_world, report"
-    told = "print([callable(f) for f in (load, load_facts, locate, unlearn, audit, judge, open_world, report)])"
+    verbs = "load, load_facts, check, find_unknown, locate, unlearn, audit, judge, open_world, report"
+    names, told = f"from mech_unlearn import {verbs}", f"print([callable(f) for f in ({verbs})])"
     before = "import mech_unlearn.locate.patching.causal_trace, mech_unlearn.report.page; "
     for first in ("", before):
-        assert fresh(f"{first}{names}; {told}") == str([True] * 8)
+        assert fresh(f"{first}{names}; {told}") == str([True] * 10)
     rooms = "from mech_unlearn.locate import LOCATORS; from mech_unlearn.report import tables; import mech_unlearn"
     assert fresh(f"{rooms}; print(callable(mech_unlearn.locate), len(LOCATORS) > 10)") == "True True"
 
@@ -41,7 +41,7 @@ def test_every_verb_is_there_and_callable_whatever_was_imported_before():
 def test_the_surface_is_what_all_says_and_no_other_name_is_made_up():
     assert mech_unlearn.__all__ == sorted(mech_unlearn.__all__) and set(mech_unlearn.__all__) <= set(dir(mech_unlearn))
     assert mech_unlearn.__version__.count(".") == 2
-    with pytest.raises(AttributeError, match="'forget'; its verbs: audit, judge"):
+    with pytest.raises(AttributeError, match="'forget'; its verbs: audit, check"):
         mech_unlearn.forget  # noqa: B018
     for verb in mech_unlearn.__all__:
         assert "kwargs" not in inspect.signature(getattr(mech_unlearn, verb)).parameters

@@ -18,6 +18,7 @@ from mech_unlearn.commands.options import (
     AuditOptions,
     BenchOptions,
     CalibrateOptions,
+    CheckOptions,
     ConvertOptions,
     DemoOptions,
     Json,
@@ -160,6 +161,15 @@ def _benchmarks() -> tuple[str, ...]:
     return tuple(BENCHMARKS)
 
 
+@app.command("init")
+def init_folder(folder: Annotated[Path, typer.Argument(help="folder for the files")], as_json: Json = False) -> None:
+    """Sample files with comments, to begin with: facts to forget and to keep, texts, unknown names."""
+    from mech_unlearn.commands.init import init
+
+    files = [str(path) for path in init(folder)]
+    _tell(f"written: {', '.join(files)}; {files[-1]} says how to go on", {"files": files}, as_json)
+
+
 @facts_app.command()
 @takes(ConvertOptions)
 def convert(options: ConvertOptions) -> None:
@@ -168,6 +178,21 @@ def convert(options: ConvertOptions) -> None:
 
     result = run_convert(options)
     print(json.dumps(result) if options.as_json else told(result))
+
+
+@facts_app.command("check")
+@takes(CheckOptions)
+def check_facts(options: CheckOptions) -> None:
+    """What does a model know? Each fact by phrasing, and what is odd about the file."""
+    from mech_unlearn.commands.check import run_check
+
+    found = run_check(options)
+    if options.as_json:
+        print(json.dumps(found.to_json()))
+        return
+    print("\n".join(found.lines()))
+    if options.known is not None:
+        print(f"written to {options.known}: the {len(found.known)} facts that it knows")
 
 
 @testbed_app.command()

@@ -45,7 +45,7 @@ def run_convert(options: ConvertOptions) -> dict[str, Any]:
         raise ValueError(f"limit must be 1 or more facts, got {limit}")
     load = loader(name)
     for path in (out, retain):
-        _require_new(path, out if path is retain else None)
+        require_new_file(path, out if path is retain else None)
     drawn = {"seed": options.seed} if "seed" in inspect.signature(load).parameters else {}
     found = load(options.data, **drawn | arguments(load, options.settings, name))
     reasons = Counter(item.reason for item in found.left_out)
@@ -89,7 +89,7 @@ def _sets(name: str, found: Any, reasons: Counter[str]) -> tuple[ForgetSet, Reta
         raise ValueError(f"{name}: {error}" + (f"; left out: {why}" if why else "")) from error
 
 
-def _require_new(path: Path | None, other: Path | None) -> None:
+def require_new_file(path: Path | None, other: Path | None = None) -> None:
     """Raises ValueError for a file that is there already, is to be written twice, or cannot be written."""
     if path is None:
         return

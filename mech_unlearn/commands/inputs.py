@@ -250,14 +250,20 @@ def mentions(facts: Sequence[Fact]) -> tuple[str, ...]:
 
 
 def entities(path: Path | None, facts: Sequence[Fact]) -> tuple[Entity, ...]:
-    """Entities from a file of names, one per line, of the kind that the facts are about or of one behind a tab.
+    """Entities from a file of names, one per line, of the kind that the facts are about or of one behind a tab; lines
+    that begin with # are comments.
 
     Raises:
-        ValueError: no kind behind a tab where the facts are about several kinds, or a kind that they are not about.
+        ValueError: a line of a facts file, no kind behind a tab where the facts are about several kinds, or a kind that
+            they are not about.
     """
     kinds = dict.fromkeys(fact.kind for fact in facts)
     found = []
     for line in read_lines(path):
+        if line.startswith("#"):
+            continue
+        if line.startswith(("{", "[")):
+            raise ValueError(f"file {str(path)!r} holds JSON, not names: give one name per line (--unknown)")
         name, tab, kind = line.partition("\t")
         if (not tab and len(kinds) > 1) or (tab and kind not in kinds):
             known = ", ".join(sorted(map(str, kinds)))

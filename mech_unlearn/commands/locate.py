@@ -20,6 +20,7 @@ from mech_unlearn.commands.inputs import (
     typed,
 )
 from mech_unlearn.commands.options import LocateOptions, spec_of
+from mech_unlearn.commands.unknown import find_unknown
 from mech_unlearn.core import Entity, Fact
 from mech_unlearn.data.jsonl import load_facts
 from mech_unlearn.files import write_json
@@ -46,7 +47,7 @@ def locate(
     Args:
         model: as `load` gives it.
         retain: other facts: what to compare with, partners for patching.
-        unknown: entities that the model knows nothing about.
+        unknown: entities that the model knows nothing about; made up where `known_unknown` is given none.
         texts: running text.
         sae: as `load_sae` gives it, a folder or release/id; trained on the facts written out where a locator reads one
             and none is given.
@@ -59,8 +60,10 @@ def locate(
     for key in settings:
         choose(key, locator.settings(), f"setting of {how}")
     _require_inputs(how, unknown, retain)
+    unknown, note = _unknown(how, model, facts, retain, unknown, seed)
     found = _inputs(locator, model, facts, retain=retain, unknown=unknown, texts=texts, sae=sae, seed=seed)
-    return locator.run(model, facts, **found, **settings)
+    result = locator.run(model, facts, **found, **settings)
+    return replace(result, note=result.note + note)
 
 
 def chosen(how: str) -> Any:
@@ -88,22 +91,33 @@ def run_locate(options: LocateOptions) -> Attribution:
     unknown, passages = entities(options.unknown, facts), read_lines(options.texts)
     _require_inputs(options.how, unknown, kept)
     model = open_model(options.model, options.device, options.dtype)
+    about = hashes(facts, kept=kept, texts=passages, unknown=unknown, sae=options.sae, model=model)
+    unknown, note = _unknown(options.how, model, facts, kept, unknown, options.seed)
     found = _inputs(
         locator, model, facts, retain=kept, unknown=unknown, texts=passages, sae=options.sae, seed=options.seed,
         folder=options.out / "neurons",
     )  # fmt: skip
-    about = hashes(facts, kept=kept, texts=passages, unknown=unknown, sae=options.sae, model=model)
     run = open_run(options.out, spec_of("locate", options, settings=wanted, hashes=about))
     write_json(run.folder / "provenance.json", provenance(about, options.seed, options.device))
     result = _locate_in_pieces(run, locator, model, facts, found | wanted)
+    result = replace(result, note=result.note + note)
     write_json(run.folder / "locate.json", {options.how: result.to_json()})
     attribution.save(run.folder / "figures" / f"{options.how}.png", lambda ax: attribution.draw(result, ax))
     return result
 
 
+def _unknown(
+    how: str, model: Any, facts: Sequence[Fact], kept: Sequence[Fact], unknown: Sequence[Entity], seed: int
+) -> tuple[Sequence[Entity], str]:
+    """(Names that the model does not know, made up where a locator compares with some and none were given; the note of
+    what was taken)."""
+    if unknown or how != "known_unknown":
+        return unknown, ""
+    found = find_unknown(model, facts, kept, seed=seed)
+    return [entity for some in found for entity in some.entities], "".join(f"; {some}" for some in found)
+
+
 def _require_inputs(how: str, unknown: Sequence[Entity], retain: Sequence[Fact]) -> None:
-    if how == "known_unknown" and not unknown:
-        raise ValueError("known_unknown compares with entities the model does not know; pass --unknown FILE")
     if how == "sae_latents" and bool(unknown) == bool(retain):
         raise ValueError("sae_latents compares with unknown entities or retained facts; pass --unknown or --retain")
 

@@ -167,6 +167,20 @@ class ConvertOptions:
     as_json: Json = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """`mech-unlearn facts check`"""
+
+    model: ModelSource
+    facts: Facts
+    retain: Annotated[Path | None, typer.Option(help="facts to keep, which the others are compared with")] = None
+    known: Annotated[Path | None, typer.Option(help="new file for the facts that the model knows")] = None
+    device: Device = "cpu"
+    dtype: Dtype = "float32"
+    seed: Seed = 0
+    as_json: Json = False
+
+
 def takes(options: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
     """Gives a function of one options object the fields of its type as parameters, for typer to read."""
     hints = get_type_hints(options, include_extras=True)

@@ -1,6 +1,6 @@
 """The verb `unlearn`, and what the command of that name does with files, without the printing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mech_unlearn.commands.inputs import (
     read_lines,
 )
 from mech_unlearn.commands.options import UnlearnOptions, spec_of
+from mech_unlearn.commands.unknown import find_unknown, told
 from mech_unlearn.core import Entity, Fact, ForgetSet, RetainSet, require_disjoint
 from mech_unlearn.data.jsonl import load_facts
 from mech_unlearn.edit.edit import Edit, twin
@@ -50,7 +51,8 @@ def unlearn(
         forget: facts to forget.
         retain: facts to keep; those about forgotten subjects count as `same_subject`, the others as `neighbors`.
         method: one of `mech-unlearn list methods`.
-        unknown: entities that the model knows nothing about; `retain` as a `RetainSet` has its own.
+        unknown: entities that the model knows nothing about; `retain` as a `RetainSet` has its own. Where a method asks
+            for some and there are none, names are made up and measured (`find_unknown`); the edit's recipe has them.
         texts: running text to keep; without any, the kept facts written out.
         sae: as `load_sae` gives it, a folder or release/id; trained where a method reads one and none is given.
         sequential: entities per request, fitted one request after another; None fits all at once.
@@ -59,14 +61,19 @@ def unlearn(
     Raises:
         ValueError: an unknown method or setting, or what the method refuses.
     """
+    from mech_unlearn.methods import METHODS
+
     forget_set = forget if isinstance(forget, ForgetSet) else ForgetSet(facts=tuple(forget))
     kept = retain.facts if isinstance(retain, RetainSet) else tuple(retain)
     if not isinstance(retain, RetainSet):
         retain = retain_set(forget_set.facts, kept, texts, unknown)
     require_disjoint(forget_set, retain)
     choose_method(method, settings, seed)
-    made = _made(method, settings, seed, model, forget_set, retain, sae)
-    return _fit(made, model, forget_set, retain, sequential)
+
+    def fit(given: RetainSet) -> Edit:
+        return _fit(_made(method, settings, seed, model, forget_set, given, sae), model, forget_set, given, sequential)
+
+    return _with_unknown(fit, model, forget_set, retain, seed, _reads_sae(METHODS[method]))
 
 
 def retain_set(
@@ -94,6 +101,27 @@ def choose_method(name: str, settings: Mapping[str, Any], seed: int) -> Any:
     if not _reads_sae(kind):
         make_method(name, settings, seed)
     return kind
+
+
+def _with_unknown(
+    fit: Callable[[RetainSet], Edit], model: Any, forget: ForgetSet, retain: RetainSet, seed: int, at_once: bool
+) -> Edit:
+    """What `fit` gives, with unknown names made up and told in the recipe where it asks for some and none were given.
+
+    Args:
+        at_once: not to try without any first: for methods on an SAE, which is trained on prompts about such names.
+    """
+    from mech_unlearn.methods.writing.anchors import LacksUnknown
+
+    if retain.unknown or not at_once:
+        try:
+            return fit(retain)
+        except LacksUnknown:
+            if retain.unknown:
+                raise
+    found = find_unknown(model, forget.facts, retain.facts, seed=seed)
+    edit = fit(replace(retain, unknown=tuple(entity for some in found for entity in some.entities)))
+    return replace(edit, recipe={**edit.recipe, "unknown": [some.to_json() for some in found]})
 
 
 def _reads_sae(kind: Any) -> bool:
@@ -165,18 +193,22 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     if begun:
         open_run(out, spec)
     edit = Edit.load(out / SAVED, model) if begun and (out / SAVED).is_file() else None
-    made = None if edit else _made(options.method, settings, options.seed, model, forget, retain, options.sae)
-    kept_apart = Kept(seen=retain, unseen=unseen, general=bool(texts))
-    before = _outputs(model, model, forget, kept_apart, options.seed)
     if edit is None:
-        edit = _fit(made, model, forget, retain, options.sequential, out / CHECKPOINT)
+
+        def fit(given: RetainSet) -> Edit:
+            made = _made(options.method, settings, options.seed, model, forget, given, options.sae)
+            return _fit(made, model, forget, given, options.sequential, out / CHECKPOINT)
+
+        edit = _with_unknown(fit, model, forget, retain, options.seed, _reads_sae(kind))
         open_run(out, spec)
         edit.save(out / SAVED)
+    kept_apart = Kept(seen=retain, unseen=unseen, general=bool(texts))
+    before = _outputs(model, model, forget, kept_apart, options.seed)
     with twin(model, edit) as edited:
         after = _outputs(model, edited, forget, kept_apart, options.seed)
     write_json(out / "provenance.json", provenance(about, options.seed, options.device))
     result = {"method": options.method, "recipe": dict(edit.recipe), "before": before, "after": after}
-    result["notes"] = notes(before, after)
+    result["notes"] = [*map(told, edit.recipe.get("unknown", ())), *notes(before, after)]
     result |= _export(edit, model, out, {"data": about["facts"], "measurements": {"before": before, "after": after}})
     write_json(out / RESULT, result)
     return result

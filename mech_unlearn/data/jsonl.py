@@ -1,4 +1,5 @@
-"""Facts on disk: one JSON object per line; a JSON array and a table with a header are read as well.
+"""Facts on disk: one JSON object per line, with comments in lines that begin with #; a JSON array and a table with a
+header are read as well.
 
 Keys: `id`, `subject`, `aliases`, `relation`, `object`, `prompt` (exactly one `{}`, the subject; the object follows),
 `paraphrases`, `heldout`, `distractors`, `kind`, `group`, `joiner` ("" in scripts without spaces). Unknown keys are
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mech_unlearn.core import _FIELDS, _LISTS, _STRINGS, Fact, fact_to_json
+from mech_unlearn.data.checking import misspelt
 from mech_unlearn.data.source import parsed, short
 from mech_unlearn.files import parse_json, read_text, write_atomic
 
@@ -55,7 +57,8 @@ def fact_from_json(row: Any, default_id: str) -> Fact:
 
 
 def load_facts(path: str | os.PathLike) -> tuple[Fact, ...]:
-    """The facts of a file; blank lines are skipped, white space around strings is taken off with a warning.
+    """The facts of a file; blank lines are skipped. White space around strings is taken off with a warning, and a key
+    that looks like a misspelt field is kept in `Fact.extra` with one.
 
     Raises:
         ValueError: no such file, no fact in it, another format, or bad facts: all are listed with file, line number and
@@ -81,6 +84,10 @@ def load_facts(path: str | os.PathLike) -> tuple[Fact, ...]:
         raise ValueError(f"facts file {str(file)!r} holds no facts")
     if stripped:
         warnings.warn(f"{file}: white space around {', '.join(sorted(stripped))} was taken off", stacklevel=2)
+    odd = dict(sorted(item for fact in facts.values() for item in misspelt(fact).items()))
+    if odd:
+        told = ", ".join(f"{key!r} ({field!r} is)" for key, field in odd.items())
+        warnings.warn(f"{file}: fields that are read by nothing: {told}", stacklevel=2)
     return tuple(facts.values())
 
 
@@ -97,7 +104,8 @@ def _rows(file: Path) -> Sequence[tuple[str, str, Any]]:
         whole = _whole(file, text)
     if whole is None:
         lines = enumerate(text.split("\n"), 1)  # not splitlines: strings may hold U+2028
-        rows = [(f"{file}:{number}", f"line{number}", _parsed(line)) for number, line in lines if line.strip()]
+        told = [(number, line) for number, line in lines if line.strip() and not line.startswith("#")]
+        rows = [(f"{file}:{number}", f"line{number}", _parsed(line)) for number, line in told]
     else:
         rows = [(f"{file}, row {number}", f"row{number}", row) for number, row in enumerate(whole)]
     _require_own(file, rows[0][2] if rows else None)
@@ -106,7 +114,7 @@ def _rows(file: Path) -> Sequence[tuple[str, str, Any]]:
 
 def _whole(file: Path, text: str) -> list[Any] | None:
     """The rows of a file that is one JSON array, or one object over several lines; None for an object a line."""
-    first = text.lstrip().partition("\n")[0]
+    first = next((line for line in text.lstrip().split("\n") if not line.startswith("#")), "")
     if not first.startswith("[") and not (first.startswith("{") and isinstance(_parsed(first), ValueError)):
         return None
     whole = _parsed(text)

@@ -1,14 +1,16 @@
-"""The rows at which a prompt's answer is predicted, and its score there."""
+"""The rows at which a prompt's answer is predicted, its score there, and how sure a model is of what it answers."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mech_unlearn.model.bridge import Model
+from mech_unlearn.model.forward import last_logits
 from mech_unlearn.model.readout import readout
-from mech_unlearn.model.tokens import Query
+from mech_unlearn.model.tokens import Query, buckets, encode_all
 
 READ_ROWS = 512
 """States read out at a time; bounds the memory of the logits."""
@@ -59,3 +61,29 @@ def answer_score(
         return by_row.min(1).values
     mean = by_row.mean(1)
     return mean.exp() if metric == "probability" else mean
+
+
+@dataclass(frozen=True, eq=False)
+class NextToken:
+    """How sure a model is of the token behind each name's prompts."""
+
+    likeliest: Float[Tensor, "name template"]
+    """Probability of the likeliest token."""
+    entropy: Float[Tensor, "name template"]
+    """Of the whole distribution, nats."""
+
+
+@torch.no_grad()
+def next_token(model: Model, names: Sequence[str], templates: Sequence[str]) -> NextToken:
+    """How sure a model is of the first token of its answer about each name, in each template."""
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    known = encode_all(model.tokenizer, texts)
+    rows = [known[text].ids for text in texts]
+    likeliest, entropy = torch.zeros(len(rows)), torch.zeros(len(rows))
+    for members in buckets(rows):
+        ids = torch.tensor([list(rows[i]) for i in members], device=model.device)
+        table = last_logits(model, ids, 1)[:, -1].float().log_softmax(-1)
+        likeliest[members] = table.exp().amax(-1).cpu()
+        entropy[members] = -(table.exp() * table.clamp(min=-1e4)).sum(-1).cpu()
+    shape = (len(names), len(templates))
+    return NextToken(likeliest.unflatten(0, shape), entropy.unflatten(0, shape))

@@ -1,7 +1,9 @@
 """A checkpoint as its makers left it: read as a plain transformers model, or refused in one line before it is read.
 
-transformers alone would merge an adapter in silence, dequantize where it can, and end in a traceback where a file is
-missing or cut off.
+transformers alone would hang an adapter onto its base in silence, dequantize where it can, and end in a traceback where
+a file is missing or cut off.
+
+A folder that holds a PEFT adapter becomes its base model with the adapter merged in, by the package peft.
 
 A GGUF file (llama.cpp's format, weights rounded to blocks of a few bits) becomes a plain model of the numbers that it
 stands for. transformers reads it with the package gguf, but what it gives counts as quantized and cannot be saved, so
@@ -10,6 +12,7 @@ the model is built anew around them.
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +24,8 @@ MODALITIES = ("text_config", "vision_config", "audio_config")
 """What the config of a model of several kinds of input holds beside or in place of a plain text model's fields."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 SAVED_ANEW = "save the checkpoint anew (save_pretrained), or download it again"
-MERGED = "merge it into its base model first: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+MERGED = "merge it into its base model first (merge_and_unload), or give the folder that it was saved in"
+ADAPTER = "adapter_config.json"
 
 
 @contextmanager
@@ -45,14 +49,17 @@ def read_checkpoint(source: str, device: torch.device, dtype: torch.dtype, trust
     """The unbooted model of a hub id or folder.
 
     Raises:
-        ValueError: not there, not a checkpoint of a causal language model (an adapter, an encoder), broken, quantized
-            or incomplete, or a GGUF file without the package that reads it.
+        ValueError: not there, not a checkpoint of a causal language model (an encoder), broken, quantized or
+            incomplete, an adapter that no weights can hold, or a GGUF file without the package that reads it.
     """
     from transformers import AutoModelForCausalLM
 
     local = Path(source).expanduser()
     if file := _gguf(source, local):
         return _read_gguf(source, file, dtype).to(device)
+    if (local / ADAPTER).exists():
+        hf = read_checkpoint(_adapter_base(source, local), device, dtype, trust_remote_code)
+        return _merged(source, local, hf)
     if local.exists():
         _require_folder(source, local)
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -83,7 +90,10 @@ def read_tokenizer(source: str, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoTokenizer
 
-    file = _gguf(source, Path(source).expanduser())
+    local = Path(source).expanduser()
+    file = _gguf(source, local)
+    if (local / ADAPTER).exists() and not any(local.glob("tokenizer*")):
+        return read_tokenizer(_adapter_base(source, local), trust_remote_code)
     with guarded(source, "has no tokenizer that can be read", "save one into the folder or pass tokenizer="):
         if file:
             return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -162,20 +172,47 @@ def _require_folder(source: str, local: Path) -> None:
     """Check by the names of its files that a path is a folder of a whole model."""
     if not local.is_dir():
         raise ValueError(f"model {source!r} is a file; give a folder made by save_pretrained")
-    if (local / "adapter_config.json").exists():
-        raise ValueError(f"model {source!r} holds a PEFT adapter of {_base(local)}, not a whole model; {MERGED}")
     if not (local / "config.json").exists():
         inner = sorted(path.parent.name for path in local.glob("*/config.json"))
         mend = f"one of {', '.join(inner)} in it" if inner else "a folder made by save_pretrained"
         raise ValueError(f"model {source!r}: the folder holds no config.json; give {mend}")
 
 
-def _base(local: Path) -> str:
-    """What an adapter says that it was trained on."""
-    try:
-        return repr(json.loads((local / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return "a base model that its adapter_config.json does not name"
+def _adapter_base(source: str, local: Path) -> str:
+    """The base model that an adapter says it was trained on; a path may be relative to the adapter's folder.
+
+    Raises:
+        ValueError: it says none, or that is an adapter as well, or a whole model lies beside the adapter.
+    """
+    told = f"model {source!r} holds a PEFT adapter"
+    if (local / "config.json").exists():
+        raise ValueError(f"{told} beside a whole model: move one of the two into a folder of its own")
+    with guarded(source, f"{ADAPTER} cannot be read"):
+        base = json.loads((local / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{told} whose {ADAPTER} names no base model: write base_model_name_or_path into it")
+    found = local / base if (local / base).exists() else Path(base).expanduser()
+    if (found / ADAPTER).exists():
+        raise ValueError(f"{told} on {base!r}, which is an adapter as well: merge that one and save it whole first")
+    return str(found) if found.exists() else base
+
+
+def _merged(source: str, local: Path, hf: Any) -> Any:
+    """The base model with the adapter of a folder added to its weights.
+
+    Raises:
+        ValueError: an adapter that weights cannot hold (prompts, prefixes), or that does not fit the base.
+    """
+    from peft import PeftConfig, PeftModel
+
+    mend = "give the base model that it was trained on (base_model_name_or_path)"
+    with guarded(source, f"its adapter cannot be merged into {hf.config.name_or_path!r}", mend):
+        settings = PeftConfig.from_pretrained(str(local))
+        if settings.is_prompt_learning or settings.task_type not in (None, "CAUSAL_LM"):
+            raise TypeError(f"{settings.peft_type} for {settings.task_type} is nothing that is added to weights")
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("error", message=".*adapter keys")  # factors that are missing would count as zero
+            return PeftModel.from_pretrained(hf, str(local)).merge_and_unload(safe_merge=True)
 
 
 def _require_whole(source: str, local: Path) -> None:

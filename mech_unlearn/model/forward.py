@@ -64,8 +64,9 @@ def logits_at(
     """
     if _whole(model):
         return model.logits(ids, mask)[places]
+    _require_room(model, ids.shape[1])
     with unembedded(model.hf, places):
-        return model.logits(ids, mask)[0]
+        return model.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
 
 
 def last_logits(

@@ -196,13 +196,14 @@ def load(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> Model:
-    """Load a causal language model by hub id, local folder or as an in-memory HF model.
+    """Load a causal language model by hub id, local folder (of a model or of an adapter on one), GGUF file, or as an
+    in-memory HF model.
 
     The model is put into evaluation mode and booted into a TransformerBridge without any processing of weights.
     An in-memory model keeps its own device and dtype.
 
     Raises:
-        ValueError: no such model, not a causal language model of text alone, an adapter, quantized weights, no
+        ValueError: no such model, not a causal language model of text alone, quantized weights, no
             tokenizer, missing, broken or non-finite weights, a model that TransformerBridge does not know or that is
             another one within it, or one that somebody else booted into a bridge.
     """

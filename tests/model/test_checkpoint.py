@@ -81,9 +81,15 @@ def of_shape(folder, **changes):
 
 
 BROKEN = {
-    "adapter alone": (lambda f: (adapted(f, "some/base"), (f / "config.json").unlink()), "PEFT adapter of 'some/base'"),
-    "adapter and weights": (lambda f: adapted(f, "some/base"), "merge_and_unload"),
-    "adapter without a base": (lambda f: (f / "adapter_config.json").write_text("{"), "does not name"),
+    "adapter of no base": (
+        lambda f: (adapted(f, "no/base"), (f / "config.json").unlink()), "'no/base': not a local folder"
+    ),
+    "adapter and weights": (lambda f: adapted(f, "some/base"), "adapter beside a whole model: move one"),
+    "adapter without a base": (lambda f: (adapted(f, ""), (f / "config.json").unlink()), "names no base model: write"),
+    "adapter cut off": (
+        lambda f: ((f / "adapter_config.json").write_text("{"), (f / "config.json").unlink()),
+        "adapter_config.json cannot be read",
+    ),
     "bitsandbytes": (lambda f: quantized(f, "bitsandbytes"), r"quantized \(bitsandbytes\).*plain weights"),
     "gptq": (lambda f: quantized(f, "gptq"), r"quantized \(gptq\)"),
     "fp8": (lambda f: quantized(f, "fp8"), r"quantized \(fp8\)"),
@@ -113,7 +119,11 @@ def test_a_broken_folder_is_refused_in_one_line_that_says_what_and_how_to_mend_i
     spoil(folder)
     with pytest.raises(ValueError, match=reason) as error:
         load(folder)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert (
+        ("no/base" if "no base" in what else str(folder)) in str(error.value)
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 600
+    )
 
 
 def test_a_gguf_file_is_the_model_that_it_was_made_from_alone_or_in_a_folder(tmp_path):
@@ -155,6 +165,69 @@ def test_an_adapter_that_hangs_on_a_model_in_memory_is_refused_and_merged_it_loa
     hung.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="holds a PEFT adapter beside its weights"):
         load(hung, tokenizer=tiny_tokenizer())
+
+
+def saved_adapter(folder, base, config, hf=None):
+    """A folder with an adapter of random weights of a base model's folder; gives the base model that wears it."""
+    from peft import get_peft_model
+
+    worn = get_peft_model(hf or tiny_hf(), config)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in (w for w in worn.parameters() if w.requires_grad):
+            weight.copy_(torch.randn(weight.shape, generator=draw) * 0.1)
+    worn.save_pretrained(folder)
+    settings = folder / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": str(base)}))
+    return worn
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"use_rslora": True, "alpha_pattern": {"q_proj": 8}}])
+def test_the_folder_of_an_adapter_loads_as_its_base_with_the_adapter_merged_in(changes, tiny_folder, tmp_path):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **changes)
+    base = shutil.copytree(tiny_folder("llama"), tmp_path / "base")
+    worn = saved_adapter(tmp_path / "adapter", "../base", config, load(base).plain_copy())
+    ids, state = torch.arange(4, 12)[None], torch.get_rng_state()
+    model = load(tmp_path / "adapter")
+    assert torch.equal(state, torch.get_rng_state()) and model.name == str(tmp_path / "adapter")
+    torch.testing.assert_close(model.logits(ids), worn.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+    assert (model.logits(ids) - load(base).logits(ids)).abs().max() > 0.01
+    assert sorted(model.held) == sorted(load(base).held)  # plain weights, to be edited and exported
+
+
+def test_an_adapter_that_no_weights_can_hold_or_that_is_incomplete_or_of_another_shape_is_refused(
+    tiny_folder, tmp_path
+):
+    from peft import LoraConfig, PromptTuningConfig
+    from safetensors.torch import load_file, save_file
+
+    base, lora = tiny_folder("llama"), LoraConfig(r=2, target_modules=["q_proj"])
+    saved_adapter(tmp_path / "prompts", base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    saved_adapter(tmp_path / "partly", base, lora)
+    weights = load_file(tmp_path / "partly" / "adapter_model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, tmp_path / "partly" / "adapter_model.safetensors")
+    saved_adapter(tmp_path / "other", tiny_folder("gpt2"), lora)
+    saved_adapter(tmp_path / "twice", tmp_path / "partly", lora)
+    for name, reason in {
+        "prompts": "PROMPT_TUNING .*is nothing that is added to weights",
+        "partly": "cannot be merged .*[Mm]issing adapter keys",
+        "other": "cannot be merged into .*Target modules",
+        "twice": "which is an adapter as well: merge that one",
+    }.items():
+        with pytest.raises(ValueError, match=reason) as error:
+            load(tmp_path / name)
+        assert "\n" not in str(error.value) and str(tmp_path / name) in str(error.value)
+
+
+def test_a_checkpoint_in_shards_loads_as_the_model_that_it_was(tmp_path):
+    hf = tiny_hf()
+    hf.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    model, ids = load(tmp_path, tokenizer=tiny_tokenizer()), torch.arange(4, 12)[None]
+    torch.testing.assert_close(model.logits(ids), hf(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def multimodal_hf():

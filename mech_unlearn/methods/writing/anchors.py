@@ -4,26 +4,28 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mech_unlearn.core import ForgetSet, RetainSet
 from mech_unlearn.methods.writing import keys
+from mech_unlearn.model.answers import next_token
 from mech_unlearn.model.bridge import Model
-from mech_unlearn.model.forward import last_logits
-from mech_unlearn.model.tokens import buckets, encode_all
 
 PROMPTS = 4
-"""Prompts, at the most, that certainty is a mean over."""
+"""Prompts, at the most, that the probability of the likeliest answer is a mean over."""
 KNOWN = 0.5
-"""Certainty above which a model is taken to know what it says of the forgotten names."""
+"""Such a probability above which a model is taken to know what it says of the forgotten names."""
+
+
+class LacksUnknown(ValueError):
+    """No unknown entity of a kind that is to be forgotten was given."""
 
 
 def unknown_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
     """The unknown entities of the kinds that are to be forgotten.
 
     Raises:
-        ValueError: there is none, or one of them is to be forgotten or kept.
+        LacksUnknown: there is none.
+        ValueError: one of them is to be forgotten or kept.
     """
     kinds, known = (
         {entity.kind for entity in forget.entities},
@@ -36,7 +38,7 @@ def unknown_names(forget: ForgetSet, retain: RetainSet) -> tuple[str, ...]:
             "give names that the model knows nothing about"
         )
     if not found:
-        raise ValueError(
+        raise LacksUnknown(
             f"RetainSet.unknown has no entity of kind {', '.join(sorted(map(str, kinds)))}: give names of that kind "
             "that the model knows nothing about (on the command line --unknown FILE)"
         )
@@ -93,26 +95,14 @@ def draw_anchors(model: Model, forget: ForgetSet, retain: RetainSet, seed: int) 
     return {name: found[name] for name in keys.names_of(forget.entities)}
 
 
-@torch.no_grad()
-def certainty(model: Model, names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, " name"]:
-    """Probability of the likeliest next token after each name's prompts: mean over the templates."""
-    texts = [template.replace("{}", name) for name in names for template in templates]
-    known = encode_all(model.tokenizer, texts)
-    rows = [known[text].ids for text in texts]
-    best = torch.zeros(len(rows))
-    for members in buckets(rows):
-        ids = torch.tensor([list(rows[i]) for i in members], device=model.device)
-        best[members] = last_logits(model, ids, 1)[:, -1].float().softmax(-1).amax(-1).cpu()
-    return best.unflatten(0, (len(names), len(templates))).mean(1)
-
-
 def measured(model: Model, forget: ForgetSet, anchors: Mapping[str, str]) -> dict[str, float]:
     """How certain the model's answers are about the forgotten names and about their anchors, for the report.
 
     An unknown entity is told by answers that are less certain; a warning says where they are not.
     """
     templates = tuple(dict.fromkeys(fact.prompt for fact in forget.facts))[:PROMPTS]
-    own, other = (certainty(model, list(dict.fromkeys(names)), templates) for names in (anchors, anchors.values()))
+    groups = (list(dict.fromkeys(names)) for names in (anchors, anchors.values()))
+    own, other = (next_token(model, names, templates).likeliest for names in groups)
     if KNOWN < own.mean() <= other.mean():
         warnings.warn(
             f"the model answers about the unknown names as surely ({other.mean():.2f}) as about those to be forgotten "

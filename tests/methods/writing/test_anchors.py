@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import torch
 
 from mech_unlearn.core import Entity, ForgetSet
 from mech_unlearn.methods.writing import anchors
@@ -23,16 +22,6 @@ def test_each_name_gets_an_anchor_of_its_own_kind(tiny_model, tiny_sets):
     assert [kinds[anchor] for anchor in found.values()] == ["city", "person", "person"]
     with pytest.raises(ValueError, match="no entity of kind city"):
         anchors.draw_anchors(tiny_model, mixed, retain, seed=0)
-
-
-def test_certainty_is_the_likeliest_tokens_probability_prompt_by_prompt(tiny_model):
-    names, templates = ("Anna Lee", "Ben", "Cara Moss"), ("The birthplace of {}", "{} was")
-    slow = torch.zeros(3, 2)
-    for i, name in enumerate(names):
-        for j, template in enumerate(templates):
-            ids = torch.tensor([tiny_model.tokenizer(template.replace("{}", name)).input_ids])
-            slow[i, j] = tiny_model.logits(ids)[0, -1].softmax(-1).max()
-    torch.testing.assert_close(anchors.certainty(tiny_model, names, templates), slow.mean(1))
 
 
 def test_a_warning_says_where_the_model_answers_about_the_anchors_as_surely():
