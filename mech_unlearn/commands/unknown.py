@@ -78,9 +78,11 @@ def find_unknown(
         ValueError: a kind of which the model answers no fact right, whose names it cannot be told from made-up ones by
             its answers, or of which too few can be made up.
     """
-    kinds = dict.fromkeys(fact.kind for fact in facts)
-    by_kind = {kind: [[fact for fact in some if fact.kind == kind] for some in (facts, kept)] for kind in kinds}
-    return tuple(_of_kind(model, kind, *some, count, seed) for kind, some in by_kind.items())
+    found = []
+    for kind in dict.fromkeys(fact.kind for fact in facts):
+        own, others = ([fact for fact in some if fact.kind == kind] for some in (facts, kept))
+        found.append(_of_kind(model, kind, own, others, count, seed))
+    return tuple(found)
 
 
 def _of_kind(

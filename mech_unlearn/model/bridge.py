@@ -64,6 +64,12 @@ class _Seen(Exception):
     """Ends the forward pass of one token once the first layer has shown what a layer returns."""
 
 
+def _noted(fired: list[bool], i: int, write: Write, x: Tensor, hook: Any) -> Tensor | None:
+    """What a write makes of an activation, noted as having been called."""
+    fired[i] = True
+    return write(x)
+
+
 @dataclass(frozen=True)
 class Model:
     """A causal language model with held parameters, hooks by name and its own tokenizer.
@@ -182,20 +188,12 @@ class Model:
             RuntimeError: a function was never called although the block ended normally.
         """
         fired = [False] * len(writes)
-
-        def attach(i: int, write: Write):
-            def run(x: Tensor, hook: Any) -> Tensor | None:
-                fired[i] = True
-                return write(x)
-
-            return run
-
         names = [self.resolve(place) for place, _ in writes]
         handles = []
         try:
             for i, (name, (_, write)) in enumerate(zip(names, writes, strict=True)):
                 point = self.points[name]
-                point.add_hook(attach(i, write))
+                point.add_hook(partial(_noted, fired, i, write))
                 handles.append((point, point.fwd_hooks[-1]))
             yield
         finally:

@@ -9,6 +9,7 @@ Fails:    a model that does anything but call its layers between the embedding a
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mech_unlearn.model.bridge import Model
+
+
+def _instead(layer: Any, number: int, rest: tuple[None, ...] | None, *args: Any, **kwargs: Any) -> Any:
+    """What a bypassed decoder layer returns."""
+    states = layer(number, args, kwargs)
+    return states if rest is None else (states, *rest)
 
 
 @contextmanager
@@ -26,17 +33,9 @@ def bypassed(model: Model, layer: Callable[[int, tuple, dict[str, Any]], Tensor]
     """
     rest = model.layer_rest
     blocks: list[Any] = list(model.bridge.blocks)
-
-    def instead(number: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            states = layer(number, args, kwargs)
-            return states if rest is None else (states, *rest)
-
-        return forward
-
     try:
         for number, block in enumerate(blocks):
-            object.__setattr__(block, "forward", instead(number))
+            object.__setattr__(block, "forward", partial(_instead, layer, number, rest))
         yield
     finally:
         for block in blocks:
