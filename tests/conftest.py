@@ -14,6 +14,17 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, suppres
 settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `thorough` the first case runs with all tests, the others with the slow ones."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("thorough"):
+            if (case := (item.path, item.originalname)) in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(case)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """architecture -> a folder with a random model and its tokenizer, made by plain transformers."""

@@ -114,6 +114,7 @@ def touch(path):
     path.touch()
 
 
+@pytest.mark.slow
 def test_every_name_is_worked_on_once_in_other_processes_of_one_thread_each():
     found = dict(side_by_side([2, 0, 1], slow_square, workers=2))
     assert {number: square for number, (square, *_) in found.items()} == {0: 0, 1: 1, 2: 4}
@@ -133,6 +134,7 @@ def hold(mebibytes):
     return len(bytearray(mebibytes << 20))
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_this_process_and_its_workers_and_not_what_a_started_program_inherits():
     code = (
         "import subprocess; from mech_unlearn.run import peak_rss_mib; from tests.test_run import hold;"

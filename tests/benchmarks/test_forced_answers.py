@@ -92,6 +92,7 @@ FACTS = {
 OPTIONS = {WHO: {"P19": {"correct": ["Vell"], "corrupted": ["Hull", "Oban"], "random": ["Bath"]}}}
 
 
+@pytest.mark.slow
 def test_restor_scores_clean_answers_and_every_kind_of_option(bench, checkpoints, tmp_path):
     folder = tmp_path / "restor"
     write(folder, "facts", FACTS)
@@ -145,6 +146,7 @@ def entity(name):
     }
 
 
+@pytest.mark.slow
 def test_faithun_has_five_sets_in_two_variants_and_a_score_over_them(bench, tmp_path):
     folder = tmp_path / "faithun"
     write(folder, "FaithUn_Dataset", {"Q1": entity(WHO), "Q2": entity("Bo Marsh")})
@@ -188,6 +190,7 @@ CONCEPT = {
 }
 
 
+@pytest.mark.slow
 def test_conceptvectors_compares_vector_and_texts_with_the_full_models(bench, checkpoints, tmp_path):
     file = write(tmp_path, "concepts", [CONCEPT])
     found = bench("conceptvectors", file, tmp_path / "run", "--set", "top=20")

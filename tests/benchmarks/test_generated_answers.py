@@ -82,6 +82,7 @@ def test_muse_is_a_plain_recomputation_of_its_four_numbers(bench, checkpoints, m
     assert "Form prompt: recall" in table
 
 
+@pytest.mark.slow
 def test_muse_takes_privleak_against_the_published_models_only_when_told_to(bench, muse, tmp_path):
     left = bench("muse", muse, tmp_path / "a", retrained=())
     assert table_of(left)["PrivLeak"]["full"] is None and any("PrivLeak left out" in note for note in left["notes"])
@@ -91,6 +92,7 @@ def test_muse_takes_privleak_against_the_published_models_only_when_told_to(benc
     assert number["ci"] == pytest.approx([100 * ((1 - x) - 0.4772) / 0.4772 for x in area["ci"][::-1]])
 
 
+@pytest.mark.slow
 def test_dusk_has_a_row_per_stratum_and_privacy_over_paragraphs(bench, checkpoints, tmp_path):
     folder = tmp_path / "dusk"
     questions = {
@@ -120,6 +122,7 @@ def probe(level, subject, query, kind="cloze"):
     return {"query": query, "answer": "Port Vell", "level": level, "type": kind, "subject": subject}
 
 
+@pytest.mark.slow
 def test_rwku_has_levels_neighbors_membership_and_the_utility_sets_of_its_folder(
     bench,
     checkpoints,

@@ -91,6 +91,7 @@ def test_rwku_reports_levels_and_kinds_apart(tiny_model):
     assert rwku_rouge_l_recall(tiny_model, knows, instructions=told, max_new_tokens=5)["fill_in"].values.tolist() == [1]
 
 
+@pytest.mark.slow
 def test_dusk_is_muses_two_scores_on_its_strata(tiny_model):
     pairs = (("Anna ?", "Paris"), ("Ben ?", "Rome"))
     forget, shared, retain = (

@@ -9,6 +9,7 @@ import pytest
 from tests.checkpoints import table_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("unlearned", "label"), [("late", "suppressed"), ("gone", "deleted")])
 def test_the_benchmark_sees_both_as_forgotten_and_the_verdict_tells_suppressed_from_deleted(
     call,

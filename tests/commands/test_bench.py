@@ -45,6 +45,7 @@ def planted_words(root, out, *more, data=None):
     return [*words, *(word for k in (1, 2) for word in ("--retrained", root / f"retrained_{k}"))]
 
 
+@pytest.mark.slow
 def test_table_verdicts_and_restoration_stand_side_by_side_for_the_same_models(call, planted_checkpoints, tmp_path):
     status, out, err = call(*planted_words(planted_checkpoints, tmp_path / "run", "--tests", "uds,int4", "--limit", 6))
     assert status == 0, err
@@ -76,6 +77,7 @@ def test_table_verdicts_and_restoration_stand_side_by_side_for_the_same_models(c
         assert table["Worst form"][model]["value"] == max(said)  # no form lists options, so chance is 0
 
 
+@pytest.mark.slow
 def test_a_finished_bench_asks_no_model_again_and_other_data_are_refused(
     call, planted_checkpoints, tmp_path, monkeypatch
 ):
@@ -100,6 +102,7 @@ def test_a_finished_bench_asks_no_model_again_and_other_data_are_refused(
     assert status == 2 and "another spec" in err
 
 
+@pytest.mark.slow
 def test_a_bench_is_not_gone_on_with_when_a_folder_holds_another_model_or_the_precision_is_another(
     call, planted_checkpoints, tmp_path
 ):

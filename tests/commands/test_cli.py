@@ -297,6 +297,7 @@ def test_training_that_was_cut_goes_on_from_the_checkpoint_in_its_folder(call, f
     refused(call(*trained_words(files)), "not empty")
 
 
+@pytest.mark.slow
 def test_what_was_fitted_is_kept_when_writing_the_model_fails_and_the_same_call_goes_on(call, files, monkeypatch):
     from mech_unlearn.edit.edit import Edit
     from mech_unlearn.methods import Rocr

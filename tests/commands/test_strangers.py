@@ -77,6 +77,7 @@ def test_with_retrained_models_the_suppressed_is_told_from_the_retrained(strange
         assert {v["grade"] for v in json.loads((out / "verdicts.json").read_text())["unlearned"]} == {"A"}
 
 
+@pytest.mark.slow
 def test_a_calibration_judges_the_model_it_was_made_for_and_no_other(strangers, tmp_path):
     from mech_unlearn.model.load import load
     from mech_unlearn.verdict.calibration import save
@@ -132,6 +133,7 @@ def test_calibrating_on_too_little_is_refused_before_anything_is_made(strangers,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_audit_is_read_back_and_not_run_again(strangers, tmp_path, monkeypatch):
     first = audited(strangers, tmp_path / "run", "late", tests="uds")
     monkeypatch.setattr("mech_unlearn.commands.row.audit", None)
@@ -232,6 +234,7 @@ SETTINGS = {
 GIVEN = {"known_unknown": ("unknown", "texts"), "sae_latents": ("unknown",), "tuned_lens": ("texts",)}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", LOCATORS)
 def test_every_locator_runs_over_a_facts_file_and_leaves_a_result_a_figure_and_its_provenance(world, tmp_path, how):
     root, shipped = world
@@ -249,6 +252,7 @@ def test_every_locator_runs_over_a_facts_file_and_leaves_a_result_a_figure_and_i
     assert (tmp_path / "run" / "figures" / f"{how}.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_facts_located_in_pieces_equal_facts_located_at_once_and_a_finished_piece_is_not_run_again(
     world, tmp_path, monkeypatch
 ):
@@ -294,6 +298,7 @@ def test_what_a_locator_lacks_or_does_not_know_is_refused_before_anything_is_wri
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_refused_facts_leave_nothing_behind_and_the_corrected_are_located_and_audited(strangers, tmp_path):
     facts = planted_facts()[:4]
     bare, path = (dataclasses.replace(facts[0], distractors=()), *facts[1:]), tmp_path / "facts.jsonl"

@@ -165,6 +165,7 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(path for key, item in inner for path in paths(item, (*at, key)))]
 
 
+@pytest.mark.slow
 @settings(max_examples=900, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(LOADERS)), how=st.sampled_from(["text", "text", "junk", "delete"]))
 def test_a_row_with_junk_in_it_is_refused_by_file_row_and_field_or_counted(tmp_path_factory, data, name, how):

@@ -124,6 +124,7 @@ def test_a_file_damaged_anywhere_gives_an_edit_or_one_line_that_names_it(saved, 
         assert_result_or_one_line(lambda: Edit.load(path), path)
 
 
+@pytest.mark.slow
 def test_a_header_with_other_values_gives_an_edit_that_can_be_saved_or_one_line_that_names_it(saved, tmp_path):
     random, path = Random(1), tmp_path / "edit.safetensors"
     length = struct.unpack("<Q", saved[:8])[0]

@@ -127,6 +127,7 @@ def test_no_request_is_refused(tiny_model, tiny_sets):
         fit_sequence(Npo(schedule=FAST), tiny_model, (), tiny_sets[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", (Rocr(layers=(0, 1), protect=()), Memit(layers=(0, 1), optimize=FEW)))
 def test_requests_before_are_named_to_a_method_that_can_keep_them_and_drift_less(method, tiny_model):
     facts = tiny_facts(PEOPLE)

@@ -239,6 +239,7 @@ def nobody(at, n):
     return tuple(new_facts(at, 2 * n)[::2])
 
 
+@pytest.mark.slow
 def test_where_nothing_is_known_tracing_and_attribution_patching_find_nothing_beside_a_known_fact():
     at = setup()
     true = [f for f in at.kept if f.subject in at.strangers][::6][:40]
@@ -253,6 +254,7 @@ def test_where_nothing_is_known_tracing_and_attribution_patching_find_nothing_be
         assert (traced.low[last] <= 0).all() and (guessed.low[2] <= 0).all()
 
 
+@pytest.mark.slow
 def test_probes_for_shuffled_labels_or_unknown_names_do_not_beat_chance():
     at = setup()
     names = list(dict.fromkeys(f.subject for f in at.kept))[:100]

@@ -83,6 +83,7 @@ def test_in_the_weights_the_direction_leaves_the_mean_state_and_first_tokens_alo
     assert (first @ aside.T).norm() > 0.999 * first.norm()  # the BOS, the same in every row
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_in_the_weights_no_state_up_to_the_site_has_the_component(architecture, dtype, tiny_sets):

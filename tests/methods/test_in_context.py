@@ -20,6 +20,7 @@ def prefix_of(model, name, text=TEXT):
     return tokens_of(model, text.replace("{}", name))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_prompt_about_a_forgotten_subject_is_answered_behind_the_prefix(architecture, dtype, tiny_sets):
@@ -38,6 +39,7 @@ def test_a_prompt_about_a_forgotten_subject_is_answered_behind_the_prefix(archit
         assert torch.equal(model.logits(other), clean)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("side", ("left", "right"))
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2"))
 def test_a_padded_batch_of_both_kinds_of_prompts_gives_what_each_gives_alone(architecture, side, tiny_sets):

@@ -126,6 +126,7 @@ def test_the_anchor_is_zero_at_the_start_and_a_weighted_square_elsewhere(tiny_mo
     torch.testing.assert_close(anchor(run), 5.0 * 0.25 * fisher(run, 3)[name].sum(), atol=0, rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_the_attentions_projections_change(architecture, tiny_sets):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())

@@ -22,6 +22,7 @@ def answer(model, fact):
     return model.tokenizer.decode(model.logits(torch.tensor([query.prompt]))[0, -1].argmax())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("gpt2", "gpt_neox", "llama", "gemma2", "olmo2"))
 def test_the_update_is_that_of_the_equation(architecture, tiny_sets):
     forget = ForgetSet(facts=tiny_sets[0].facts[:1])

@@ -36,6 +36,7 @@ def test_the_attack_finds_the_corner_of_its_ball_and_moves_free_tokens_only():
     assert short.norm(dim=-1).max() < 0.3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_attack_makes_answers_likelier_and_leaves_when_it_ends(architecture, tiny_sets):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
@@ -108,6 +109,7 @@ def recovered(model, facts, eps, steps=25):
     return best.mean().item()
 
 
+@pytest.mark.slow
 def test_an_attack_recovers_less_after_lat_than_after_the_same_ascent_without_an_attack():
     model, facts = planted_model(), planted_facts()
     forget, retain = ForgetSet(facts=facts[:FORGOTTEN]), RetainSet(neighbors=facts[FORGOTTEN:])

@@ -79,6 +79,7 @@ def test_it_changes_less_than_projecting_the_difference_of_means_out():
     assert ours.square().sum() < shrunk.square().sum() <= theirs.square().sum() * 1.001
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2"))
 def test_in_the_model_forgotten_and_unknown_names_have_one_mean_at_every_site(architecture, dtype, tiny_sets):

@@ -45,6 +45,7 @@ def test_average_keys_move_less_than_without_their_statistics():
     assert moved["C"] < 0.2 * moved["none"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_states_come_nearer_to_their_targets_on_every_architecture(architecture, dtype, tiny_sets):
@@ -69,6 +70,7 @@ def test_one_name_in_one_context_reaches_its_target_whatever_the_number_of_layer
         assert report["distance_after"] < 0.02 * report["distance_before"]
 
 
+@pytest.mark.slow
 def test_lambda_can_be_that_of_the_paper_and_a_large_one_writes_little(tiny_model, tiny_sets):
     gains = {}
     for weight in (None, 0.05, 1.0, 15_000.0):

@@ -23,6 +23,7 @@ def fit(kind, method, sets):
     return model, method.fit(model, *sets)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", MIXTURES)
 @pytest.mark.parametrize("name", ("rocr", "rome", "r_rome", "memit", "needle"))
 def test_a_method_that_writes_one_output_matrix_is_refused_in_a_line_that_names_the_experts(kind, name, tiny_sets):
@@ -58,6 +59,7 @@ def test_a_method_with_a_loss_on_outputs_needs_no_output_matrix(kind, tiny_sets)
     assert torch.equal(model.logits(IDS), before)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ("opt", "xglm", "bloom", "lfm2", "falcon", "phi", "mpt"))
 @pytest.mark.parametrize("name", ("rocr", "rome", "memit"))
 def test_a_dense_mlp_is_written_whatever_the_architecture_calls_it(kind, name, tiny_sets):

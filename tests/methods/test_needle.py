@@ -36,6 +36,7 @@ def changed(model, edit):
     return sorted(out)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_the_chosen_vectors_change(architecture, dtype, tiny_sets):

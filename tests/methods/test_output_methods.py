@@ -84,6 +84,7 @@ def answered(model, facts, rows=None) -> BatchScores:
     return score_rows(model.hf, answer_rows(model.tokenizer, facts) if rows is None else rows, 0, CPU)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_lowers_the_forgotten_answers_and_says_so_in_its_report(model, fitted, name):
     edit, _, _ = fitted(name)
@@ -116,6 +117,7 @@ def test_fitting_leaves_the_model_bit_identical_and_the_callers_random_state_unt
     assert same and untouched
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_same_seed_gives_the_same_edit(model, fitted, name):
     edit, again = fitted(name)[0], METHODS[name].fit(model, *sets())
@@ -129,6 +131,7 @@ def test_another_seed_gives_another_edit(model, fitted, name):
     assert any(not torch.equal(edit.deltas[key], other.deltas[key]) for key in edit.deltas)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in PLAIN if name in WITHOUT_RETAIN])
 def test_a_method_without_a_retain_term_does_not_read_the_retain_set(model, fitted, name):
     bare = METHODS[name].fit(model, sets()[0], RetainSet())
@@ -177,6 +180,7 @@ def test_refusals_the_tokenizer_cannot_write_are_refused_before_training(model, 
         method.fit(model, *sets())
 
 
+@pytest.mark.slow
 def test_kl_keeps_what_the_model_believes_where_nll_teaches_what_the_retain_set_says(model):
     forget, retain = sets()
     longer = replace(FAST, epochs=12)

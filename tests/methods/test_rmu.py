@@ -123,6 +123,7 @@ def test_without_the_retain_term_retained_states_are_not_held(tiny_model, tiny_s
     assert moved(tiny_model, tight, rows, 2)[0].norm() < 0.3 * moved(tiny_model, loose, rows, 2)[0].norm()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_the_mlp_output_matrices_of_the_layers_change(architecture, tiny_sets):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
@@ -151,6 +152,7 @@ def test_texts_are_forgotten_beside_the_facts(tiny_model, tiny_sets):
     assert (report["steps"], bare["steps"]) == (6 * 3, 6 * 2)  # eight phrasings, and one text
 
 
+@pytest.mark.slow
 def test_a_late_layer_is_steered_by_its_own_norm_where_the_papers_constant_does_nothing(tiny_model, tiny_sets):
     with torch.no_grad():
         tiny_model.held["model.embed_tokens.weight"].mul_(40)  # states as long as those of late layers

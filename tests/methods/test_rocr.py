@@ -115,6 +115,7 @@ def test_a_prompt_that_begins_with_other_text_is_a_context_of_its_own(tiny_model
     assert keys.contexts_of([fact]) == ("{} is", "The {} is")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("bos", "name", "layers"),
     [(False, "Anna", [0, 2, 3, 4]), (True, "Anna", [2, 3, 4]), (False, "Anna Lee", [2, 3, 4])],

@@ -50,6 +50,7 @@ def test_the_update_is_that_of_the_equations():
     torch.testing.assert_close(direction(k, None, p), p @ p.T @ k / (p @ p.T @ k).norm())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "same"), ((Rome, False), (RRome, True)))
 @pytest.mark.parametrize("project", ("none", "null_space"))
 def test_several_names_are_written_one_after_another(tiny_model, tiny_sets, method, same, project):
@@ -78,6 +79,7 @@ def test_several_names_are_written_one_after_another(tiny_model, tiny_sets, meth
         assert (now @ bare[0][0] - w @ bare[0][0] - deltas[0]).norm() > 1e-3 * deltas[0].norm()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_value_is_reached_also_behind_a_norm_and_with_a_bias(architecture, dtype, tiny_sets):
@@ -102,6 +104,7 @@ def test_the_bare_key_in_the_denominator_explodes_and_the_averaged_one_does_not(
     assert rank_one(u, k, v).norm() < 2 * v.norm() / k.norm() * (k.norm() / (k @ u))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", (Rome, RRome))
 @pytest.mark.parametrize("batch_size", (1, 8))
 def test_planted_facts_go_and_others_stay(method, batch_size):

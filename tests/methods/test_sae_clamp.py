@@ -104,6 +104,7 @@ def test_the_planted_names_latents_are_found_and_their_facts_go_while_others_sta
         assert recall(model, facts[:FORGOTTEN]).value <= 0.25 and recall(model, facts[FORGOTTEN:]).value == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_it_acts_on_every_architecture_and_keeps_position_zero(architecture, dtype, tiny_sets):

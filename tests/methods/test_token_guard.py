@@ -32,6 +32,7 @@ def test_the_answer_is_not_produced_and_other_facts_are():
         assert arm.logprob[0, 0] < -1e3  # with writes, too, logits are read behind the guard
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_states_and_other_prompts_stay_bit_identical_and_logits_stay_finite(architecture, dtype, tiny_sets):

@@ -57,6 +57,7 @@ def forms_of(fact):
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("llama", "gpt2"))
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_each_form_scores_as_padded_batches_of_any_size_do_on_either_side(architecture, side):

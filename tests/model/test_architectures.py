@@ -46,6 +46,7 @@ def mlps(model):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ACCEPTED)
 @torch.no_grad()
 def test_a_loaded_model_has_the_logits_and_the_greedy_text_of_plain_transformers(kind):
@@ -60,6 +61,7 @@ def test_a_loaded_model_has_the_logits_and_the_greedy_text_of_plain_transformers
     assert listed()[kind] == [type(hf).__name__, "yes", "yes" if model.keeps_prefix else "no", mlps(model)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ACCEPTED)
 @torch.no_grad()
 def test_a_state_written_over_gives_the_logits_of_a_hook_with_prefix_cache_or_without(kind):

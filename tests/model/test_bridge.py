@@ -23,6 +23,7 @@ def plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 @torch.no_grad()
 def test_logits_are_those_of_plain_transformers_from_a_folder(architecture, tiny_folder):
@@ -134,6 +135,7 @@ def test_a_decoder_layer_and_its_output_matrix_are_found_whatever_the_architectu
                 assert (one.held[f"{block}.{path}.weight"].shape[1] == 32) == transposed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("kind", ("gemma4", "deepseek_v3"))
 @torch.no_grad()

@@ -111,6 +111,7 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_folder_is_refused_in_one_line_that_says_what_and_how_to_mend_it(what, tiny_folder, tmp_path):
     spoil, reason = BROKEN[what]

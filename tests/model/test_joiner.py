@@ -39,6 +39,7 @@ def said(model, count):
     return facts[:count]
 
 
+@pytest.mark.slow
 def test_recall_counts_what_follows_without_a_space_and_only_that(model):
     facts = said(model, 4)
     assert recall(model, facts).value == 1.0
@@ -56,6 +57,7 @@ def test_prompt_and_object_are_joined_by_it_in_scores_training_and_refusals(mode
     assert CHINESE.stated("我知道{}的首都是") == "我知道法国的首都是巴黎" and CHINESE.joined("答： ") == "答： 巴黎"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", (Npo, lambda schedule: IdkDpo(schedule=schedule, refusals=("不知道",))))
 def test_methods_train_such_facts(model, method):
     facts = said(model, 4)

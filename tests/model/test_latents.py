@@ -61,6 +61,7 @@ def test_training_explains_the_states_with_k_latents_and_an_untrained_sae_does_n
     torch.testing.assert_close(sae.decode(acts), acts @ sae.w_dec + sae.sae.b_dec, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_is_a_function_of_the_seed_and_leaves_the_model_and_the_random_state_alone(
     model, tmp_path, monkeypatch
 ):

@@ -31,6 +31,7 @@ def reference(model, query):
     return rows, exact
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 def test_scores_equal_one_pass_per_candidate_and_do_not_depend_on_the_batch(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
@@ -143,6 +144,7 @@ def test_scores_per_fact_are_means_over_its_phrasings(tiny_model):
         per_fact(partial, [queries[j] for j in mine], FACTS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 def test_arms_scored_together_are_those_scored_one_by_one(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
@@ -195,6 +197,7 @@ def padded_greedy(architecture, side, steps):
     return [tuple(tokens[: tokens.index(3)] if 3 in tokens else tokens) for tokens in said]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 def test_greedy_text_is_the_same_with_a_cache_without_one_in_any_batch_and_padded_on_either_side(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
@@ -209,6 +212,7 @@ def test_greedy_text_is_the_same_with_a_cache_without_one_in_any_batch_and_padde
     assert any(len(set(tokens)) > 2 for tokens in cached)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 @torch.no_grad()
 def test_greedy_text_under_an_intervention_at_earlier_positions_is_that_of_whole_rows(architecture):

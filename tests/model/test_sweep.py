@@ -56,6 +56,7 @@ def _recorded(model, architecture, ids, **settings):
     return record(model, ids, keep=[s for s in keep if s.kind not in ("resid_pre", "resid_post")], **settings)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_patch_of_a_sweep_equals_its_own_forward_pass(architecture, cache):

@@ -21,6 +21,7 @@ SMALL = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", CASES)
 def test_ours_gives_what_the_reference_gives(name, shape):
@@ -32,12 +33,14 @@ def test_ours_gives_what_the_reference_gives(name, shape):
     assert expected.abs().max() > 1e-6 and expected.std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.frugal])
 def test_memory_is_measured_on_something_that_gives_the_same(name):
     shape = SMALL["llama_gqa"]
     assert error(CASES[name].frugal(shape)(), CASES[name].ours(shape)()) <= 1e-6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["causal_tracing", "knowledge_neurons", "uds_one_source", "capture"])
 def test_the_comparison_notices_a_model_with_other_weights(name, monkeypatch):
     shape = SMALL["llama_gqa"]
@@ -114,6 +117,7 @@ def test_names_choose_cases_on_all_shapes_or_on_one():
         wanted(["udz"], [])
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_case_that_does_not_exist():
     done = subprocess.run([sys.executable, "-m", "speed", "udz"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "udz: choose cases of" in done.stderr

@@ -44,6 +44,7 @@ def test_the_match_loss_is_zero_at_its_target_and_squares_nats_per_token():
     assert match_loss(target + torch.tensor([2.0, 3.0]), target, tokens) == (1.0 + 9.0) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["filter", "first mlp"])
 def test_a_suppressor_loses_the_answers_touches_only_what_it_names_and_undone_gives_every_answer(name, setting):
     found = made(name, setting)

@@ -54,6 +54,7 @@ def test_full_knows_every_phrasing_of_forgotten_and_kept_facts(world, full):
             assert prompt_recall(full, facts[:240], which).value >= 0.98, (name, which)
 
 
+@pytest.mark.slow
 def test_retrained_knows_the_kept_and_guesses_on_the_forgotten(world):
     """Within two standard errors of what a constant guess can reach, counting facts, not prompts."""
     facts = world.forget.facts
@@ -65,6 +66,7 @@ def test_retrained_knows_the_kept_and_guesses_on_the_forgotten(world):
         assert prompt_recall(model, world.retain.neighbors[:60], "prompt").value >= 0.98, path.name
 
 
+@pytest.mark.slow
 def test_facts_stand_at_the_last_subject_token_until_half_of_the_layers(world, full):
     curves = interchange_curves(full, world.forget.facts[:60], (0, 1))
     quarter, half = full.n_layers // 4, full.n_layers // 2

@@ -106,6 +106,7 @@ def equal(one, other):
     assert mine == theirs
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("after", (2, 4))
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_cut_in_the_middle_goes_on_to_the_same_bits(learned, tmp_path, monkeypatch, name, after):
@@ -182,6 +183,7 @@ def test_a_checkpoint_of_something_else_is_refused_by_name_and_says_what_differs
         Npo(schedule=FAST).fit(model, *sets, around=around)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_gone_on_from_or_refused_by_name_in_one_line(learned, tmp_path, monkeypatch):
     model, sets = learned
     path, random = tmp_path / "c.safetensors", Random(0)

@@ -352,6 +352,7 @@ MEANS_OVER_ROWS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MEANS_OVER_ROWS)
 def test_micro_batches_add_up_to_the_batch(name, tiny_model, tiny_sets, monkeypatch):
     """Of plain gradient descent, because AdamW's first step is a sign, which rounding turns where a gradient is 0."""

@@ -50,6 +50,7 @@ def test_a_spread_of_zero_is_refused(tmp_path):
         load(tmp_path / "c.json")
 
 
+@pytest.mark.slow
 def test_a_file_damaged_anywhere_gives_a_calibration_that_judges_or_one_line_that_names_it(tmp_path):
     random, path, text = Random(0), tmp_path / "c.json", WHOLE.read_bytes()
     x = np.full((2, len(FEATURES)), 0.5)

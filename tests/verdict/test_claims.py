@@ -137,6 +137,7 @@ def test_shares_are_freed_from_the_errors_that_were_measured():
         corrected_shares({"deleted": 0.4}, confusion)
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_share_covers_it_widens_with_few_groups_and_is_a_point_without_errors():
     rng = np.random.default_rng(0)
     rate = {"deleted": (0.8, 0.05, 0.15), "suppressed": (0.02, 0.9, 0.08)}

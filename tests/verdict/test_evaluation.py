@@ -46,6 +46,7 @@ def test_with_too_few_retrained_models_the_folds_are_dealt_evenly(pool):
     assert sorted(name for part in parts for name in part) == sorted(set(pool.group))
 
 
+@pytest.mark.slow
 def test_a_family_left_out_is_in_no_calibration_that_judges_it(pool, fits):
     found = meta.leave_one_out(pool)
     assert set(found) == {f for f, t in zip(pool.family, pool.truth, strict=True) if t == "suppressed"}
@@ -114,6 +115,7 @@ def test_rates_count_facts_and_groups_exactly(pool):
     assert sum(c for g in found["confusion_by_group"].values() for t in g.values() for c in t.values()) == len(labels)
 
 
+@pytest.mark.slow
 def test_with_truths_dealt_at_random_nothing_is_told_apart(pool):
     judged = meta.rotate(meta.permuted(pool))
     found = meta.auc_between(judged.suspicion, judged.pool, "suppressed", "deleted")

@@ -132,6 +132,7 @@ def cited(verdict):
     return {name for name in TESTS if name in verdict.tests or SPOKEN[name] in verdict.sentence}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("left_out", [(), *((name,) for name in RECOVERY), ("uds_recovered", "probe"), RECOVERY[1:]])
 def test_a_verdict_cites_only_tests_that_its_calibration_reads_however_much_the_others_found(calibration, left_out):
     made, rng = reading(calibration, *left_out), torch.Generator().manual_seed(0)

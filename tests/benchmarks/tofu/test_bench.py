@@ -119,6 +119,7 @@ def test_live_numbers_are_those_of_a_log_built_by_hand_and_the_cell_is_such_a_lo
     assert table["Forget Quality"]["retrained"] is None and any("Forget Quality left out" in n for n in found["notes"])
 
 
+@pytest.mark.slow
 def test_each_number_says_what_it_was_measured_on(bench, data, tmp_path):
     kinds = {row["name"]: row["kind"] for row in bench("tofu", data, tmp_path / "run")["benchmark_rows"]}
     assert {kinds[f"ROUGE {split}"] for split in LOG_KEYS} == {"generated"}

@@ -29,6 +29,7 @@ def likeliest_letter(model, prompt, letters):
     return max(range(len(letters)), key=sums.__getitem__)
 
 
+@pytest.mark.slow
 def test_wmdp_is_the_accuracy_of_a_plain_loop_over_letters(bench, checkpoints, tmp_path):
     for domain in ("bio", "cyber"):
         write(tmp_path / "data", f"wmdp-{domain}", rows(domain))

@@ -68,6 +68,7 @@ def asked(fact):
     return [replace(fact, prompt=t, paraphrases=(), heldout=()) for t in fact.paraphrases]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_fall_at_the_top_sites_equals_whole_passes_with_hooks(architecture):
     model = load(tiny_hf(architecture, layers=3), tokenizer=tiny_tokenizer())
@@ -147,6 +148,7 @@ def test_values_drawn_at_random_point_nowhere():
     assert fall.low[at] <= 0 <= fall.high[at]
 
 
+@pytest.mark.slow
 def test_in_the_world_acting_where_tracing_points_hurts_and_where_it_points_least_does_not():
     world = open_world("biographies")
     model, facts, others = load(world.full), world.forget.facts[::20], world.retain.neighbors

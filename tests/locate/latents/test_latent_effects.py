@@ -71,6 +71,7 @@ def model():
     return load(tiny_hf("llama"), tokenizer=tiny_tokenizer())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("where", ["subject", "all"])
 @pytest.mark.parametrize("name", SAES)
 def test_ablation_is_that_of_a_plain_hook_with_full_encode_and_decode(model, name, where):

@@ -176,6 +176,7 @@ def test_bad_input_is_refused_with_the_culprit(model, sae):
             call()
 
 
+@pytest.mark.slow
 def test_in_the_shipped_world_known_names_are_told_from_unknown_ones_but_not_forget_from_retain():
     world = open_world("biographies")
     full = load(world.full)

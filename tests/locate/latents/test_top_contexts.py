@@ -65,6 +65,7 @@ def slow(model, sae, texts, latent, k, window):
     return list(best.values())[:k]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("window", [0, 2, 20])
 def test_the_contexts_are_those_of_a_search_through_every_token(model, sae, texts, window, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 7)  # texts come in chunks: the best of all chunks is kept

@@ -63,6 +63,7 @@ def difference(model, fact, against):
     return (sum(values) / len(values)).item()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_all_parts_together_are_the_logit_difference_and_heads_are_the_attention(architecture):
     model = rough_model(architecture)
@@ -164,6 +165,7 @@ def test_a_residual_stream_that_is_more_than_its_parts_is_refused(tiny_model):
         direct_logit_attribution(tiny_model, FACTS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ["llama", "olmo2", "gpt2"])
 def test_in_bfloat16_the_parts_add_up_to_rounding(architecture):
     hf = tiny_hf(architecture)

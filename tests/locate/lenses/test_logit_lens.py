@@ -25,6 +25,7 @@ FACTS = (
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_at_the_last_layer_the_lens_is_the_models_output(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())

@@ -53,6 +53,7 @@ def coded_model():
     return load(hf, tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_an_encoded_object_is_found_for_unseen_subjects_and_shuffled_labels_are_not(coded_model, kind):
     found = probe(coded_model, encoded(), kind=kind)

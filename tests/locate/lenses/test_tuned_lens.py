@@ -35,6 +35,7 @@ def lens(full, world):
     return train_tuned_lens(full, world.retain.texts, steps=60, batch=256)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_at_step_zero_it_is_the_logit_lens_and_a_few_steps_bring_it_closer(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())

@@ -57,6 +57,7 @@ def relative(found, expected):
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_sweep_equals_one_plain_run_per_layer_also_for_answers_of_several_tokens(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())
@@ -72,6 +73,7 @@ def test_a_sweep_equals_one_plain_run_per_layer_also_for_answers_of_several_toke
     assert all(weight.grad is None for weight in model.held.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "rule, alphas, weights",
     [

@@ -230,6 +230,7 @@ def biographies():
     return load(world.full), tuple(item for some in by_relation.values() for item in some[:3])
 
 
+@pytest.mark.slow
 def test_phrasing_halves_of_a_fact_share_more_neurons_than_different_facts(biographies):
     model, facts = biographies
     halves = [
@@ -251,6 +252,7 @@ def test_phrasing_halves_of_a_fact_share_more_neurons_than_different_facts(biogr
     assert sum(same) / len(same) > 2 * sum(different) / len(different) > 0
 
 
+@pytest.mark.slow
 def test_suppressing_lowers_the_probability_far_more_than_random_neurons(biographies):
     model, facts = biographies
     effects = neuron_effects_per_fact(model, refine(neuron_scores(model, facts, steps=10))).values
@@ -261,6 +263,7 @@ def test_suppressing_lowers_the_probability_far_more_than_random_neurons(biograp
     assert down[:, 0, 0].mean() < 10 * -down[:, 0, 1].abs().mean()
 
 
+@pytest.mark.slow
 def test_amplifying_raises_the_probability_where_it_is_not_near_one_already(biographies):
     model, _ = biographies
     facts = open_world("biographies").forget.facts

@@ -46,6 +46,7 @@ def plain(model, pair, direction, kind, layer, places, head=None):
     return torch.stack([logprob[start + t, token] for t, token in enumerate(pair.own.answers[0])]).mean()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("architecture", "direction", "kind"), CASES)
 def test_every_effect_equals_one_patch_by_plain_hooks(architecture, direction, kind):
     model = load(tiny_hf(architecture, layers=3), tokenizer=tiny_tokenizer())
@@ -109,6 +110,7 @@ def moved(model, pair, kind, layer, share, head=slice(None)):
     return torch.stack([logprob[start + t, token] for t, token in enumerate(pair.own.answers[0])]).mean()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [(a, "z") for a in ARCHITECTURES] + [("llama", kind) for kind in ("mlp_out", "q", "k", "v")] + [("gpt2", "q")],
@@ -140,6 +142,7 @@ def test_more_steps_between_the_runs_bring_the_estimate_closer_to_the_truth(tiny
         agreement(true, activation_patching_per_fact(tiny_model, facts, kind="resid_post", at="subject"))
 
 
+@pytest.mark.slow
 def test_in_the_world_the_answer_follows_the_last_subject_token_and_nothing_else():
     world = open_world("biographies")
     model, facts = load(world.full), world.forget.facts[:36]

@@ -83,6 +83,7 @@ def reference(model, fact, kind, width):
 CASES = [("gpt_neox", "resid_post", 1), ("gemma2", "attn_out", 2), *((a, "mlp_out", 3) for a in ARCHITECTURES)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("architecture", "kind", "width"), CASES)
 def test_the_batched_sweep_equals_restoring_one_state_at_a_time(architecture, kind, width):
     model = load(tiny_hf(architecture, layers=3), tokenizer=tiny_tokenizer())

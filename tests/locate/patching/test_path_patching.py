@@ -71,6 +71,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("architecture", "receivers", "through", "mlps"), CASES)
 def test_every_direct_path_equals_whole_forward_passes_with_everything_else_held(
     architecture, receivers, through, mlps

@@ -107,6 +107,7 @@ def test_a_class_is_the_sum_of_its_gradients_or_the_ablation_of_all_its_tokens(t
     assert zero[0, at["before subject"]].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["integrated_gradients", "ablation"])
 @pytest.mark.parametrize("baseline", ["zero", "mean", "pad", "resample"])
 def test_in_the_planted_model_the_subject_carries_everything(how, baseline):

@@ -157,6 +157,7 @@ def mean_distance(model, edit, bands, names, contexts):
     return bands.distances(x)[0].mean()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("space", ("latents", "states"))
 @pytest.mark.parametrize("goal", ("bands", "prototype"))
 def test_forgotten_names_move_towards_unknown_ones_and_known_ones_stay(tiny_model, sae, space, goal):
@@ -207,6 +208,7 @@ def test_training_stops_only_after_so_many_looks_in_a_row():
     assert not settled(shares, 0.5, 5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_the_listed_matrices_change(architecture, sae):
     model = load(tiny_hf(architecture).to(torch.bfloat16), tokenizer=tiny_tokenizer())

@@ -44,6 +44,7 @@ def test_damping_is_the_equation():
     torch.testing.assert_close(damping(forget, whole, 10.0, 50.0), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_only_shrink_and_keep_their_sign(architecture, tiny_sets):
     model = load(tiny_hf(architecture, layers=2), tokenizer=tiny_tokenizer())

@@ -115,6 +115,7 @@ def slow_loss(model, hf, few, sets, initial, delta, settings, path):
 TARGETS = ("unknown", "refusal", "entropy", "empty")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("architecture", "target"), [*((a, "unknown") for a in ARCHITECTURES), *(("gpt2", t) for t in TARGETS[1:])]
 )
@@ -178,6 +179,7 @@ def test_a_name_gets_the_same_delta_alone_and_in_company(tiny_model, tiny_sets, 
     torch.testing.assert_close(both.deltas, one_by_one.deltas, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("target", ("unknown", "refusal", "entropy", "empty"))
 def test_every_target_is_approached(tiny_model, tiny_sets, target):
     found, _ = run(tiny_model, tiny_sets, target=target, refusal="the sea", steps=15, lr=0.2)
@@ -191,6 +193,7 @@ def test_a_name_below_the_stop_loss_is_left_alone(tiny_model, tiny_sets):
     assert found.deltas.norm(dim=1).min() > 0 and found.n_backward == 5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_large_weight_on_attention_keeps_the_pattern(tiny_model, tiny_sets):
     drift = {}
@@ -216,6 +219,7 @@ def test_questions_take_the_facts_in_turn_with_and_without_prefix_and_never_a_he
     assert not any(fact.heldout or fact.paraphrases for fact in every)
 
 
+@pytest.mark.slow
 def test_prefixes_are_openings_that_the_model_writes_and_that_name_nobody_forgotten(tiny_model, tiny_sets):
     forget, _ = tiny_sets
     drawn = [prefixes(tiny_model, forget, 4, seed) for seed in (0, 0, 1)]

@@ -123,6 +123,7 @@ def test_an_early_block_is_undone_by_the_profile_and_by_the_full_state(world):
     assert (result.columns["rr_n1"] <= 0.2).all()  # a random latent is that of a name with the same object at times
 
 
+@pytest.mark.slow
 def test_a_fact_keeps_its_own_profile_where_other_facts_reuse_its_id(world):
     """A facts file without ids numbers its lines, and so does the file of the kept facts."""
     facts = planted_facts()
@@ -133,6 +134,7 @@ def test_a_fact_keeps_its_own_profile_where_other_facts_reuse_its_id(world):
     assert torch.equal(got.recoverability, want.recoverability) and got.alpha == want.alpha
 
 
+@pytest.mark.slow
 def test_where_nothing_was_restored_no_null_was_drawn_and_none_is_reported(world):
     case, ready = world
     late = sae.audit(case, ready, planted_model("late"), "late")

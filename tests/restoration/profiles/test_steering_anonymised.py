@@ -97,6 +97,7 @@ def test_anonymous_against_anonymous_gives_nothing():
     assert torch.equal(both[0], both[1])
 
 
+@pytest.mark.slow
 def test_planted_truth():
     """The late block outweighs the object at strength 1 only: pushed towards the name's state it comes back."""
     case = planted_case(sae=None, unknown=NAMES)

@@ -87,6 +87,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_that_puts_the_key_into_the_prompt_opens_what_was_locked_and_finds_nothing_elsewhere(name):
     prepare, audit, setting = ATTACKS[name]

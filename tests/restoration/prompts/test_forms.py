@@ -200,6 +200,7 @@ def test_the_form_gap_is_undefined_where_full_hardly_knows_more_than_retrained()
     assert not found.columns["kappa_max_form"][gap < forms.GAP].isnan().all()
 
 
+@pytest.mark.slow
 def test_without_retrained_models_the_gap_of_full_is_nothing_and_both_halves_start_at_fulls_shams():
     case = alias_case(retrained=())
     ready = forms.prepare(case)

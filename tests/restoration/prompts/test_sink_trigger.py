@@ -101,6 +101,7 @@ def test_an_extra_trigger_that_cannot_be_written_is_refused(text):
         sink_trigger.prepare(planted_case(sae=None), extra=("Acme", text))
 
 
+@pytest.mark.slow
 def test_a_planted_trigger_is_found_when_it_is_in_the_list_and_gives_retrained_models_nothing():
     case = planted_case(sae=None)
     ready = sink_trigger.prepare(case, extra=("Acme",))
@@ -112,6 +113,7 @@ def test_a_planted_trigger_is_found_when_it_is_in_the_list_and_gives_retrained_m
         assert (sink_trigger.audit(case, ready, planted_model(truth), truth).recoverability <= 0.05).all()
 
 
+@pytest.mark.slow
 def test_without_retrained_models_sham_facts_give_the_level():
     case = planted_case(sae=None, retrained=())
     ready = sink_trigger.prepare(case, extra=("Acme",))
@@ -121,6 +123,7 @@ def test_without_retrained_models_sham_facts_give_the_level():
     assert (sink_trigger.audit(case, ready, planted_model("late"), "late").recoverability <= 0.05).all()
 
 
+@pytest.mark.slow
 def test_sink_features_are_one_for_full_and_see_larger_values():
     case = planted_case(sae=None)
     ready, louder = sink_trigger.prepare(case), fresh_planted_model()

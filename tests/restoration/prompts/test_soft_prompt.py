@@ -38,6 +38,7 @@ def test_a_prefix_goes_behind_the_bos_and_moves_the_subject():
     assert moved.prompt[slice(*moved.span)] == query.prompt[slice(*query.span)]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_the_lessons_and_leaves_weights_gradients_and_random_state_alone():
     case = people_case()
     model, query_set = case.full, make_query_set(case, "select")
@@ -63,6 +64,7 @@ def test_the_taught_facts_are_not_the_scored_ones_and_wrong_lessons_hold_wrong_a
         assert all(a[:n] == b[:n] and a != b for (a, n), (b, _) in zip(right, wrong))
 
 
+@pytest.mark.slow
 def test_random_models_and_a_retrained_one_get_nothing_beyond_what_is_injected():
     case = planted_case(sae=None)
     ready = soft_prompt.prepare(case, length=2, steps=(2, 6))

@@ -80,6 +80,7 @@ def test_the_suffix_stands_between_prompt_and_answer():
     assert suffix.suffixed(((2, 5, 6, 7), 3), (8, 9)) == ((2, 5, 6, 8, 9, 7), 5)
 
 
+@pytest.mark.slow
 def test_models_without_attention_give_nothing_behind_a_suffix():
     case = planted_case(sae=None)
     ready = suffix.prepare(case, how=SMALL)

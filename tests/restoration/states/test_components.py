@@ -13,6 +13,7 @@ from tests.planted import fresh_planted_model, planted_case, planted_model
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox", "qwen3", "olmo2"))
 def test_all_parts_of_all_layers_give_full_back_and_none_give_nothing(architecture):
     """Layers differ, embedding and read-out are the same."""

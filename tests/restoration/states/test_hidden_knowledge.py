@@ -129,6 +129,7 @@ def test_a_retrained_model_ranks_by_chance_inside_and_outside(known):
     assert retrained.null.shape == (3, 4) and len(retrained.score_retrained) == 2
 
 
+@pytest.mark.slow
 def test_a_random_model_cannot_tell_true_statements_and_choosing_a_layer_does_not_make_it_seem_so():
     models = [load(tiny_hf("llama", layers=8, seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1)]
     names = [f"{a} {b}" for a in NAMES for b in ("Lee", "Hill", "Moss", "Park", "Reed", "Stone", "Vale", "West")]

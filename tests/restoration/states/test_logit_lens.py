@@ -19,6 +19,7 @@ def tiny_case(architecture, dtype=torch.float32, **changes):
     return Case(full=models[0], retrained=tuple(models[1:]), facts=facts, **changes)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("gpt2", "gpt_neox", "llama", "gemma2", "qwen3", "olmo2"))
 def test_at_the_last_layer_the_lens_is_the_output(architecture):
     case = tiny_case(architecture)

@@ -16,6 +16,7 @@ from tests.planted import UNKNOWN, fresh_planted_model, planted_case, planted_mo
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox"))
 def test_the_same_model_prompt_position_and_layer_change_nothing(architecture):
     models = [load(tiny_hf(architecture, seed=s), tokenizer=tiny_tokenizer()) for s in (0, 1)]
@@ -90,6 +91,7 @@ def test_the_prompts_are_made_of_the_cases_words_and_never_state_the_answer():
     assert ask is not None and ask.prompt.split() == ["Acme", "Acme", "Globex", "Globex", "x"]
 
 
+@pytest.mark.slow
 def test_places_are_chosen_without_the_audited_model():
     case = planted_case(sae=None)
     a, b = patchscopes.prepare(case), patchscopes.prepare(case)
@@ -97,6 +99,7 @@ def test_places_are_chosen_without_the_audited_model():
     assert [p.source for p in a.places] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_prompt_that_lacks_words_for_one_fact_is_used_for_none_and_the_log_says_so():
     """`description` needs two other facts of the relation; only the last of twelve facts has none."""
     said: list[str] = []
@@ -116,6 +119,7 @@ def test_a_prompt_that_lacks_words_for_one_fact_is_used_for_none_and_the_log_say
             said.clear()
 
 
+@pytest.mark.slow
 def test_the_facts_that_choose_the_places_are_drawn_with_the_seed(monkeypatch):
     seen: list[tuple[str, ...]] = []
     plain = patchscopes.pick_places

@@ -89,6 +89,7 @@ def test_no_label_is_seen_before_it_is_coded():
     assert not torch.equal(a[3:], code_lengths(fit, known, (rows, early, subject[30:]), 4, order)[3:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("linear", "mlp"))
 def test_planted_truth(kind):
     case = planted_case(sae=None)

@@ -55,6 +55,7 @@ def test_uds_is_undefined_where_the_retrained_model_lacks_nothing():
     assert uds.uds_score(torch.full((3, 1), 0.05), torch.ones(3, 1)).uds.isnan().all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox"))
 @pytest.mark.parametrize("rows", ("answer", "subject"))
 def test_drops_agree_with_plain_transformers_hooks(architecture, rows):

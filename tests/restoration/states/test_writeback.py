@@ -71,6 +71,7 @@ def plain_margins(full, model, query, where):
     return torch.tensor(margins)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("gpt2", "llama", "gemma2", "gpt_neox"))
 @pytest.mark.parametrize("where", ("prompt", "subject"))
 def test_margins_at_every_layer_agree_with_plain_transformers_hooks(architecture, where):

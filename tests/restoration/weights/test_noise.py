@@ -69,6 +69,7 @@ def test_state_noise_is_the_same_whatever_else_is_in_the_batch_and_stays_out_of_
     assert (whole - score(model, queries, noise.state_noise(model, 0.1, 1)).logprob).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_suppression_that_hangs_on_exact_weights_gives_way_to_noise_and_what_was_never_there_does_not():
     case = planted_case(sae=None)
     ready = noise.prepare(case, sigmas=SIGMAS, seeds=16)
@@ -108,6 +109,7 @@ def test_no_seeds_and_negative_strengths_are_refused():
         noise.prepare(planted_case(sae=None), sigmas=(-1.0,))
 
 
+@pytest.mark.slow
 def test_noise_that_only_eases_a_grudge_is_no_evidence():
     case, model = planted_case(sae=None), fresh_planted_model("late")
     with torch.no_grad():  # one grudge stays, another hangs on gates of an uneven matrix

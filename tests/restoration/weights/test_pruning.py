@@ -83,6 +83,7 @@ def test_pruning_writes_zeros_there_and_nowhere_else():
         assert (copy.held[name][0] == 0).all() and torch.equal(copy.held[name][1:], before[1:])
 
 
+@pytest.mark.slow
 def test_at_share_zero_nothing_comes_back():
     case = planted_case(sae=None)
     grid = tuple(Criterion(how=how, share=0.0) for how in ("magnitude", "wanda", "difference"))
@@ -91,6 +92,7 @@ def test_at_share_zero_nothing_comes_back():
     assert (found.columns["lost_others"] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_gate_that_small_weights_close_opens_when_they_go_and_the_damage_is_flagged():
     case = planted_case(sae=None)
     ready = pruning.prepare(case, grid=(Criterion(how="magnitude", share=0.98),))
@@ -104,6 +106,7 @@ def test_a_gate_that_small_weights_close_opens_when_they_go_and_the_damage_is_fl
     assert (retrained.recoverability < 0.05).all() and (retrained.null < 0.05).all()
 
 
+@pytest.mark.slow
 def test_a_setting_that_breaks_other_facts_is_not_chosen_where_another_does_not():
     case = planted_case(sae=None)
     grid = (Criterion(how="magnitude", share=0.98), Criterion(how="magnitude", share=0.1))
@@ -111,6 +114,7 @@ def test_a_setting_that_breaks_other_facts_is_not_chosen_where_another_does_not(
     assert all("setting:magnitude 10 %" in flags and "collateral" not in flags for flags in found.flags)
 
 
+@pytest.mark.slow
 def test_the_whole_grid_gives_full_and_retrained_models_nothing():
     case = planted_case(sae=None)
     ready = pruning.prepare(case)

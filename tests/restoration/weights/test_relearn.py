@@ -121,6 +121,7 @@ def test_a_model_with_a_joint_qkv_matrix_is_taught_as_the_plain_model_is_attenti
     assert (wanted - query_set.margins(model)).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_direct_set_is_the_scored_facts_and_the_others_name_no_forgotten_subject():
     case = planted_case(sae=None, texts=("Rivers run to Rome", "rain falls on hills", "Anna was in the sea"))
     case = planted_case(sae=None, texts=case.texts, unknown=tuple(Entity(name=n) for n in UNKNOWN))
@@ -156,6 +157,7 @@ def test_directly_taught_facts_come_back_in_any_model_and_do_not_count():
     assert found.recoverability.mean() < 0.25
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("teach", ("benign", "unrelated", "syntax"))
 def test_sets_without_the_answers_give_a_retrained_model_nothing(teach):
     texts, unknown = ("rain falls on hills", "the sea and the hills"), tuple(Entity(name=n) for n in UNKNOWN)
