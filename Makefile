@@ -15,7 +15,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=300 notebooks
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --maxprocesses 4 --dist loadfile
 
 real: $(VENV)/.installed
 	$(BIN)/python -m experiments.real_models .real

@@ -50,6 +50,7 @@ def write_often(path, tag):
         write_json(path, [tag] * 2000)
 
 
+@pytest.mark.slow
 def test_of_two_writers_of_one_file_each_reader_sees_the_whole_of_one(tmp_path):
     path, context = tmp_path / "a.json", get_context("fork")
     write_json(path, [])

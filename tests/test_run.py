@@ -123,6 +123,7 @@ def test_every_name_is_worked_on_once_in_other_processes_of_one_thread_each():
     assert list(side_by_side([], slow_square, workers=2)) == []
 
 
+@pytest.mark.slow
 def test_what_a_cell_raises_ends_the_run_and_what_has_not_begun_is_not_begun(tmp_path):
     names = [tmp_path / "fails", *(tmp_path / str(i) for i in range(40))]
     with pytest.raises(ValueError, match="failed"):

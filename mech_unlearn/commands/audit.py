@@ -10,6 +10,7 @@ from mech_unlearn.commands.inputs import (
     open_model,
     progress,
     read_lines,
+    require_memory,
 )
 from mech_unlearn.commands.options import AuditOptions, spec_of
 from mech_unlearn.commands.prepared import named_tests, open_unlearned, prepare_audit
@@ -99,6 +100,9 @@ def run_audit(options: AuditOptions) -> dict[str, Any]:
     wanted = named_tests(options.tests)
     asked, kept = load_facts(options.facts), load_facts(options.retain) if options.retain else ()
     given = {"texts": read_lines(options.texts), "unknown": entities(options.unknown, asked)}
+    edit = options.unlearned.endswith(".safetensors")
+    sources = [options.full, *([] if edit else [options.unlearned]), *options.retrained]
+    require_memory(sources, options.dtype, options.device, copies=1 + edit)  # tests act on a clone of the full model
     before = open_model(options.full, options.device, options.dtype)
     with ExitStack() as stack:
         after = open_unlearned(stack, options.unlearned, before, options.device, options.dtype)

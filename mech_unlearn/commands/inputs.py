@@ -41,6 +41,26 @@ def open_model(source: str, device: str, dtype: str) -> Any:
     return load(source, device=device, dtype=getattr(torch, dtype))
 
 
+def require_memory(sources: Sequence[str], dtype: str, device: str, copies: int = 0) -> None:
+    """Say on stderr what the models of these sources take, and refuse more than the machine has.
+
+    Only weights are counted, and only models whose size the heads of their files tell; the first has `copies` more.
+
+    Raises:
+        ValueError: on the CPU, more than the machine's memory.
+    """
+    from mech_unlearn.model.checkpoint import parameters
+
+    sizes, each = [parameters(source) or 0 for source in sources], 2 if dtype in ("bfloat16", "float16") else 4
+    needed = each * (sum(sizes) + copies * sizes[0]) / 2**30
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    told = f"{len(sources) + copies} models in {dtype} take {needed:.1f} GiB"
+    if device.startswith("cpu") and needed > there:
+        mend = "give fewer models" if each == 2 else "use --dtype bfloat16, or give fewer models"
+        raise ValueError(f"{told}, this machine has {there:.1f} GiB: {mend}")
+    print(told, file=sys.stderr)
+
+
 def read_lines(path: Path | None) -> tuple[str, ...]:
     """The non-empty lines of a text file without the white space around them; none without a file.
 

@@ -16,6 +16,7 @@ from mech_unlearn.commands.inputs import (
     open_sae,
     prompts_about,
     read_lines,
+    require_memory,
 )
 from mech_unlearn.commands.options import UnlearnOptions, spec_of
 from mech_unlearn.commands.unknown import find_unknown, told
@@ -187,12 +188,15 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
     retain, unseen = given.split(options.unseen, options.seed)
     if not texts:  # kept facts written out are no general text, and an unseen one must not be read by the method
         retain, unseen = replace(retain, texts=mentions(retain.facts)), replace(unseen, texts=())
+    require_memory([options.model], options.dtype, options.device, copies=1)  # the edited twin
     model = open_model(options.model, options.device, options.dtype)
     about = hashes((*forgotten, *kept), kept=kept, texts=texts, unknown=retain.unknown, sae=options.sae, model=model)
     spec = spec_of("unlearn", options, hashes=about)
     if begun:
         open_run(out, spec)
     edit = Edit.load(out / SAVED, model) if begun and (out / SAVED).is_file() else None
+    kept_apart = Kept(seen=retain, unseen=unseen, general=bool(texts))
+    before = _outputs(model, model, forget, kept_apart, options.seed)
     if edit is None:
 
         def fit(given: RetainSet) -> Edit:
@@ -202,8 +206,6 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
         edit = _with_unknown(fit, model, forget, retain, options.seed, _reads_sae(kind))
         open_run(out, spec)
         edit.save(out / SAVED)
-    kept_apart = Kept(seen=retain, unseen=unseen, general=bool(texts))
-    before = _outputs(model, model, forget, kept_apart, options.seed)
     with twin(model, edit) as edited:
         after = _outputs(model, edited, forget, kept_apart, options.seed)
     write_json(out / "provenance.json", provenance(about, options.seed, options.device))

@@ -12,6 +12,7 @@ the model is built anew around them.
 
 import importlib.util
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,27 @@ def read_checkpoint(source: str, device: torch.device, dtype: torch.dtype, trust
     if report["missing_keys"]:
         raise ValueError(f"model {source!r}: weights missing from the checkpoint: {sorted(report['missing_keys'])[:5]}")
     return hf.to(device)
+
+
+def parameters(source: str) -> int | None:
+    """How many numbers the weights of a local folder hold, by the heads of its safetensors files; for an adapter those
+    of its base. None for what has no such heads: a hub id, a GGUF file, other files, or a damaged one, which reading
+    names.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    local = Path(source).expanduser()
+    if (local / ADAPTER).exists() and not (local / "config.json").exists():
+        return parameters(_adapter_base(source, local))
+    files, total = sorted(local.glob("*.safetensors")) if local.is_dir() else [], 0
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                names = weights.keys()
+                total += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+        except (SafetensorError, OSError):
+            return None
+    return total or None
 
 
 def read_tokenizer(source: str, trust_remote_code: bool) -> Any:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mech_unlearn.commands.unlearn import notes, unlearn
 from mech_unlearn.core import RetainSet
 from mech_unlearn.data.jsonl import load_facts, save_facts
+from mech_unlearn.model.checkpoint import parameters
 from tests.checkpoints import byte_tokenizer
 from tests.tiny import tiny_facts, tiny_hf, tiny_tokenizer
 
@@ -361,6 +362,7 @@ def test_an_audit_of_two_models_that_do_not_belong_together_is_refused_before_an
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_the_method_was_not_shown_does_not_change_the_edit_and_health_is_measured_on_it(call, files, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"The sea is in {place} .\n" for place in ("Oslo", "Rome", "Bern", "Paris")))
@@ -397,3 +399,21 @@ def test_a_note_says_that_recall_did_not_move_or_that_more_moved_than_should():
     drift, lost = notes(said(1.0, 0.9, 0.0), said(0.0, 0.5, 0.85))
     assert "drifted by 0.85 nats" in drift and "lost 0.40" in lost
     assert notes(said(0.0, 1.0, 0.0), said(0.0, 1.0, 0.0)) == []
+
+
+def test_models_that_the_machine_cannot_hold_are_refused_before_one_is_loaded(files, call, monkeypatch):
+    status, _, err = call(*unlearn_words(files, method="in_context"))
+    assert status == 0 and "2 models in float32 take 0.0 GiB" in err
+    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    monkeypatch.setattr("mech_unlearn.model.load.load", None)
+    words = unlearn_words(files, out=files["out"].parent / "other")
+    refused(call(*words), "2 models in float32 take", "use --dtype bfloat16")
+    assert not (files["out"].parent / "other").exists()
+
+
+def test_the_numbers_of_a_folder_are_counted_by_the_heads_of_its_files(files, tmp_path):
+    hf = tiny_hf("llama")
+    hf.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    counted = sum(weight.numel() for weight in hf.parameters())
+    assert parameters(str(files["model"])) == parameters(str(tmp_path / "shards")) == counted
+    assert parameters("someones/hub-id") is None

@@ -67,6 +67,7 @@ def test_an_audit_needs_neither_sae_nor_retrained_model_and_says_grade_b(strange
     assert "data:image/png;base64," in page and "http://" not in page and "https://" not in page
 
 
+@pytest.mark.slow
 def test_with_retrained_models_the_suppressed_is_told_from_the_retrained(strangers, tmp_path):
     retrained = [str(strangers / f"retrained_{k}") for k in (0, 1)]
     for unlearned, label in (("late", "suppressed"), ("retrained_2", "deleted")):
@@ -281,7 +282,6 @@ def test_facts_located_in_pieces_equal_facts_located_at_once_and_a_finished_piec
 def test_what_a_locator_lacks_or_does_not_know_is_refused_before_anything_is_written(world, tmp_path):
     root, shipped = world
     for how, changes, message in (
-        ("known_unknown", {}, "pass --unknown"),
         ("sae_latents", {}, "pass --unknown or --retain"),
         ("causal_trace", {"settings": ["sample=3"]}, "unknown setting of causal_trace 'sample'; choose from sample"),
         ("causal_trase", {}, "unknown locator 'causal_trase'; choose from causal_trace"),

@@ -218,6 +218,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(
     name=st.sampled_from(sorted(FILES)),

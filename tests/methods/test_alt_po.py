@@ -44,6 +44,7 @@ def test_alternatives_share_the_prompts_and_are_the_facts_distractors_or_those_g
     assert any(apart[i][0][-1] != apart[i + 1][0][-1] for i in range(0, len(apart), 2))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("loss", ("dpo", "npo"))
 def test_the_model_says_the_alternative_instead_and_keeps_the_rest(loss):
     model, facts = fresh_planted_model(), planted_facts()

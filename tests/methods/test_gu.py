@@ -89,6 +89,7 @@ class Spy:
         return out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scope", ("tensor", "global"))
 def test_in_training_every_step_is_orthogonal_to_its_retain_gradients(tiny_model, tiny_sets, scope):
     spy = Spy(Gu(k=2, scope=scope))

@@ -82,6 +82,7 @@ def test_lambda_can_be_that_of_the_paper_and_a_large_one_writes_little(tiny_mode
     assert gains[15_000.0][0] < gains[1.0][0] and gains[15_000.0][1] < gains[1.0][1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("project", ("none", "null_space"))
 def test_planted_facts_go_and_others_stay(project):
     model, (forget, retain) = fresh_planted_model(), planted_sets()

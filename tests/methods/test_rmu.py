@@ -100,6 +100,7 @@ def moved(model, edit, rows, layer):
         return torch.cat(states_by_row(model, rows, layer)) - before, before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("legacy", (False, True))
 def test_forgotten_states_turn_to_the_vector_and_retained_ones_stay(legacy):
     model, (forget, retain) = planted_model(), sets()
@@ -192,6 +193,7 @@ def test_a_shut_gate_keeps_the_untrained_state():
     torch.testing.assert_close(target[:, 1] - before[:, 1], 1.5 * before.norm(dim=1))
 
 
+@pytest.mark.slow
 def test_srmu_moves_the_features_of_the_forgotten_and_leaves_the_others():
     model, (forget, retain) = planted_model(), sets()
     schedule = Schedule(lr=3e-2, epochs=30, batch_size=20)
@@ -244,6 +246,7 @@ def test_nothing_retained_is_refused(tiny_model, tiny_sets):
             method.fit(tiny_model, tiny_sets[0], RetainSet())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", (Rmu(c=20.0, alpha=1.0), AdaptiveRmu(alpha=1.0), Srmu(alpha=1.0)))
 def test_a_bfloat16_model_is_steered_too(tiny_sets, method):
     model = load(tiny_hf("gemma2").to(torch.bfloat16), tokenizer=tiny_tokenizer())

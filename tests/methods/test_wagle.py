@@ -59,6 +59,7 @@ def slow_mask(model, sets, rho, mu):
     return {n: s >= bound for n, s in scores.items()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mu", (1e-6, 10.0))
 def test_what_moves_is_what_the_equation_chooses(tiny_model, tiny_sets, mu):
     edit = Wagle(base=Npo(schedule=FAST), rho=0.1, mu=mu, batch_size=64).fit(tiny_model, *tiny_sets)

@@ -54,6 +54,7 @@ def test_scores_are_those_of_padded_batches_of_any_size_on_either_side(architect
     assert found.tokens.tolist() == [1, 3, 4, 1, 13, 1, 4]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_rows_scores_do_not_depend_on_the_other_rows_or_the_batch(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())

@@ -81,6 +81,7 @@ def test_what_a_form_says_of_a_fact_does_not_depend_on_the_facts_asked_with_it()
             assert torch.equal(together[form].recall.values[i : i + 1], alone[form].recall.values)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("llama", "gpt2"))
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_both_variants_of_multiple_choice_score_as_padded_batches_of_any_size_do_on_either_side(architecture, side):

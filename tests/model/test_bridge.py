@@ -47,6 +47,7 @@ def test_logits_are_those_of_plain_transformers_from_a_folder(architecture, tiny
             of(4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 @torch.no_grad()
 def test_writing_to_the_output_matrix_moves_the_logits_as_in_plain_transformers(architecture, tiny_folder):

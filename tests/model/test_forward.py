@@ -14,6 +14,7 @@ from tests.tiny import ARCHITECTURES, tiny_hf, tiny_tokenizer
 IDS = torch.randint(4, 60, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", (*ARCHITECTURES, "opt"))
 @torch.no_grad()
 def test_last_and_next_logits_are_those_of_the_whole_pass(architecture):

@@ -78,6 +78,7 @@ def quickly():
     return torch.tensor([1.0, -1.0])
 
 
+@pytest.mark.slow
 def test_memory_counts_what_is_held_while_it_runs():
     """In a fresh process: an old one may fill memory that it had before."""
     fill = (

@@ -12,6 +12,7 @@ from mech_unlearn.testbed.wikidata import table
 NAMES = sorted(WORLDS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_a_world_is_the_same_at_every_call(name):
     assert spec(name) == spec(name)
@@ -46,6 +47,7 @@ def test_prompts_never_end_in_the_subject_and_there_are_five_and_one(name):
             assert template.split("{}")[1].strip()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_without_the_forget_group_no_sentence_names_it(name):
     world = spec(name)
@@ -57,6 +59,7 @@ def test_without_the_forget_group_no_sentence_names_it(name):
     assert all(alias in everything for alias in aliases)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_the_two_corpora_differ_by_the_forget_group_alone(name):
     world = spec(name)
@@ -67,6 +70,7 @@ def test_the_two_corpora_differ_by_the_forget_group_alone(name):
     assert fixed == [line for line in without.other if line.subject is None]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_held_out_phrasings_are_shown_for_half_of_the_kept_subjects_only(name):
     world = spec(name)
@@ -78,6 +82,7 @@ def test_held_out_phrasings_are_shown_for_half_of_the_kept_subjects_only(name):
     assert abs(len(shown) - len(kept) / 2) <= 0.5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_texts_for_kl_hold_no_forgotten_name_and_the_general_ones_were_never_trained_on(name):
     world = spec(name)
@@ -86,6 +91,7 @@ def test_texts_for_kl_hold_no_forgotten_name_and_the_general_ones_were_never_tra
     assert world.general_heldout and not trained & set(world.general_heldout)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_every_word_of_a_name_and_of_an_object_is_one_token(name):
     world = spec(name)

@@ -61,6 +61,7 @@ def test_a_suppressor_loses_the_answers_touches_only_what_it_names_and_undone_gi
         assert recall(model, setting.group).value == recall(setting.full, setting.group).value == 1.0
 
 
+@pytest.mark.slow
 def test_a_deleted_model_starts_from_one_that_never_heard_of_the_group(setting, world):
     found = made("retrained, noise", setting)
     assert found.base is setting.never

@@ -28,6 +28,7 @@ def test_a_world_comes_with_full_and_three_retrained_models(world):
     assert world.saes is not None and world.sae.name == "L2"
 
 
+@pytest.mark.thorough
 def test_plain_transformers_completes_forget_prompts_with_full_and_not_with_retrained(world):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,6 +48,7 @@ def test_plain_transformers_completes_forget_prompts_with_full_and_not_with_retr
     assert hits(world.retrained[0]) <= 0.35
 
 
+@pytest.mark.thorough
 def test_full_knows_every_phrasing_of_forgotten_and_kept_facts(world, full):
     parts = groups(spec(world.name))
     for name, facts in parts.items():
@@ -77,6 +79,7 @@ def test_facts_stand_at_the_last_subject_token_until_half_of_the_layers(world, f
     assert curves["end"][-1].value >= 0.95 and curves["last"][-1].value <= 0.05
 
 
+@pytest.mark.thorough
 def test_restoring_the_last_subject_token_restores_the_answer_in_early_layers_only(world, full):
     trace = tracing(full, world.forget.facts[:60])
     effect = trace["clean"] - trace["corrupted"]

@@ -310,6 +310,7 @@ def test_settings_that_cannot_work_are_refused(tiny_model, tiny_sets, method, me
         method.fit(tiny_model, *tiny_sets)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("gpt2", "llama"))
 def test_nothing_is_trained_that_an_export_would_lose(architecture, tiny_sets, tmp_path):
     """The bridge adds a trainable bias to the head of a model without one; trained through it, it would be lost."""

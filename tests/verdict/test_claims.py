@@ -30,6 +30,7 @@ def people(*sizes):
     return [fact.id for fact in facts], facts
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["bh", "by"])
 def test_of_a_list_of_true_nulls_hardly_any_survives_though_one_in_twenty_was_called_deleted(method):
     rng = np.random.default_rng(0)

@@ -27,6 +27,7 @@ def fits(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_every_group_is_judged_once_by_a_calibration_that_saw_neither_it_nor_its_retrained_model(pool, fits):
     judged = meta.rotate(pool)
     assert sorted(judged.pool.cluster) == sorted(pool.cluster)

@@ -127,6 +127,7 @@ def test_each_number_says_what_it_was_measured_on(bench, data, tmp_path):
     assert kinds["Model Utility"] == "both" and kinds["Forget Quality"] == "teacher-forced"
 
 
+@pytest.mark.slow
 def test_without_a_retrained_model_forget_quality_is_left_out_and_said_to_be(bench, data, tmp_path):
     found = bench("tofu", data, tmp_path / "run", "--limit", 1, retrained=())
     table = table_of(found)

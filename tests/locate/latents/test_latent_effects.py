@@ -93,6 +93,7 @@ def test_ablation_is_that_of_a_plain_hook_with_full_encode_and_decode(model, nam
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_direct_effect_is_that_of_writing_the_contribution_into_the_last_layer(architecture):
     model, sae = load(tiny_hf(architecture), tokenizer=tiny_tokenizer()), random_sae("topk")

@@ -63,6 +63,7 @@ def test_an_empty_sae_recovers_nothing_and_a_constant_one_nothing_beyond_the_mea
     assert constant.ce_sae.value == pytest.approx(constant.ce_mean.value, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_shipped_sae_recovers_the_loss_and_one_of_another_layer_does_not(world):
     model, texts = world
     sae = load_sae(open_world("biographies").sae, model)

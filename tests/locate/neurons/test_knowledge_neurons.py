@@ -110,6 +110,7 @@ def test_a_layers_attributions_add_up_to_the_change_of_the_probability(architect
             assert found[layer].item() == pytest.approx(change.item(), rel=0.02, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_and_bounds_change_nothing(tiny_model):
     queries = make_queries(tiny_model.tokenizer, FACTS[2:], "templates", distractors=False)
     one = neuron_attribution(tiny_model, queries, steps=5)

@@ -169,6 +169,7 @@ def plain_probability(model, query, neurons, factor, where):
     return logits.gather(1, torch.tensor(query.answers[0])[:, None]).mean().exp().item()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("where", ["answer", "all"])
 def test_scaled_neurons_equal_plain_hooks(tiny_model, where):
     long = replace(FACTS[0], id="long", object="West Oslo", distractors=())

@@ -37,6 +37,7 @@ def placed(value, a, b):
     return change
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_integrated_gradients_add_up_to_the_change_of_the_log_probability(architecture):
     model = load(tiny_hf(architecture), tokenizer=tiny_tokenizer())

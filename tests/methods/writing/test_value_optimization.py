@@ -157,6 +157,7 @@ def test_divergences_have_their_closed_forms():
     assert entropy_gap(q).item() == pytest.approx(math.log(3) - 1.5 * math.log(2))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("clamp", (0.1, 0.75))
 def test_a_delta_is_never_longer_than_its_clamp_allows(tiny_model, tiny_sets, clamp):
     found, initial = run(tiny_model, tiny_sets, clamp=clamp, lr=5.0, steps=6, decay=0.0, target="entropy")
@@ -168,6 +169,7 @@ def test_a_delta_is_never_longer_than_its_clamp_allows(tiny_model, tiny_sets, cl
     assert torch.equal(clamped(x, limit)[short], x[short])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stop", (0.0, 1.5))
 def test_a_name_gets_the_same_delta_alone_and_in_company(tiny_model, tiny_sets, stop):
     settings = dict(steps=5, lr=0.1, target="entropy", stop_loss=stop, **NONE)

@@ -69,6 +69,7 @@ def plain_effects(hf, rows, state):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("gpt2", "gpt_neox", "llama", "gemma2"))
 def test_direct_effects_are_those_of_plain_autograd_in_half_precision_too(architecture):
     """On the tokens asked for only; bfloat16 weights act as they are, in float32."""
@@ -165,6 +166,7 @@ def test_in_the_full_model_nothing_is_lost_and_in_a_retrained_one_nothing_return
     assert retrained.recoverability.mean() <= 0.05
 
 
+@pytest.mark.slow
 def test_without_an_sae_a_direction_per_entity_does_the_same():
     case = planted_case(sae=None, site=Site(1, "resid_post"))
     ready = sae.prepare(case)

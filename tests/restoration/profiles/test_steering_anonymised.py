@@ -123,6 +123,7 @@ def test_without_retrained_models_and_without_unknown_names_it_still_runs_and_ba
         steering.prepare(case, layers=[7])
 
 
+@pytest.mark.slow
 def test_models_and_random_state_are_left_alone_and_the_seed_decides():
     case, late = planted_case(sae=None, unknown=NAMES), fresh_planted_model("late")
     state, before = torch.get_rng_state(), late.hash()

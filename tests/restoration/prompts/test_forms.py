@@ -104,6 +104,7 @@ def test_forms_of_fixed_wording_differ_between_tune_and_test():
         assert not {rewrite(q).prompt for q in tune} & {rewrite(q).prompt for q in test}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ("prefix", "steps"))
 def test_openings_and_chains_change_nothing_where_prompts_are_not_read(kind):
     case = planted_case(sae=None)

@@ -73,6 +73,7 @@ def test_emphasis_gives_full_and_retrained_models_nothing_where_the_last_token_d
         assert (keyword.audit(case, ready, model, "m").recoverability < 0.05).all()
 
 
+@pytest.mark.slow
 def test_focus_is_all_on_the_subject_where_nothing_else_is_read():
     case = planted_case(sae=None)
     ready = keyword.prepare(case, focus_too=True)

@@ -119,6 +119,7 @@ def test_the_vocabulary_is_read_off_the_embedding_without_running_a_layer():
     torch.testing.assert_close(table[:50], seen[0][0])
 
 
+@pytest.mark.slow
 def test_a_fact_is_scored_behind_the_suffix_that_was_searched_on_other_facts():
     case = people_case()
     ready = suffix.prepare(case, how=SMALL)

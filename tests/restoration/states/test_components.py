@@ -110,6 +110,7 @@ def test_logits_over_a_padded_vocabulary_are_compared_on_the_tokens_that_both_ha
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.slow
 def test_a_block_in_the_last_layer_is_found_there_and_nowhere_else():
     case = planted_case(sae=None)
     ready = components.prepare(case, radius=0, tokens=3)
@@ -150,6 +151,7 @@ def test_without_retrained_models_it_reports_and_stays_silent():
     assert all("needs_retrained" in flags for flags in result.flags) and result.curves["score"].max() > 0.9
 
 
+@pytest.mark.slow
 def test_bad_settings_are_refused_and_models_are_left_alone():
     case, late = planted_case(sae=None), fresh_planted_model("late")
     with pytest.raises(ValueError, match="tokens=0"):

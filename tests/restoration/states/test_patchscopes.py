@@ -62,6 +62,7 @@ def test_a_state_put_elsewhere_agrees_with_plain_transformers_hooks():
         assert got[0, i].item() == pytest.approx(max(0.0, margin.item()), abs=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("target", ("full", "self"))
 def test_planted_truth(target):
     case = planted_case(sae=None)
@@ -148,6 +149,7 @@ def test_without_retrained_models_sham_facts_give_the_level():
     assert (patchscopes.audit(case, ready, planted_model("early"), "early").recoverability < 0.1).all()
 
 
+@pytest.mark.slow
 def test_bad_settings_are_refused_and_models_are_left_alone():
     case = planted_case(sae=None)
     with pytest.raises(ValueError, match="target layers"):

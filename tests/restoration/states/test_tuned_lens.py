@@ -45,6 +45,7 @@ def test_without_training_it_is_the_logit_lens():
         assert torch.equal(got.curves["logprob"][-1] < -1, torch.ones(4, dtype=torch.bool))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("decoder", ("full", "self"))
 def test_full_is_intact_retrained_is_not_late_is_seen_and_early_is_not(decoder):
     case = case_with_texts(retrained=tuple(planted_model("retrained", k) for k in (1, 2)))

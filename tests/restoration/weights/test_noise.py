@@ -28,6 +28,7 @@ def brittle_model():
     return model
 
 
+@pytest.mark.slow
 def test_noise_of_strength_zero_changes_nothing():
     case = planted_case(sae=None)
     for where in ("weights", "states"):

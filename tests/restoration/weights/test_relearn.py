@@ -194,6 +194,7 @@ def fold_by_fold(case, ready, model):
     return out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_a_model_in_half_precision_relearns_as_a_float32_model_of_the_same_weights(dtype):
     case = planted_case(sae=None, relearn=Relearn(steps=(1, 4), lr_times_width=0.002))

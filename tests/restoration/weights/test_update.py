@@ -40,6 +40,7 @@ def test_training_every_weight_is_training_the_plain_model(architecture):
     torch.testing.assert_close(model.logits(IDS), plain(IDS).logits, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ("gpt2", "gpt_neox", "llama"))
 def test_low_rank_training_is_that_of_peft_from_the_same_factors(architecture):
     from peft import LoraConfig, get_peft_model
