@@ -402,8 +402,8 @@ def test_a_note_says_that_recall_did_not_move_or_that_more_moved_than_should():
 
 
 def test_models_that_the_machine_cannot_hold_are_refused_before_one_is_loaded(files, call, monkeypatch):
-    status, _, err = call(*unlearn_words(files, method="in_context"))
-    assert status == 0 and "2 models in float32 take 0.0 GiB" in err
+    status, _, err = call(*unlearn_words(files))
+    assert status == 0 and "2 models in float32 take 0.0 GiB" in err, err
     monkeypatch.setattr("os.sysconf", lambda name: 1)
     monkeypatch.setattr("mech_unlearn.model.load.load", None)
     words = unlearn_words(files, out=files["out"].parent / "other")
