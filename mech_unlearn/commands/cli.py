@@ -2,7 +2,7 @@
 
 Progress goes to stderr, one short table (or one JSON object with --json) to stdout. Exit status: 0 on success, 2 on a
 user's mistake with one line that names it, 1 on anything else. Slow imports stay inside the commands; options stand in
-`options.py`.
+`options.py`. Over 300 lines, because every command has its few lines here and nowhere else.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""What a user hands to the command line, read and checked: models, settings, SAEs, names, text."""
+"""What a user hands to the command line, read and checked: models, settings, SAEs, names, text.
+
+Over 300 lines, because all commands read the same things, and settings of methods nest.
+"""
 
 import ast
 import difflib

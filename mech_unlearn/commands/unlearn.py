@@ -62,8 +62,6 @@ def unlearn(
     Raises:
         ValueError: an unknown method or setting, or what the method refuses.
     """
-    from mech_unlearn.methods import METHODS
-
     forget_set = forget if isinstance(forget, ForgetSet) else ForgetSet(facts=tuple(forget))
     kept = retain.facts if isinstance(retain, RetainSet) else tuple(retain)
     if not isinstance(retain, RetainSet):
@@ -74,7 +72,7 @@ def unlearn(
     def fit(given: RetainSet) -> Edit:
         return _fit(_made(method, settings, seed, model, forget_set, given, sae), model, forget_set, given, sequential)
 
-    return _with_unknown(fit, model, forget_set, retain, seed, _reads_sae(METHODS[method]))
+    return _with_unknown(fit, model, forget_set, retain, seed)
 
 
 def retain_set(
@@ -105,21 +103,16 @@ def choose_method(name: str, settings: Mapping[str, Any], seed: int) -> Any:
 
 
 def _with_unknown(
-    fit: Callable[[RetainSet], Edit], model: Any, forget: ForgetSet, retain: RetainSet, seed: int, at_once: bool
+    fit: Callable[[RetainSet], Edit], model: Any, forget: ForgetSet, retain: RetainSet, seed: int
 ) -> Edit:
-    """What `fit` gives, with unknown names made up and told in the recipe where it asks for some and none were given.
-
-    Args:
-        at_once: not to try without any first: for methods on an SAE, which is trained on prompts about such names.
-    """
+    """What `fit` gives; where it asks for unknown names and there are none, with made-up ones, told in the recipe."""
     from mech_unlearn.methods.writing.anchors import LacksUnknown
 
-    if retain.unknown or not at_once:
-        try:
-            return fit(retain)
-        except LacksUnknown:
-            if retain.unknown:
-                raise
+    try:
+        return fit(retain)
+    except LacksUnknown:
+        if retain.unknown:
+            raise
     found = find_unknown(model, forget.facts, retain.facts, seed=seed)
     edit = fit(replace(retain, unknown=tuple(entity for some in found for entity in some.entities)))
     return replace(edit, recipe={**edit.recipe, "unknown": [some.to_json() for some in found]})
@@ -203,7 +196,7 @@ def run_unlearn(options: UnlearnOptions) -> dict[str, Any]:
             made = _made(options.method, settings, options.seed, model, forget, given, options.sae)
             return _fit(made, model, forget, given, options.sequential, out / CHECKPOINT)
 
-        edit = _with_unknown(fit, model, forget, retain, options.seed, _reads_sae(kind))
+        edit = _with_unknown(fit, model, forget, retain, options.seed)
         open_run(out, spec)
         edit.save(out / SAVED)
     with twin(model, edit) as edited:

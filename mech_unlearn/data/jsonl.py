@@ -114,7 +114,7 @@ def _rows(file: Path) -> Sequence[tuple[str, str, Any]]:
 
 def _whole(file: Path, text: str) -> list[Any] | None:
     """The rows of a file that is one JSON array, or one object over several lines; None for an object a line."""
-    first = next((line for line in text.lstrip().split("\n") if not line.startswith("#")), "")
+    first = next((line for line in text.lstrip().split("\n") if line.strip() and not line.startswith("#")), "")
     if not first.startswith("[") and not (first.startswith("{") and isinstance(_parsed(first), ValueError)):
         return None
     whole = _parsed(text)

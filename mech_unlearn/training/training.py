@@ -1,7 +1,7 @@
 """The training loop that gradient methods share: a plain float32 copy is trained, and its change is given back.
 
 A method brings an `Objective` and says what may be trained; a wrapper brings an `Around`. Batches, masks, the retain
-term, clipping, stopping, checkpoints and undoing are the same for all.
+term, clipping, stopping, checkpoints and undoing are the same for all. Over 300 lines, because one loop is read as one.
 """
 
 import copy

@@ -65,6 +65,16 @@ def test_a_method_that_needs_unknown_names_makes_them_up_and_tells_them_and_anot
     assert "unknown" not in plain.recipe
 
 
+def test_a_method_on_an_sae_that_asks_for_no_unknown_names_is_given_none_where_the_model_knows_no_fact(tiny_model):
+    from tests.test_contract import tiny_sae
+
+    facts = tiny_facts(["Anna Lee", "Cara Moss", "Dan Park"])
+    edit = mech_unlearn.unlearn(
+        tiny_model, facts[:2], facts[2:], "sae_clamp", sae=tiny_sae(tiny_model), k=2, max_retain=2.0
+    )
+    assert "unknown" not in edit.recipe
+
+
 def test_known_unknown_makes_up_the_names_that_it_is_not_given():
     from tests.planted import planted_sae
 
